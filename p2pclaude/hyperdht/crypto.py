@@ -1,8 +1,8 @@
 """Hashes, Ed25519 key pairs, signatures and boxes (ring 1).
 
 Stands below everything that proves or hides something: `messages` bytes are signed here, `noise` takes its
-Diffie-Hellman from here, `holepunch` seals its payloads here. The primitives are libsodium's (through PyNaCl's
-thin bindings, which import ten times faster than `cryptography`) and hashlib's BLAKE2b.
+Diffie-Hellman from here, `holepunch` seals its payloads here. The primitives are libsodium's, through PyNaCl's
+thin bindings (one-shot tools start in a fraction of a second: no heavier import here), and hashlib's BLAKE2b.
 """
 
 import random
