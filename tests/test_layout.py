@@ -1,0 +1,372 @@
+"""The source tree keeps its promises: directions of imports, two rings, sizes, docstrings, names, light start.
+
+All of it is read from syntax trees, so that a module need not be importable to be judged.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "p2pclaude"
+TOOLS = ("daemon", "send", "tail", "ls", "stop", "ping")
+
+MAX_MODULE_LINES = 500  # a module stays under it
+MAX_FUNCTION_LINES = 60  # unless a comment `# long: ...` at its head gives the reason
+
+# The application's layers: a module imports lower ones only.
+LAYERS = (
+    {"p2pclaude", "p2pclaude.errors"},
+    {"p2pclaude.log", "p2pclaude.wire", "p2pclaude.pairing"},
+    {"p2pclaude.datadir", "p2pclaude.journal", "p2pclaude.claude"},
+    {"p2pclaude.sessions"},
+    {"p2pclaude.client", "p2pclaude.daemon"},
+    {"p2pclaude.cli.common"},
+    {f"p2pclaude.cli.{tool}" for tool in TOOLS},
+)
+PURE = {"p2pclaude.wire", "p2pclaude.pairing"}
+
+RING_1 = {
+    "constants", "errors", "encoding", "crypto", "messages", "handshakes", "noise", "secretstream", "routing", "nat",
+    "records",
+}  # fmt: skip
+RING_1_PACKAGES = {"udx"}
+WORLD = {  # what reaches for the clock, the network, the system or other threads
+    "asyncio", "concurrent", "datetime", "ifaddr", "io", "multiprocessing", "os", "pathlib", "secrets", "select",
+    "selectors", "signal", "socket", "ssl", "subprocess", "tempfile", "threading", "time", "uuid",
+}  # fmt: skip
+HARMLESS = {("socket", name) for name in ("AF_INET", "AF_INET6", "inet_aton", "inet_ntoa", "inet_ntop", "inet_pton")}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: `from module import name`, or `import module` with no name."""
+
+    module: str
+    name: str | None
+    line: int
+
+
+@dataclass(frozen=True)
+class Module:
+    """A parsed source file under its dotted name."""
+
+    name: str
+    path: Path
+    source: str
+    tree: ast.Module
+
+    @property
+    def is_package(self) -> bool:
+        """Tell a package's `__init__.py` from a plain module."""
+        return self.path.name == "__init__.py"
+
+    def imports(self) -> Iterator[Import]:
+        """Yield every import in the file, those inside functions and for type checking included."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    yield Import(alias.name, None, node.lineno)
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    yield Import(self._absolute(node), alias.name, node.lineno)
+
+    def _absolute(self, node: ast.ImportFrom) -> str:
+        if not node.level:
+            return node.module or ""
+        package = self.name if self.is_package else self.name.rpartition(".")[0]
+        for _ in range(node.level - 1):
+            package = package.rpartition(".")[0]
+        return f"{package}.{node.module}" if node.module else package
+
+
+def _load(path: Path) -> Module:
+    source = path.read_text(encoding="utf-8")
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return Module(name, path, source, ast.parse(source, filename=str(path)))
+
+
+@cache
+def package_modules() -> dict[str, Module]:
+    """Parse the whole package, by dotted name."""
+    return {module.name: module for module in map(_load, sorted(PACKAGE.rglob("*.py")))}
+
+
+@cache
+def test_tree() -> tuple[Module, ...]:
+    """Parse the tests, without what other tools put below them."""
+    paths = (ROOT / "tests").rglob("*.py")
+    return tuple(_load(path) for path in sorted(paths) if "node_modules" not in path.parts)
+
+
+test_tree.__test__ = False  # type: ignore[attr-defined]
+
+
+def imported_modules(module: Module) -> Iterator[tuple[str, Import]]:
+    """Yield the package's modules that `module` imports: `from p2pclaude import wire` names `p2pclaude.wire`."""
+    for found in module.imports():
+        if found.module.split(".")[0] != "p2pclaude":
+            continue
+        inner = f"{found.module}.{found.name}"
+        yield (inner if inner in package_modules() else found.module), found
+
+
+def in_hyperdht(name: str) -> bool:
+    """Tell whether the dotted name belongs to the library."""
+    return name == "p2pclaude.hyperdht" or name.startswith("p2pclaude.hyperdht.")
+
+
+def in_ring_1(name: str) -> bool:
+    """Tell whether the dotted name belongs to the library's pure ring."""
+    parts = name.split(".")
+    return parts[:2] == ["p2pclaude", "hyperdht"] and len(parts) > 2 and parts[2] in RING_1 | RING_1_PACKAGES
+
+
+def layer_of(name: str) -> int | None:
+    """Return the application layer of a module, lowest first."""
+    return next((index for index, names in enumerate(LAYERS) if name in names), None)
+
+
+def exported_by_hyperdht() -> set[str]:
+    """Read the library's `__all__`."""
+    for node in package_modules()["p2pclaude.hyperdht"].tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
+            return set(ast.literal_eval(node.value))
+    raise AssertionError("p2pclaude/hyperdht/__init__.py has no literal __all__")
+
+
+def complain(problems: list[str]) -> None:
+    """Fail with one problem a line."""
+    assert not problems, "\n" + "\n".join(problems)
+
+
+def test_every_module_has_a_place() -> None:
+    """A new application module must be given its layer here; a new one of the library is ring 2 unless listed."""
+    unplaced = [
+        name
+        for name in package_modules()
+        if not in_hyperdht(name) and layer_of(name) is None and name != "p2pclaude.cli"
+    ]
+    complain([f"{name}: in no layer of tests/test_layout.py" for name in unplaced])
+
+
+def test_application_imports_point_down() -> None:
+    """cli -> client | daemon -> sessions -> claude, journal; never up, never sideways."""
+    problems = []
+    for module in package_modules().values():
+        if in_hyperdht(module.name):
+            continue
+        own = layer_of(module.name)
+        for target, found in imported_modules(module):
+            other = layer_of(target)
+            if own is not None and other is not None and other >= own and target != module.name:
+                problems.append(f"{module.path}:{found.line}: {module.name} imports {target}")
+    complain(problems)
+
+
+def test_pure_application_modules_stay_pure() -> None:
+    """The pairing URL and the sealed lines know neither network nor clock."""
+    problems = [
+        f"{module.path}:{found.line}: imports {found.module}"
+        for module in package_modules().values()
+        if module.name in PURE
+        for found in module.imports()
+        if found.module.split(".")[0] in WORLD - {"os", "secrets"} or in_hyperdht(found.module)
+    ]
+    complain(problems)
+
+
+def test_application_uses_the_librarys_face_only() -> None:
+    """Whatever the application takes from the library stands in its `__all__`."""
+    exported = exported_by_hyperdht()
+    problems = [
+        f"{module.path}:{found.line}: {found.module} {found.name or ''}"
+        for module in package_modules().values()
+        if not in_hyperdht(module.name)
+        for _, found in imported_modules(module)
+        if in_hyperdht(found.module) or (found.module == "p2pclaude" and found.name == "hyperdht")
+        if found.module != "p2pclaude.hyperdht" or found.name not in exported
+    ]
+    complain(problems)
+
+
+def test_library_stands_alone() -> None:
+    """The library imports nothing from the rest of the package: it can be published by itself."""
+    problems = [
+        f"{module.path}:{found.line}: imports {target}"
+        for module in package_modules().values()
+        if in_hyperdht(module.name)
+        for target, found in imported_modules(module)
+        if not in_hyperdht(target)
+    ]
+    complain(problems)
+
+
+def test_ring_1_is_pure() -> None:
+    """Ring 1 imports no I/O, no clock, no system, and nothing of ring 2."""
+    problems = []
+    for module in package_modules().values():
+        if not in_ring_1(module.name):
+            continue
+        for found in module.imports():
+            if found.module.split(".")[0] in WORLD and (found.module, found.name) not in HARMLESS:
+                problems.append(f"{module.path}:{found.line}: ring 1 imports {found.module}")
+        for target, found in imported_modules(module):
+            if not in_ring_1(target):
+                problems.append(f"{module.path}:{found.line}: ring 1 imports {target}")
+    complain(problems)
+
+
+def test_ring_1_is_given_its_randomness() -> None:
+    """`random.Random` may be named as a type; nothing else of the module is touched."""
+    problems = []
+    for module in package_modules().values():
+        if not in_ring_1(module.name):
+            continue
+        called = {id(node.func) for node in ast.walk(module.tree) if isinstance(node, ast.Call)}
+        for node in ast.walk(module.tree):
+            named = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "random"
+            if named and isinstance(node, ast.Attribute) and (node.attr != "Random" or id(node) in called):
+                problems.append(f"{module.path}:{node.lineno}: random.{node.attr}")
+        problems += [
+            f"{module.path}:{found.line}: from random import {found.name}"
+            for found in module.imports()
+            if found.module == "random" and found.name not in (None, "Random")
+        ]
+    complain(problems)
+
+
+def test_ring_1_is_all_there() -> None:
+    """The names above are those of the tree: a renamed module must not slip out of the check."""
+    there = {path.stem if path.suffix else path.name for path in (PACKAGE / "hyperdht").iterdir()}
+    assert there >= RING_1 | RING_1_PACKAGES
+
+
+def test_no_cycles_at_import_time() -> None:
+    """No module waits for itself: the graph of top-level imports has no cycle."""
+    modules = package_modules()
+    graph = {
+        name: {target for target, found in imported_modules(module) if target != name and _top_level(module, found)}
+        for name, module in modules.items()
+        if not module.is_package
+    }
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, "import cycle: " + " -> ".join((*trail, name))
+        if name not in done:
+            for target in sorted(graph.get(name, ())):
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+def _top_level(module: Module, found: Import) -> bool:
+    return any(
+        isinstance(node, ast.Import | ast.ImportFrom) and node.lineno == found.line for node in module.tree.body
+    )
+
+
+@pytest.mark.parametrize("where", ["p2pclaude", "tests"])
+def test_sizes(where: str) -> None:
+    """Modules stay under 500 lines, functions within 60 unless a reason stands at their head."""
+    problems = []
+    for module in package_modules().values() if where == "p2pclaude" else test_tree():
+        lines = module.source.splitlines()
+        if len(lines) >= MAX_MODULE_LINES:
+            problems.append(f"{module.path}: {len(lines)} lines")
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                head = lines[max(node.lineno - 2, 0) : node.body[0].lineno]
+                if length > MAX_FUNCTION_LINES and not any("# long: " in line for line in head):
+                    problems.append(f"{module.path}:{node.lineno}: {node.name} has {length} lines")
+    complain(problems)
+
+
+Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _public_definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, Documented]]:
+    for node in body:
+        if not isinstance(node, Documented) or node.name.startswith("_"):
+            continue
+        if isinstance(node, ast.FunctionDef) and any(_is_repeat(mark) for mark in node.decorator_list):
+            continue
+        yield prefix + node.name, node
+        if isinstance(node, ast.ClassDef):
+            yield from _public_definitions(node.body, f"{prefix}{node.name}.")
+
+
+def _is_repeat(decorator: ast.expr) -> bool:
+    """Tell a decorator under which the docstring stands elsewhere: overloads, and a property's setter."""
+    if isinstance(decorator, ast.Attribute):
+        return decorator.attr in ("setter", "deleter", "overload")
+    return isinstance(decorator, ast.Name) and decorator.id == "overload"
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    """Modules, classes, functions and methods whose names do not begin with an underscore."""
+    problems = []
+    for module in package_modules().values():
+        if not ast.get_docstring(module.tree):
+            problems.append(f"{module.path}: no module docstring")
+        for name, node in _public_definitions(module.tree.body):
+            if not ast.get_docstring(node):
+                problems.append(f"{module.path}:{node.lineno}: {name} has no docstring")
+    complain(problems)
+
+
+def test_no_module_is_named_after_the_standard_librarys() -> None:
+    """A module of such a name is confusing at best and shadows the other at worst."""
+    names = [*package_modules().values(), *test_tree()]
+    complain([str(module.path) for module in names if module.path.stem in sys.stdlib_module_names])
+
+
+def test_no_leftovers() -> None:
+    """No marks of unfinished work, and no test that is silently out of order."""
+    marks = ("TO" + "DO", "FIX" + "ME", "XX" + "X", "xf" + "ail")
+    problems = [
+        f"{module.path}:{number}: {mark}"
+        for module in (*package_modules().values(), *test_tree())
+        for number, line in enumerate(module.source.splitlines(), 1)
+        for mark in marks
+        if mark in line
+    ]
+    complain(problems)
+
+
+HEAVY = {"asyncio", "cryptography", "nacl", "cffi", "ifaddr", "ssl", "p2pclaude.hyperdht"}
+PROBE = """
+import contextlib, importlib, io, json, sys
+tool, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = "p2pclaude-" + tool
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    importlib.import_module("p2pclaude.cli." + tool).main()
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_is_light(tool: str, option: str) -> None:
+    """Help and version come at once: neither event loop nor cryptography is loaded for them."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, tool, option], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+    )
+    loaded = set(json.loads(done.stdout))
+    assert f"p2pclaude.cli.{tool}" in loaded
+    assert not loaded & HEAVY
