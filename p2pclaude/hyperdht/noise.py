@@ -154,7 +154,7 @@ class NoiseIK:
         Raises DecodeError for a peer key that is no usable point, RuntimeError out of turn.
         """
         self._check_turn(writing=True)
-        symmetric = copy(self._symmetric)
+        symmetric = copy(self._symmetric)  # committed by _advance when all went well
         message = (self._write_1 if self.is_initiator else self._write_2)(symmetric, payload)
         self._advance(symmetric)
         return message
@@ -167,10 +167,7 @@ class NoiseIK:
         """
         self._check_turn(writing=False)
         symmetric = copy(self._symmetric)
-        if self.is_initiator:
-            payload = self._read_2(symmetric, data)
-        else:
-            payload = self._read_1(symmetric, data)
+        payload = (self._read_2 if self.is_initiator else self._read_1)(symmetric, data)
         self._advance(symmetric)
         return payload
 
