@@ -1,0 +1,235 @@
+"""Request and response lines and the sealing of what they carry (pure).
+
+Stands between the bytes of a connection and `daemon` or `client`.
+
+    line      UTF-8 JSON, ended by a newline
+    request   {"id", "method", "params": SEALED}
+    response  {"id", "ok": true, "result": SEALED}  or  {"id", "ok": false, "error": TEXT}
+    SEALED    base64 of: version 0 (1 byte), nonce (12), AES-256-GCM ciphertext of JSON text, tag (16)
+
+Bytes come from strangers: every decoder here raises WireError and nothing else.
+
+What `get-output` hands out are the journal's envelopes, each `{"type", "data", "timestamp", "seq"}`; the types are
+named here because both ends must know them.
+"""
+
+import base64
+import binascii
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from p2pclaude.errors import WireError
+
+MAX_REQUEST_LINE = 8 * 1024 * 1024
+"""Longest line, in bytes, that the daemon reads."""
+MAX_RESPONSE_LINE = 96 * 1024 * 1024
+"""Longest line, in bytes, that a tool reads: a page holds one object at least, and Claude prints up to 64 MiB."""
+MAX_ID_CHARS = 256
+"""A request with a longer id is answered with UNKNOWN_ID."""
+
+UNKNOWN_ID = "unknown"
+"""The id of an answer to a line whose own id cannot be told."""
+WRONG_KEY = "Failed to decrypt params"
+"""The error in our daemon's answer to params that do not open: the other side holds another dataKey."""
+SESSION_NOT_FOUND = "Session not found"
+"""The error in the answer to `send-message` for an unknown session."""
+UNKNOWN_METHOD = "Unknown method: "
+"""What the error in the answer to an unknown method begins with; the name follows."""
+
+OUTPUT = "session-output"
+"""Envelope: `data` is one object that Claude printed. The only type that the TypeScript client knows."""
+MESSAGE = "message"
+"""Envelope: a message was accepted; `data` is what Claude gets, `messageId` the sender's own."""
+TURN = "turn"
+"""Envelope: the message with the seq `message` is handed to Claude; the next `result` object answers it."""
+
+_VERSION = 0
+_NONCE_BYTES = 12
+_TAG_BYTES = 16
+
+
+class LineTooLong(WireError):
+    """A line exceeded the cap; `lines` are those that were complete before it."""
+
+    def __init__(self, max_bytes: int, lines: list[bytes]) -> None:
+        super().__init__(f"a line is longer than {max_bytes} bytes")
+        self.lines = lines
+
+
+class SealError(WireError):
+    """Sealed text that this key does not open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request as it stands in its line: `params` is still sealed (None: left out)."""
+
+    id: str | int
+    method: str
+    params: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response as it stands in its line: `result` is still sealed (None: left out, which reads as {})."""
+
+    id: str | int
+    ok: bool
+    result: str | None = None
+    error: str | None = None
+
+
+def dump_json(value: object) -> bytes:
+    """Give compact UTF-8 JSON; text that UTF-8 cannot hold (lone surrogates) is escaped. Raises ValueError on NaN."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+def load_json(data: bytes | str) -> Any:
+    """Read JSON text (UTF-8 if bytes). Raises WireError on anything else, NaN and overly deep nesting included."""
+    try:
+        text = data if isinstance(data, str) else data.decode()
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise WireError("not valid JSON") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def seal(data_key: bytes, value: object) -> str:
+    """Seal any JSON value under the 32-byte data key."""
+    return seal_json(data_key, dump_json(value))
+
+
+def seal_json(data_key: bytes, text: bytes, *, nonce: bytes | None = None) -> str:
+    """Seal JSON text that stands ready as bytes; `nonce` (12 bytes) is random unless a test vector needs one."""
+    nonce = os.urandom(_NONCE_BYTES) if nonce is None else nonce
+    sealed = bytes([_VERSION]) + nonce + AESGCM(data_key).encrypt(nonce, text, None)
+    return base64.b64encode(sealed).decode()
+
+
+def unseal(data_key: bytes, text: str) -> Any:
+    """Open sealed text and give its JSON value.
+
+    Raises SealError if it is no sealed text or of another key, WireError if what it holds is not JSON.
+    """
+    try:
+        sealed = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise SealError("sealed text is not base64") from None
+    if len(sealed) < 1 + _NONCE_BYTES + _TAG_BYTES or sealed[0] != _VERSION:
+        raise SealError("sealed text has another form")
+    try:
+        plain = AESGCM(data_key).decrypt(sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :], None)
+    except InvalidTag:
+        raise SealError("sealed text does not open with this key") from None
+    return load_json(plain)
+
+
+def encode_request(request: Request) -> bytes:
+    """Give a request's line, newline included."""
+    body: dict[str, object] = {"id": request.id, "method": request.method}
+    if request.params is not None:
+        body["params"] = request.params
+    return dump_json(body) + b"\n"
+
+
+def decode_request(line: bytes) -> Request:
+    """Read a request's line. Raises WireError."""
+    body = _object(line)
+    method, params = body.get("method"), body.get("params")
+    if not isinstance(method, str):
+        raise WireError("the request names no method")
+    if params is not None and not isinstance(params, str):
+        raise WireError("params are not sealed text")
+    return Request(_id(body), method, params)
+
+
+def id_of_line(line: bytes) -> str | int:
+    """Give the id to answer a line with, whatever is wrong with it: its own, or UNKNOWN_ID. Never raises."""
+    try:
+        return _id(_object(line))
+    except WireError:
+        return UNKNOWN_ID
+
+
+def encode_response(response: Response) -> bytes:
+    """Give a response's line, newline included."""
+    body: dict[str, object] = {"id": response.id, "ok": response.ok}
+    if response.result is not None:
+        body["result"] = response.result
+    if response.error is not None:
+        body["error"] = response.error
+    return dump_json(body) + b"\n"
+
+
+def decode_response(line: bytes) -> Response:
+    """Read a response's line. Raises WireError."""
+    body = _object(line)
+    ok, result, error = body.get("ok"), body.get("result"), body.get("error")
+    if not isinstance(ok, bool):
+        raise WireError("the response does not say whether it is ok")
+    if result is not None and not isinstance(result, str):
+        raise WireError("the result is not sealed text")
+    return Response(_id(body), ok, result, None if error is None else str(error))
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    body = load_json(line)
+    if not isinstance(body, dict):
+        raise WireError("the line is not a JSON object")
+    return body
+
+
+def _id(body: dict[str, Any]) -> str | int:
+    value = body.get("id")
+    if isinstance(value, str) and len(value) <= MAX_ID_CHARS:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
+        return value
+    raise WireError("the line has no usable id")
+
+
+class LineBuffer:
+    """Cut a byte stream into lines, on bytes and before any decoding, so that a chunk may end within a character."""
+
+    def __init__(self, max_bytes: int = MAX_REQUEST_LINE) -> None:
+        self._max_bytes = max_bytes
+        self._parts: list[bytes] = []
+        self._pending = 0
+
+    @property
+    def pending(self) -> int:
+        """Give the number of bytes held of a line that is not complete yet."""
+        return self._pending
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take a chunk and give the lines that it completes, without their newlines.
+
+        Raises LineTooLong, which carries the lines complete before it; the buffer is of no use afterwards.
+        """
+        lines: list[bytes] = []
+        *ends, rest = data.split(b"\n")
+        for end in ends:
+            self._hold(end, lines)
+            lines.append(b"".join(self._parts))
+            self._parts, self._pending = [], 0
+        self._hold(rest, lines)
+        return lines
+
+    def _hold(self, part: bytes, complete: list[bytes]) -> None:
+        self._pending += len(part)
+        if self._pending > self._max_bytes:
+            self._parts = []
+            raise LineTooLong(self._max_bytes, complete)
+        if part:
+            self._parts.append(part)
