@@ -1,0 +1,316 @@
+"""Claude Code as a child process: where it is, how it is started, its stream-json, how it is ended.
+
+`session` stands above and journals what `ClaudeProcess` gives it, a line at a time; below is the only subprocess of the
+daemon. The CLI's behaviour was measured with `@anthropic-ai/claude-code` 2.1.197; most of it is not documented.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, cast
+
+from p2pclaude.errors import Unavailable, WireError
+from p2pclaude.wire import LineBuffer, LineTooLong, dump_json, load_json
+
+PERMISSION_MODES = ("default", "acceptEdits", "bypassPermissions", "plan")
+"""What `--permission-mode` may be."""
+MAX_LINE = 64 * 1024 * 1024
+"""Longest line, in bytes, that Claude may print; a longer one ends it. Lines of 3 MB were seen."""
+STOP_STEPS: tuple[tuple[signal.Signals | None, float], ...] = (
+    (None, 0.5),  # stdin is closed: an idle claude exits at once
+    (signal.SIGINT, 3.0),  # ends a running turn and its command, and gives a result
+    (signal.SIGTERM, 1.0),
+    (signal.SIGKILL, 2.0),
+)
+"""How a process is ended: a signal and the seconds to wait for its exit, in turn; 6.5 s at the worst."""
+
+_USUAL_PLACES = (
+    "/usr/local/bin",
+    "/opt/homebrew/bin",
+    "~/.npm-global/bin",
+    "~/node_modules/.bin",
+    "~/.claude/local",
+    "~/.local/bin",
+)
+_INSTALL_HINT = "install it with `npm install -g @anthropic-ai/claude-code`, or name it with --claude"
+_HIGH_WATER = 1024 * 1024
+_LAST_WORDS_BYTES = 4096
+_LINGER_SECONDS = 1.0
+_MESSAGE_NAMESPACE = uuid.UUID("8f1d2c0e-5f0b-4b5e-9a57-0d6f3f1c7f52")
+
+
+class ClaudeGone(Unavailable):
+    """The process has ended, or no longer reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to start: `claude_id` is the UUID that Claude knows the session by; with `resume` it has one already."""
+
+    executable: Path
+    directory: Path
+    permission_mode: str
+    claude_id: str
+    model: str | None = None
+    resume: bool = False
+
+    def command(self) -> list[str]:
+        """Give the command line; values from users stand in the equals form, so that none is read as a flag."""
+        words = [str(self.executable), "--output-format", "stream-json", "--input-format", "stream-json"]
+        words += ["--verbose", "--permission-mode", self.permission_mode]
+        words.append(f"--resume={self.claude_id}" if self.resume else f"--session-id={self.claude_id}")
+        if self.model is not None:
+            words.append(f"--model={self.model}")
+        return words
+
+
+def find_claude(explicit: str | None, environ: Mapping[str, str]) -> Path:
+    """Find the `claude` program: the one named, else on PATH, else in the usual places.
+
+    Raises Unavailable, with a hint, when there is none.
+    """
+    path = environ.get("PATH", os.defpath)
+    if explicit is not None:
+        if found := shutil.which(explicit, path=path):
+            return Path(found).absolute()
+        raise Unavailable(f"{explicit} is not a program that can be run", hint="check --claude")
+    if found := shutil.which("claude", path=path):
+        return Path(found).absolute()
+    home = environ.get("HOME")
+    for place in _USUAL_PLACES:
+        if place.startswith("~") and not home:
+            continue
+        candidate = Path(place.replace("~", home or "", 1)) / "claude"
+        if candidate.is_file() and os.access(candidate, os.X_OK):
+            return candidate
+    raise Unavailable("claude was not found on PATH or in the usual places", hint=_INSTALL_HINT)
+
+
+def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Give the environment for the child: ours, marked as the daemon's, without the mark of a surrounding Claude."""
+    child = {name: value for name, value in environ.items() if name != "CLAUDECODE"}
+    child["CLAUDE_CODE_ENTRYPOINT"] = "p2p-daemon"
+    return child
+
+
+def user_message(text: str, message_id: str) -> dict[str, Any]:
+    """Give the stream-json object for a message of the user.
+
+    Claude ignores a `uuid` that it has seen, so the same message id always gives the same one.
+    """
+    content = {"role": "user", "content": text}
+    return {"type": "user", "message": content, "uuid": _uuid_of(message_id)}
+
+
+def _uuid_of(message_id: str) -> str:
+    try:
+        return str(uuid.UUID(message_id))
+    except ValueError:
+        return str(uuid.uuid5(_MESSAGE_NAMESPACE, message_id.encode("utf-8", "replace").decode()))
+
+
+def decode_line(line: bytes) -> tuple[bytes, dict[str, Any]]:
+    """Read a line of Claude's stdout; give the JSON to keep, unchanged where it is an object, and the object.
+
+    Anything else (a stray print, half a line) is kept as `{"type": "unparsed", "text": …}`. Never raises.
+    """
+    try:
+        value = load_json(line)
+        if isinstance(value, dict):
+            return line.strip(), value
+    except WireError:
+        pass
+    value = {"type": "unparsed", "text": line.decode("utf-8", "replace")}
+    return dump_json(value), value
+
+
+class ClaudeProcess:
+    """One running `claude`. Its stdout is drained as long as someone iterates over the process; stderr always."""
+
+    def __init__(self, transport: asyncio.SubprocessTransport, protocol: "_Pipes") -> None:
+        self._transport = transport
+        self._pipes = protocol
+        self.pid = transport.get_pid()
+
+    @classmethod
+    async def start(cls, launch: Launch, environ: Mapping[str, str] | None = None) -> Self:
+        """Start the program in its directory, in a session of its own. Raises Unavailable if it cannot be run."""
+        environment = child_environment(os.environ if environ is None else environ)
+        try:
+            transport, protocol = await asyncio.get_running_loop().subprocess_exec(
+                _Pipes, *launch.command(), cwd=launch.directory, env=environment, start_new_session=True
+            )
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise Unavailable(f"{launch.executable} could not be started: {reason}") from error
+        return cls(transport, protocol)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Give each line of stdout as soon as it is complete, until stdout ends."""
+        while (line := await self._pipes.next_line()) is not None:
+            yield line
+
+    def write(self, value: Mapping[str, Any]) -> None:
+        """Hand one object to stdin. Raises ClaudeGone if the process does not read any more."""
+        stdin = self._stdin()
+        if stdin is None or stdin.is_closing() or self._pipes.exited.done():
+            raise ClaudeGone("claude has ended")
+        stdin.write(dump_json(value) + b"\n")
+
+    @property
+    def has_exited(self) -> bool:
+        """Tell whether the process is gone."""
+        return self._pipes.exited.done()
+
+    @property
+    def has_printed(self) -> bool:
+        """Tell whether a line of stdout has come."""
+        return self._pipes.printed.done()
+
+    async def wait(self) -> int:
+        """Wait for the exit and give its status; a negative one is a signal's number."""
+        return await asyncio.shield(self._pipes.exited)
+
+    async def settle(self, timeout: float) -> bool:
+        """Wait until it printed a line, exited, or `timeout` seconds passed; tell whether it still runs."""
+        signs: list[asyncio.Future[Any]] = [self._pipes.exited, self._pipes.printed]
+        await asyncio.wait(signs, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if self.has_exited:
+            # What it said stands in pipes that may not have been read yet.
+            await asyncio.wait([self._pipes.closed], timeout=timeout)
+        return not self.has_exited
+
+    def last_words(self) -> str:
+        """Give the end of what it wrote to stderr, at most 4 KiB."""
+        return bytes(self._pipes.stderr).decode("utf-8", "replace").strip()
+
+    async def stop(self, steps: tuple[tuple[signal.Signals | None, float], ...] = STOP_STEPS) -> int | None:
+        """End the process as `STOP_STEPS` says, and give its exit status; None if even SIGKILL did not end it.
+
+        Somebody must go on iterating meanwhile, or a full pipe holds the process up.
+        """
+        stdin = self._stdin()
+        if stdin is not None:
+            stdin.close()
+        for step, seconds in steps:
+            if step is not None:
+                self._signal(step)
+            done, _ = await asyncio.wait([self._pipes.exited], timeout=seconds)
+            if done:
+                return self._pipes.exited.result()
+        return None
+
+    def kill(self) -> None:
+        """End it at once, with whatever it started in its own process group."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.has_exited:
+            return
+        try:
+            # Only the last step goes to the whole group: on SIGINT claude ends its commands by itself.
+            if number == signal.SIGKILL:
+                os.killpg(self.pid, number)
+            else:
+                self._transport.send_signal(number)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    def _stdin(self) -> asyncio.WriteTransport | None:
+        return cast("asyncio.WriteTransport | None", self._transport.get_pipe_transport(0))
+
+
+class _Pipes(asyncio.SubprocessProtocol):
+    """The child's pipes: lines of stdout in a bounded queue, the end of stderr, and the exit.
+
+    Not asyncio's own streams: their `wait` may hang on a pipe that a grandchild holds open.
+    """
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[int] = loop.create_future()
+        self.printed: asyncio.Future[None] = loop.create_future()
+        self.closed: asyncio.Future[None] = loop.create_future()  # both stdout and stderr ended
+        self.stderr = bytearray()
+        self._buffer = LineBuffer(MAX_LINE)
+        self._lines: deque[bytes] = deque()
+        self._queued = 0
+        self._news = asyncio.Event()
+        self._open = {1, 2}
+        self._paused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.SubprocessTransport, transport)
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        if fd == 2:
+            self.stderr += data
+            del self.stderr[:-_LAST_WORDS_BYTES]
+            return
+        try:
+            self._queue(self._buffer.feed(data))
+        except LineTooLong as error:
+            self._queue(error.lines)
+            self.stderr += f"\n{error}".encode()
+            self._buffer = LineBuffer(MAX_LINE)
+            os.killpg(self._transport.get_pid(), signal.SIGKILL)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd == 1 and self._buffer.pending:
+            self._queue(self._buffer.feed(b"\n"))
+        self._open.discard(fd)
+        self._news.set()
+        if not self._open and not self.closed.done():
+            self.closed.set_result(None)
+
+    def process_exited(self) -> None:
+        status = self._transport.get_returncode()
+        self.exited.set_result(-signal.SIGKILL if status is None else status)
+        asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._abandon)
+
+    async def next_line(self) -> bytes | None:
+        """Give the next line, or None when stdout has ended and nothing is left."""
+        while not self._lines:
+            if 1 not in self._open:
+                return None
+            self._news.clear()
+            await self._news.wait()
+        line = self._lines.popleft()
+        self._queued -= len(line)
+        if self._paused and self._queued < _HIGH_WATER:
+            self._pause(False)
+        return line
+
+    def _queue(self, lines: list[bytes]) -> None:
+        lines = [line for line in lines if line.strip()]
+        self._lines.extend(lines)
+        self._queued += sum(map(len, lines))
+        if lines:
+            self._news.set()
+            if not self.printed.done():
+                self.printed.set_result(None)
+        if self._queued >= _HIGH_WATER and not self._paused:
+            self._pause(True)
+
+    def _pause(self, paused: bool) -> None:
+        self._paused = paused
+        stdout = cast("asyncio.ReadTransport | None", self._transport.get_pipe_transport(1))
+        if stdout is not None and 1 in self._open:
+            (stdout.pause_reading if paused else stdout.resume_reading)()
+
+    def _abandon(self) -> None:
+        # A command that claude left behind may hold its pipes for ever; what claude printed is read by now,
+        # unless the queue is full, and then it is looked at again.
+        if self._paused:
+            asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._abandon)
+            return
+        for fd in (1, 2):
+            pipe = self._transport.get_pipe_transport(fd)
+            if pipe is not None:
+                pipe.close()

@@ -1,0 +1,117 @@
+"""The daemon's log: one JSON object a line on stdout, made for `jq` and for a service manager's journal.
+
+    {"time": "2026-01-02T03:04:05.678Z", "level": "info", "event": "session-spawned", "session": "…", …}
+
+Event names are stable and listed in `Event`. Values are text, numbers, booleans and lists of them: never a key, a
+pairing URL, a message or Claude's output.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TextIO
+
+
+class Event(StrEnum):
+    """Every event that the daemon logs. The text after each says what its fields are."""
+
+    STARTED = "daemon-started"
+    """The daemon serves: version, pid, public_key (first 8 digits), data_dir, root_dir, network, address, claude."""
+    STOPPING = "daemon-stopping"
+    """A signal came: signal, sessions."""
+    STOPPED = "daemon-stopped"
+    """The ordered shutdown is over: seconds."""
+    WARNING = "warning"
+    """Something was put right or needs a person: message, hint."""
+    CONNECTED = "connection-opened"
+    """Somebody connected: connection (a number), peer (first 8 digits of the key), address, how."""
+    PROVEN = "connection-proven"
+    """The connection's first request opened with the data key: connection."""
+    DISCONNECTED = "connection-closed"
+    """A connection is over: connection, reason, requests."""
+    REFUSED = "connection-refused"
+    """A connection was dropped for a limit: connection, reason."""
+    REQUEST = "request"
+    """Debug: a request was answered: connection, method, seconds, ok."""
+    BAD_LINE = "bad-line"
+    """A line was no valid request: connection, reason."""
+    SPAWNED = "session-spawned"
+    """Claude runs for a new session: session, pid, directory, permission_mode, model."""
+    RESUMED = "session-resumed"
+    """Claude runs again for a session: session, pid, directory, permission_mode, model."""
+    SPAWN_FAILED = "session-spawn-failed"
+    """Claude could not be started: session, error."""
+    MESSAGE = "message-accepted"
+    """A message is in the journal: session, seq."""
+    TURN = "turn-started"
+    """A message was handed to Claude: session, seq."""
+    TURN_ENDED = "turn-ended"
+    """Claude gave a result: session, seq, is_error."""
+    PAUSED = "session-paused"
+    """Output waits for room on the disk: session, error."""
+    UNPAUSED = "session-continued"
+    """Output is written again: session."""
+    ENDED = "session-ended"
+    """Claude is gone: session, state, exit_status, error."""
+    ANNOUNCED = "presence-refreshed"
+    """Debug: the announcement was refreshed: reason."""
+    ADDRESSES = "addresses-changed"
+    """The host's addresses changed: addresses."""
+    RECORD_STORED = "record-stored"
+    """Debug: the session record is in the DHT: seq, sessions, omitted."""
+    RECORD_FAILED = "record-failed"
+    """The session record could not be stored: error."""
+    ERROR = "internal-error"
+    """A defect: where, error. Please report it."""
+
+
+_DEBUG_EVENTS = frozenset({Event.REQUEST, Event.ANNOUNCED, Event.RECORD_STORED})
+_ERROR_EVENTS = frozenset({Event.ERROR, Event.SPAWN_FAILED, Event.RECORD_FAILED, Event.PAUSED})
+_WARNING_EVENTS = frozenset({Event.WARNING, Event.REFUSED, Event.BAD_LINE})
+
+Field = str | int | float | bool | None | list[str]
+
+
+class Log:
+    """Writes events to a stream, each line flushed; a stream that is closed ends the log and nothing else."""
+
+    def __init__(self, stream: TextIO | None = None, *, debug: bool = False) -> None:
+        self._stream: TextIO | None = sys.stdout if stream is None else stream
+        self._debug = debug
+
+    def __call__(self, event: Event, **fields: Field) -> None:
+        """Log an event with its fields; fields that are None are left out. Never raises for the stream's sake."""
+        level = _level(event)
+        if self._stream is None or (level == "debug" and not self._debug):
+            return
+        line: dict[str, Field] = {"time": _now(), "level": level, "event": event.value}
+        line |= {name: value for name, value in fields.items() if value is not None}
+        try:
+            self._stream.write(json.dumps(line) + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):  # ValueError: the stream object itself is closed
+            self._stream = None
+
+
+def wants_debug(environ: Mapping[str, str]) -> bool:
+    """Tell whether DEBUG in the environment asks for debug events (set, and neither empty nor 0)."""
+    return environ.get("DEBUG", "") not in ("", "0")
+
+
+def short(key: bytes) -> str:
+    """Give the first 8 hexadecimal digits of a public key: enough to tell peers apart."""
+    return key[:4].hex()
+
+
+def _level(event: Event) -> str:
+    if event in _DEBUG_EVENTS:
+        return "debug"
+    if event in _ERROR_EVENTS:
+        return "error"
+    return "warning" if event in _WARNING_EVENTS else "info"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
