@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from itertools import product
@@ -152,7 +153,13 @@ def test_swallowed_exceptions_fail() -> None:
         await asyncio.sleep(1)
         del task
 
-    for main in (in_callback, in_socket, in_task):
+    async def in_log() -> None:
+        try:
+            raise ValueError("caught")
+        except ValueError:
+            logging.getLogger("p2pclaude.test").exception("a handler failed")
+
+    for main in (in_callback, in_socket, in_task, in_log):
         with pytest.raises(SimulationError, match="swallowed") as caught:
             run(main())
         assert isinstance(caught.value.__cause__, ValueError)
@@ -203,7 +210,7 @@ def test_addresses_ports_and_errors_of_bind() -> None:
         net = SimNetwork(1)
         host = net.host("10.0.0.1", "10.0.0.2")
         assert net.host("10.0.0.2") is host
-        assert host.interfaces() == ["10.0.0.1", "10.0.0.2"]
+        assert host.interfaces() == ["127.0.0.1", "10.0.0.1", "10.0.0.2"]
         first = await Inbox.bind(host, 5000, "10.0.0.1")
         await Inbox.bind(host, 5000, "10.0.0.2")
         for address in ("0.0.0.0", "10.0.0.1"):
@@ -339,7 +346,7 @@ def test_a_host_changes_its_address_and_its_network() -> None:
         inbox.socket.send([b"x"], ("10.0.0.2", 9))
         await asyncio.sleep(1)
         assert other.sources[1] == ("203.0.113.1", 9)
-        assert laptop.interfaces() == ["192.168.1.2"]
+        assert laptop.interfaces() == ["127.0.0.1", "192.168.1.2"]
 
     run(main())
 

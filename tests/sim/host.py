@@ -38,8 +38,8 @@ class Host(Node):
         return bound
 
     def interfaces(self) -> list[str]:
-        """Return the host's addresses, without loopback."""
-        return list(self.addresses)
+        """Return the host's addresses, loopback first."""
+        return ["127.0.0.1", *self.addresses]
 
     async def resolve(self, host: str) -> str:
         """Return the address of a name in `world.names`; an address is its own. Raises OSError for others."""

@@ -8,6 +8,7 @@ end), so a seed replays exactly.
 import asyncio
 import gc
 import heapq
+import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, NoReturn, TypeVar
@@ -157,6 +158,18 @@ def _await_chain(task: "asyncio.Task[Any]") -> list[str]:
     return steps
 
 
+class _ErrorLog(logging.Handler):
+    """Takes what the code under test caught and logged as an error: in a test that is a failure."""
+
+    def __init__(self, loop: SimLoop) -> None:
+        super().__init__(logging.ERROR)
+        self.loop = loop
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        self.loop.swallowed.append({"message": f"logged: {record.getMessage()}", "exception": error})
+
+
 def run(
     main: Coroutine[Any, Any, T],
     *,
@@ -167,17 +180,20 @@ def run(
 ) -> T:
     """Run `main` in virtual time and return its result; fail on what it leaves behind.
 
-    A task still running when `main` returns, an exception nobody saw (in a callback or in a task never awaited)
-    and, with `check_timers`, a timer still scheduled are SimulationErrors. `seed` is only printed, and noted on
+    A task still running when `main` returns, an exception nobody saw (in a callback, in a task never awaited, or
+    logged as an error) and, with `check_timers`, a timer still scheduled are SimulationErrors. `seed` is only printed, and noted on
     the error, when it fails.
     """
     loop = SimLoop(time_limit=time_limit, wall_limit=wall_limit)
+    error_log = _ErrorLog(loop)
+    logging.getLogger().addHandler(error_log)
     try:
         try:
             return _run(loop, main, check_timers)
         finally:
             _cancel_all(loop)
             loop.close()
+            logging.getLogger().removeHandler(error_log)
     except BaseException as error:
         if seed is not None:
             print(f"simulation failed with seed {seed} at {loop.now:.6f} s of virtual time")
