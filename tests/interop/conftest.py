@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from interop.harness import Peer, Peers, missing_node, peers_on, real_claude
 
 _groups: list[Peers] = []

@@ -8,6 +8,7 @@ its stdin. The text decides: `BIG:N` answers with N bytes, `EXIT:N` ends with st
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -18,7 +19,8 @@ def say(**fields: Any) -> None:
 
 def turn(text: str) -> None:
     """Answer one message."""
-    say(type="system", subtype="init", cwd=os.getcwd(), argv=sys.argv[1:], entry=os.environ["CLAUDE_CODE_ENTRYPOINT"])
+    entry = os.environ["CLAUDE_CODE_ENTRYPOINT"]
+    say(type="system", subtype="init", cwd=str(Path.cwd()), argv=sys.argv[1:], entry=entry)
     if text.startswith("EXIT:"):
         sys.exit(int(text[5:]))
     answer = "z" * int(text[4:]) if text.startswith("BIG:") else f"echo: {text}"

@@ -1,4 +1,4 @@
-"""Processes that the interoperability tests drive: started in a group of their own, spoken to in JSON lines, always ended.
+"""Processes of the interoperability tests: started in a group of their own, spoken to in JSON lines, always ended.
 
 Every peer, in Node (`node/*.js`) or Python (`python/*.py`), takes its configuration as one JSON argument, prints
 `{"event": ...}` lines and obeys `{"cmd": ...}` lines. The end of its stdin makes it clean up and leave.

@@ -1,12 +1,10 @@
 """The Node side against itself: what the other interoperability tests stand on."""
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
-
 from interop.harness import HERE, Event, Peer, Peers
 
 FAKE_CLAUDE = [sys.executable, str(HERE / "fake_claude.py")]
@@ -14,10 +12,10 @@ SEED = "07" * 32
 
 
 def test_the_network_is_persistent_and_holds_an_announcement(testnet: Peer, peers: Peers) -> None:
-    server = peers.start("node", "server")
-    target = hashlib.blake2b(bytes.fromhex(server.ready["publicKey"]), digest_size=32).hexdigest()
-    assert len(testnet.ready["nodes"]) == 6
-    assert len(testnet.ask("holders", target=target)["nodes"]) >= 3
+    server, asker = peers.start("node", "server"), peers.start("node", "records")
+    nodes = testnet.ready["nodes"]
+    assert len(nodes) == 6
+    assert len(asker.ask("holders", publicKey=server.ready["publicKey"], nodes=nodes)["nodes"]) >= 3
 
 
 @pytest.mark.parametrize("job", ["echo", "sink", "source"])

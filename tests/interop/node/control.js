@@ -9,6 +9,9 @@ const { createHash } = require('crypto')
 const readline = require('readline')
 const HyperDHT = require('hyperdht')
 
+// A peer that vanished may never answer a goodbye; nobody waits longer for it.
+const GOODBYE_MS = 2000
+
 const config = JSON.parse(process.argv[2] || '{}')
 
 function emit(event, fields = {}) {
@@ -21,7 +24,7 @@ function serveCommands(handlers, cleanUp) {
   let leaving = null
   const leave = () => {
     if (!leaving) leaving = Promise.resolve(cleanUp()).catch(report).then(() => process.exit(0))
-    setTimeout(() => process.exit(3), 8000).unref()
+    setTimeout(() => process.exit(0), GOODBYE_MS).unref()
   }
   lines.on('line', (line) => {
     const command = JSON.parse(line)

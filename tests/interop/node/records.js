@@ -7,6 +7,7 @@
 //   announce {target, seed}   unannounce {target, seed}   lookup {target} -> {peers: [publicKey, ...]}
 //   find-peer {publicKey} -> {peers: [...], nodes: ["host:port", ...]}
 //   ask-mutable-put {node: "host:port", seed, value, seq} -> {error}: one node's own answer to a put, its error code kept
+//   holders {publicKey, nodes: ["host:port", ...]} -> {nodes}: those that answer FIND_PEER from their own store
 //   where -> {address, persistent}
 
 const c = require('compact-encoding')
@@ -14,10 +15,12 @@ const messages = require('hyperdht/lib/messages')
 const Persistent = require('hyperdht/lib/persistent')
 const { HyperDHT, config, emit, keyPairOf, openNode, serveCommands } = require('./control')
 
+const FIND_PEER = 2
 const MUTABLE_PUT = 6
 const MUTABLE_GET = 7
 const dht = openNode(config.persistent ? { ephemeral: false, firewalled: false } : {})
 const bytes = (hex) => Buffer.from(hex, 'hex')
+const addressOf = (node) => ({ host: node.split(':')[0], port: Number(node.split(':')[1]) })
 const hex = (buffer) => Buffer.from(buffer).toString('hex')
 
 const handlers = {
@@ -62,8 +65,7 @@ const handlers = {
     return { peers: [...peers], nodes: [...nodes] }
   },
   async 'ask-mutable-put'({ node, seed, value, seq }) {
-    const [host, port] = node.split(':')
-    const to = { host, port: Number(port) }
+    const to = addressOf(node)
     const keyPair = keyPairOf(seed)
     const target = HyperDHT.hash(keyPair.publicKey)
     const zero = c.encode(c.uint, 0)
@@ -73,6 +75,12 @@ const handlers = {
     const request = { command: MUTABLE_PUT, target, token, value: c.encode(messages.mutablePutRequest, put) }
     const reply = await dht.request(request, to)
     return { error: reply.error }
+  },
+  async holders({ publicKey, nodes }) {
+    const target = HyperDHT.hash(bytes(publicKey))
+    const ask = (node) => dht.request({ command: FIND_PEER, target, value: null }, addressOf(node))
+    const replies = await Promise.all(nodes.map(ask))
+    return { nodes: nodes.filter((_, i) => replies[i].value) }
   },
   async where() {
     const { host, port } = dht.address()

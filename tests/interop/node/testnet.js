@@ -2,14 +2,12 @@
 // A DHT network of its own in one process: config {size}, every node persistent, all on 127.0.0.1.
 //
 // events:   ready {bootstrap: ["host:port"], nodes: ["host:port", ...]}
-// commands: holders {target} -> holders {nodes}: the nodes that answer FIND_PEER for target from their own store
-//           kill {index}    -> killed: destroy one node without a goodbye
+// commands: kill {index} -> killed: destroy one node without a goodbye
 
 const dgram = require('dgram')
 const { HyperDHT, config, emit, openNode, serveCommands } = require('./control')
 
 const HOST = '127.0.0.1'
-const FIND_PEER = 2
 const nodes = []
 
 async function main() {
@@ -41,18 +39,6 @@ function freePort() {
   })
 }
 
-async function holders({ target }) {
-  const asker = openNode({ ephemeral: true })
-  const found = []
-  for (const node of nodes) {
-    const to = { host: HOST, port: node.address().port }
-    const reply = await asker.request({ command: FIND_PEER, target: Buffer.from(target, 'hex'), value: null }, to)
-    if (reply.value) found.push(nameOf(node))
-  }
-  await asker.destroy()
-  emit('holders', { nodes: found })
-}
-
 async function kill({ index }) {
   await nodes[index].destroy({ force: true })
   emit('killed', { index })
@@ -62,5 +48,5 @@ async function cleanUp() {
   await Promise.allSettled(nodes.map((node) => node.destroy({ force: true })))
 }
 
-serveCommands({ holders, kill }, cleanUp)
+serveCommands({ kill }, cleanUp)
 main()
