@@ -181,8 +181,8 @@ def run(
     """Run `main` in virtual time and return its result; fail on what it leaves behind.
 
     A task still running when `main` returns, an exception nobody saw (in a callback, in a task never awaited, or
-    logged as an error) and, with `check_timers`, a timer still scheduled are SimulationErrors. `seed` is only printed, and noted on
-    the error, when it fails.
+    logged as an error) and, with `check_timers`, a timer still scheduled are SimulationErrors. `seed` is only
+    printed, and noted on the error, when it fails.
     """
     loop = SimLoop(time_limit=time_limit, wall_limit=wall_limit)
     error_log = _ErrorLog(loop)

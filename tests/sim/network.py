@@ -29,8 +29,8 @@ class SimNetwork(World):
         assert isinstance(node, Host)
         return node
 
-    def hosts(self, count: int, prefix: str = "10.1") -> list[Host]:
-        """Return `count` public hosts with an address each under `prefix`, a dotted pair."""
+    def hosts(self, count: int, prefix: str = "5.1") -> list[Host]:
+        """Return `count` public hosts with an address each under `prefix`, a dotted pair (globally routable)."""
         return [self.host(f"{prefix}.{i // 250}.{i % 250 + 1}") for i in range(count)]
 
     def nat(
