@@ -120,7 +120,7 @@ class IncomingRequest:
 class OutgoingRequest:
     """A request on its way: `future` gives the `Reply` or raises; `cancel` forgets it at once.
 
-    `on_slow` is called once when the first send has not been answered in time.
+    `on_resend` is called whenever the last of `sends` sends has not been answered in time and another one follows.
     """
 
     __slots__ = (
@@ -130,7 +130,7 @@ class OutgoingRequest:
         "first_sent",
         "future",
         "internal",
-        "on_slow",
+        "on_resend",
         "retries",
         "sends",
         "socket",
@@ -150,7 +150,7 @@ class OutgoingRequest:
         self.to = to
         self.command = command
         self.future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self.on_slow: Callable[[OutgoingRequest], None] | None = None
+        self.on_resend: Callable[[OutgoingRequest], None] | None = None
         self.internal = False
         self.target: bytes | None = None
         self.socket: Socket | None = None

@@ -67,8 +67,7 @@ class Rpc:
         self.closest: Callable[[bytes], Sequence[Address]] = _no_nodes
         self.on_request: Callable[[IncomingRequest, bool], None] = _ignore
         self.on_response: Callable[[Reply, bool], None] = _ignore
-        self.on_timeout: Callable[[Address], None] = _ignore
-        self.on_datagram: Callable[[Socket, Address], None] | None = None  # watches sources, for the firewall test
+        self.on_timeout: Callable[[OutgoingRequest], None] = _ignore
         self.stats = RpcStats()
         self.timeouts = AdaptiveTimeouts(rng)
         self._tokens = TokenJar(rng)
@@ -167,14 +166,14 @@ class Rpc:
         socket: Socket | None = None,
         retries: int = DEFAULT_RETRIES,
         timeout: float | None = None,
-        on_slow: Callable[[OutgoingRequest], None] | None = None,
+        on_resend: Callable[[OutgoingRequest], None] | None = None,
     ) -> OutgoingRequest:
         """Begin what `request` awaits. Raises Suspended or Destroyed at once; all else comes through the future."""
         if self._closed is not None:
             raise self._closed()
         call = OutgoingRequest(self, to, command, value, token)
         call.internal, call.target, call.socket = internal, target, socket
-        call.retries, call.timeout, call.on_slow = retries, timeout, on_slow
+        call.retries, call.timeout, call.on_resend = retries, timeout, on_resend
         call.encode(0, self.identity)  # a malformed argument is the caller's error, not the network's
         self._calls.add(call)
         self.stats.requests += 1
@@ -254,19 +253,22 @@ class Rpc:
 
     def _on_timer(self, call: OutgoingRequest) -> None:
         call.timer = None
-        if call.sends == 1 and call.on_slow is not None:
-            call.on_slow(call)
-            if call.future.done():
-                return
         if call.sends <= call.retries:
-            self.stats.retries += 1
-            self._submit(call)
+            self._resend(call)
             return
         self.stats.timeouts += 1
         self.forget(call)
         if not call.future.done():
             call.future.set_exception(Timeout(f"no answer after {call.sends} requests"))
-        self.on_timeout(call.to)
+        self.on_timeout(call)
+
+    def _resend(self, call: OutgoingRequest) -> None:
+        if call.on_resend is not None:
+            call.on_resend(call)
+            if call not in self._calls:
+                return
+        self.stats.retries += 1
+        self._submit(call)
 
     def _watch_window(self) -> None:
         if self._rotation is None:
@@ -297,8 +299,6 @@ class Rpc:
         except DecodeError:
             self.stats.garbage += 1
             return
-        if self.on_datagram is not None:
-            self.on_datagram(socket, source)
         external = socket is not (self.client_socket if self.firewalled else self.server_socket)
         try:
             if isinstance(message, Request):
