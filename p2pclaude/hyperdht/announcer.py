@@ -1,0 +1,179 @@
+"""Keeps a server findable: announces it to the nodes closest to its key, again and again (ring 2).
+
+The nodes that store the announcement become the server's relays: clients find one of them by FIND_PEER and send their
+handshake through it. Source: hyperdht lib/announcer.js. Beyond it: the announcement is re-made at once when a pong
+shows that our address moved, and failed cycles are retried soon.
+"""
+
+import asyncio
+import logging
+from typing import Final
+
+from .constants import Command, InternalCommand
+from .crypto import NS_ANNOUNCE, NS_UNANNOUNCE, KeyPair, announce_signable, sign
+from .crypto import hash as blake2b
+from .encoding import Address
+from .errors import HyperDHTError
+from .handshakes import RelayedPath
+from .messages import Announce, Peer, encode_announce, encode_peer
+from .node import Node
+from .requests import Reply
+
+log = logging.getLogger(__name__)
+
+RELAYS: Final = 3
+PING_INTERVAL: Final = 3.0  # also keeps a NAT's mapping towards the relays open
+CYCLE_INTERVAL: Final = 300.0  # nodes forget after 13 minutes at the earliest
+CYCLE_TIMEOUT: Final = 60.0
+DRIFT_INTERVAL: Final = 10.0
+FIRST_RETRY: Final = 1.0
+LAST_RETRY: Final = 30.0
+
+
+class Announcer:
+    """The announcements of one key pair."""
+
+    def __init__(self, node: Node, key_pair: KeyPair) -> None:
+        self._node = node
+        self._key_pair = key_pair
+        self._target = blake2b(key_pair.public_key)
+        self.record = encode_peer(Peer(key_pair.public_key))
+        """What nodes store: the key without relays, as those travel in the handshake."""
+        self.relays: tuple[RelayedPath, ...] = ()
+        """The nodes that store the announcement, each with our address as it sees us."""
+        self._former: tuple[Address, ...] = ()  # relays of the last cycles: still known to some clients
+        self._closest: tuple[Address, ...] = ()
+        self._wanted = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._last_drift = float("-inf")
+
+    @property
+    def relay_addresses(self) -> tuple[Address, ...]:
+        """Where clients should ask first: ourselves when open, then the relays; three at most."""
+        own = self._node.remote_address()
+        first = () if own is None else (own,)
+        return (first + tuple(path.relay_address for path in self.relays))[:RELAYS]
+
+    def is_relay(self, address: Address) -> bool:
+        """Tell whether a node stores one of our last announcements."""
+        return any(path.relay_address == address for path in self.relays) or address in self._former
+
+    async def start(self) -> None:
+        """Announce and go on doing so; returns after the first attempt, whether it succeeded or not."""
+        succeeded = await self._guarded_cycle()
+        self._task = asyncio.create_task(self._run(succeeded))
+
+    def refresh(self) -> None:
+        """Announce anew as soon as possible."""
+        self._wanted.set()
+
+    async def stop(self) -> None:
+        """Stop announcing and take back what the relays store."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            self._task = None
+        relays, self.relays = self.relays, ()
+        await asyncio.gather(*(self._unannounce(path.relay_address) for path in relays))
+
+    async def _run(self, succeeded: bool) -> None:
+        retry = FIRST_RETRY
+        while True:
+            if succeeded:
+                retry = FIRST_RETRY
+                await self._keep_alive()
+            else:
+                await self._pause(retry)
+                retry = min(2 * retry, LAST_RETRY)
+            self._wanted.clear()
+            succeeded = await self._guarded_cycle()
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, or until a refresh is wanted."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wanted.wait()
+        except TimeoutError:
+            pass
+
+    async def _keep_alive(self) -> None:
+        """Ping the relays until the announcement is old, some of them are gone, or our address moved."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + CYCLE_INTERVAL
+        while loop.time() < until and not self._wanted.is_set():
+            await self._pause(PING_INTERVAL)
+            pongs = await asyncio.gather(*(self._ping(path) for path in self.relays))
+            if not all(pongs):
+                return
+
+    async def _ping(self, path: RelayedPath) -> bool:
+        """Tell whether a relay still answers and still sees us where handshakes will be sent."""
+        try:
+            reply = await self._node.rpc.request(path.relay_address, InternalCommand.PING, internal=True)
+        except HyperDHTError:
+            return False
+        return reply.to == path.peer_address or not self._may_follow_drift()
+
+    def _may_follow_drift(self) -> bool:
+        # A NAT that changes the mapping with every packet must not keep us announcing.
+        now = asyncio.get_running_loop().time()
+        if now - self._last_drift < DRIFT_INTERVAL:
+            return False
+        self._last_drift = now
+        return True
+
+    async def _guarded_cycle(self) -> bool:
+        try:
+            async with asyncio.timeout(CYCLE_TIMEOUT):
+                return await self._cycle()
+        except (HyperDHTError, TimeoutError, OSError) as error:
+            log.debug("announcing failed: %s", error)
+        except Exception:  # this loop must outlive any bug below it
+            log.exception("announcing failed")
+        return False
+
+    async def _cycle(self) -> bool:
+        query = self._node.query(Command.FIND_PEER, self._target, nodes=self._closest or None)
+        await query.finished()
+        replies = [reply for reply in query.closest_replies if reply.token is not None]
+        self._closest = tuple(reply.source for reply in replies)
+        announced = await asyncio.gather(*(self._announce(reply) for reply in replies[:RELAYS]))
+        relays = tuple(path for path in announced if path is not None)
+        gone = {path.relay_address for path in self.relays} - {path.relay_address for path in relays}
+        self._former = (*gone, *self._former)[: 2 * RELAYS]
+        self.relays = relays
+        await asyncio.gather(*(self._unannounce(address) for address in gone))
+        # Without another node there is nobody to announce to; whoever asks us directly is answered all the same.
+        return bool(relays) or not self._node.firewalled
+
+    async def _announce(self, reply: Reply) -> RelayedPath | None:
+        try:
+            answer = await self._node.rpc.request(
+                reply.source,
+                Command.ANNOUNCE,
+                target=self._target,
+                token=reply.token,
+                value=lambda token: self._signed(NS_ANNOUNCE, reply.id, token),
+            )
+        except HyperDHTError:
+            return None
+        return None if answer.error else RelayedPath(reply.source, answer.to)
+
+    async def _unannounce(self, address: Address) -> None:
+        try:
+            reply = await self._node.rpc.request(address, Command.FIND_PEER, target=self._target, retries=1)
+            if reply.token is not None and reply.id is not None and reply.value is not None:
+                await self._node.rpc.request(
+                    address,
+                    Command.UNANNOUNCE,
+                    target=self._target,
+                    token=reply.token,
+                    value=lambda token: self._signed(NS_UNANNOUNCE, reply.id, token),
+                    retries=1,
+                )
+        except HyperDHTError:
+            pass  # it will forget us by itself
+
+    def _signed(self, namespace: bytes, node_id: bytes | None, token: bytes) -> bytes:
+        signable = announce_signable(self._target, node_id or b"", token, self.record, None, namespace)
+        return encode_announce(Announce(Peer(self._key_pair.public_key), signature=sign(self._key_pair, signable)))

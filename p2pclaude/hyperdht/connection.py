@@ -1,0 +1,265 @@
+"""An encrypted connection: what `connect` gives and a server's handler gets (ring 2).
+
+Between a UDX stream and the application stands the secret stream: bytes written here are sealed into frames and
+handed to `streams`; packets that come back are opened and wait here to be read. What nobody reads keeps the peer's
+send window shut.
+"""
+
+import asyncio
+from collections import deque
+from typing import Final, Self
+
+from .encoding import Address
+from .errors import ConnectionClosed, DecodeError
+from .noise import NoiseIK
+from .secretstream import SecretStream
+from .streams import Stream
+
+READ_BYTES: Final = 65536
+READ_HIGH_WATER: Final = 1 << 20  # unread plaintext above which the peer's window is no longer opened
+WRITE_HIGH_WATER: Final = 1 << 20  # bytes not acknowledged above which write() waits
+WRITE_CHUNK: Final = 256 << 10  # sealed at a time, so that a large write neither doubles in memory nor holds the loop
+CLOSE_TIMEOUT: Final = 3.0
+
+_REASONS: Final = {
+    "ECONNRESET": "the peer broke the connection off",
+    "ETIMEDOUT": "the peer does not answer any more",
+}
+
+
+class Connection:
+    """A reliable, ordered, encrypted byte stream to the holder of a public key.
+
+    Use it as a context manager, or call `close`. One task may read while others write; what one call of `write`
+    carries stays together.
+    """
+
+    def __init__(
+        self, stream: Stream, public_key: bytes, remote_public_key: bytes, *, is_initiator: bool, keep_alive: float
+    ) -> None:
+        self.public_key = public_key
+        """The own public key, 32 bytes."""
+        self.remote_public_key = remote_public_key
+        """The peer's public key, 32 bytes: proven by the handshake."""
+        self.is_initiator = is_initiator
+        """Whether this side called `connect`."""
+        self.how = "direct"
+        """The way the packets take: `direct`, `punched` (through NATs) or `relayed`."""
+        self._stream = stream
+        self._secret: SecretStream | None = None
+        self._early: list[bytes] = []  # raw bytes that came before the handshake was through
+        self._chunks: deque[bytes] = deque()
+        self._unread = 0
+        self._withheld = 0  # received raw bytes not yet given back to the peer's window
+        self._messages: deque[bytes] = deque(maxlen=256)
+        self._eof = False
+        self._ended = False
+        self._error: ConnectionClosed | None = None
+        self._readable = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._write_lock = asyncio.Lock()
+        self._closed = asyncio.Event()
+        self._opened = asyncio.Event()
+        self._keep_alive = keep_alive
+        self._keep_alive_timer: asyncio.TimerHandle | None = None
+        self._last_write = 0.0
+        stream.handler = self
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    @property
+    def remote_address(self) -> Address | None:
+        """Where packets go at present; None before the first."""
+        return self._stream.address
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection has ended or broken."""
+        return self._closed.is_set()
+
+    @property
+    def rtt(self) -> float | None:
+        """The smoothed round trip in seconds; None before the first measurement."""
+        return self._stream.core.srtt
+
+    async def read(self, max_bytes: int = READ_BYTES) -> bytes:
+        """Return between 1 and `max_bytes` bytes as soon as there are any, or b"" at the peer's end.
+
+        Raises ConnectionClosed when the connection broke, once everything received before is read.
+        """
+        while not self._chunks:
+            if self._error is not None:
+                raise self._error
+            if self._eof:
+                return b""
+            self._readable.clear()
+            await self._readable.wait()
+        data = self._chunks.popleft()
+        if len(data) > max_bytes:
+            self._chunks.appendleft(data[max_bytes:])
+            data = data[:max_bytes]
+        self._unread -= len(data)
+        if self._withheld and self._unread <= READ_HIGH_WATER // 2:
+            self._stream.consume(self._withheld)
+            self._withheld = 0
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """Send bytes; returns when the send window has room for more.
+
+        Raises ConnectionClosed when the connection is closed or breaks in the meantime.
+        """
+        async with self._write_lock:
+            for start in range(0, len(data), WRITE_CHUNK):
+                self._send(data[start : start + WRITE_CHUNK])
+                while self._stream.core.buffered > WRITE_HIGH_WATER and not self.closed:
+                    self._drained.clear()
+                    await self._drained.wait()
+                if self.closed:
+                    raise self._error or ConnectionClosed("the connection is closed")
+
+    async def write_eof(self) -> None:
+        """End the own side: the peer reads to the end, and may go on writing."""
+        async with self._write_lock:
+            self._end()
+
+    def send_message(self, data: bytes) -> None:
+        """Send one unordered, unreliable message of at most about 1,100 bytes."""
+        if self._secret is None or self.closed:
+            raise ConnectionClosed("the connection is closed")
+        self._stream.send_message(self._secret.encrypt_message(data))
+
+    def receive_message(self) -> bytes | None:
+        """Return the oldest unordered message received, or None; the last 256 are kept."""
+        return self._messages.popleft() if self._messages else None
+
+    async def close(self, timeout: float = CLOSE_TIMEOUT) -> None:
+        """End the connection: everything written is delivered first; breaks it off after `timeout` seconds."""
+        if not self.closed:
+            self._end()
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._closed.wait()
+            except TimeoutError:
+                self.abort()
+            except asyncio.CancelledError:
+                self.abort()
+                raise
+
+    def abort(self) -> None:
+        """Break the connection off at once; what was not delivered is lost."""
+        if not self.closed:
+            self._stream.destroy()
+            self._finish(ConnectionClosed("the connection was broken off on this side"))
+
+    async def wait_closed(self) -> None:
+        """Wait until the connection has ended or broken."""
+        await self._closed.wait()
+
+    # For connect and server
+
+    @property
+    def opened(self) -> bool:
+        """Whether the peer's first bytes have arrived, which prove that it holds the keys and hears us."""
+        return self._opened.is_set()
+
+    async def wait_opened(self) -> None:
+        """Wait for the peer's first bytes; raises ConnectionClosed if the connection breaks before."""
+        await self._opened.wait()
+        if self._error is not None and not self._chunks and not self._eof:
+            raise self._error
+
+    def start(self, noise: NoiseIK) -> None:
+        """Begin with the keys of a complete handshake: sends the header and opens what came early."""
+        self._secret = SecretStream(self.is_initiator, noise.handshake_hash, noise.tx_key, noise.rx_key)
+        self._write_raw(self._secret.header())
+        early, self._early = self._early, []
+        for data in early:
+            self.data_received(data)
+        self._arm_keep_alive()
+
+    # StreamHandler
+
+    def data_received(self, data: bytes) -> None:
+        """Open frames and keep their plaintext for the reader; a forged one breaks the connection off."""
+        if self._secret is None:
+            self._early.append(data)
+            return
+        try:
+            messages = self._secret.receive_data(data)
+        except DecodeError:
+            self._stream.destroy()
+            self._finish(ConnectionClosed("the peer sent bytes that do not decrypt"))
+            return
+        for message in messages:
+            if message:  # an empty one is the peer's keep-alive
+                self._chunks.append(message)
+                self._unread += len(message)
+        if self._unread > READ_HIGH_WATER:
+            self._withheld += len(data)
+        else:
+            self._stream.consume(len(data))
+        if self._secret.opened:
+            self._opened.set()
+        if self._chunks:
+            self._readable.set()
+
+    def message_received(self, data: bytes) -> None:
+        """Keep an unordered message; empty and forged ones are dropped."""
+        if self._secret is None:
+            return
+        try:
+            self._messages.append(self._secret.decrypt_message(data))
+        except DecodeError:
+            pass  # hyperdht sends empty ones to nudge a new path
+
+    def eof_received(self) -> None:
+        """Let the reader see the end."""
+        self._eof = True
+        self._readable.set()
+
+    def drained(self) -> None:
+        """Let a waiting writer go on."""
+        self._drained.set()
+
+    def stream_closed(self, error: str | None) -> None:
+        """Let everybody who waits know that the stream is over."""
+        self._finish(None if error is None else ConnectionClosed(_REASONS.get(error, error)))
+
+    def _finish(self, error: ConnectionClosed | None) -> None:
+        if self.closed:
+            return
+        self._error = error
+        if error is None:
+            self._eof = True
+        if self._keep_alive_timer is not None:
+            self._keep_alive_timer.cancel()
+        for event in (self._closed, self._opened, self._readable, self._drained):
+            event.set()
+
+    def _send(self, data: bytes) -> None:
+        if self.closed or self._ended or self._secret is None:
+            raise self._error or ConnectionClosed("the connection is closed")
+        self._write_raw(self._secret.encrypt(data))
+
+    def _write_raw(self, data: bytes) -> None:
+        self._last_write = asyncio.get_running_loop().time()
+        self._stream.write(data)
+
+    def _end(self) -> None:
+        if not self._ended and not self.closed:
+            self._ended = True
+            self._stream.end()
+
+    def _arm_keep_alive(self) -> None:
+        """Send an empty message when nothing was written for the interval: NATs forget idle flows."""
+        if not self._keep_alive or self.closed or self._ended:
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._last_write + self._keep_alive:
+            self._send(b"")
+        self._keep_alive_timer = loop.call_at(self._last_write + self._keep_alive, self._arm_keep_alive)

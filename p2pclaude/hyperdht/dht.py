@@ -1,0 +1,276 @@
+"""HyperDHT: the face of the library (ring 2).
+
+One object is one node of the DHT: it finds peers and connects to them, serves, and stores and finds records.
+
+    async with HyperDHT(bootstrap=[("127.0.0.1", 49737)]) as dht:
+        connection = await dht.connect(public_key)
+"""
+
+import asyncio
+import random
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from typing import Final, Self
+
+from .connect import ClientConnect
+from .connection import Connection
+from .constants import DEFAULT_PORT, KEY_BYTES
+from .crypto import KeyPair
+from .encoding import Address
+from .endpoint import Endpoint, Network
+from .errors import Destroyed, Suspended
+from .node import Node
+from .persistent import Persistent
+from .records import ForwardStore
+from .requests import IncomingRequest, Reply
+from .router import Router
+from .server import Allow, OnConnection, Server
+from .storage import LookupResult, MutableRecord, Storage
+from .udp import UdpNetwork
+
+CONNECT_TIMEOUT: Final = 20.0
+DESTROY_TIMEOUT: Final = 5.0
+KEEP_ALIVE: Final = 5.0
+MAX_REMEMBERED_PEERS: Final = 512
+
+
+class HyperDHT:
+    """A node of the DHT, with servers and connections on it.
+
+    `bootstrap` lists the nodes to begin with: pairs of host and port, or strings `host:port`; None is the public
+    network, an empty list a network of one's own. `ephemeral` False makes the node store for others at once, True
+    never, None once it has proved stable and reachable. `network` and `rng` are for simulations.
+    """
+
+    def __init__(
+        self,
+        *,
+        bootstrap: Sequence[Address | str] | None = None,
+        host: str = "0.0.0.0",
+        port: int = DEFAULT_PORT,
+        key_pair: KeyPair | None = None,
+        ephemeral: bool | None = None,
+        firewalled: bool = True,
+        connection_keep_alive: float = KEEP_ALIVE,
+        network: Network | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.rng = rng or random.SystemRandom()
+        self.key_pair = key_pair or KeyPair.generate(self.rng)
+        """The key pair of connections and servers that name no other."""
+        self.connection_keep_alive = connection_keep_alive
+        """Seconds after which an idle connection sends an empty message; 0 for never."""
+        self.endpoint = Endpoint(network or UdpNetwork(), self.rng)
+        self.router = Router(ForwardStore())
+        self.node = Node(
+            self.endpoint,
+            self.rng,
+            bootstrap=bootstrap,
+            host=host,
+            port=port,
+            ephemeral=ephemeral,
+            firewalled=firewalled,
+        )
+        self.servers: set[Server] = set()
+        """The servers that listen on this node."""
+        self._persistent = Persistent(self.node, self.router, self.rng)
+        self._storage = Storage(self.node, self._persistent)
+        self._relays: OrderedDict[bytes, tuple[Address, ...]] = OrderedDict()
+        self._suspended = False
+        self._destroyed = False
+        self.node.on_request = self._handle_request
+        self.node.on_network_change.append(self.refresh)
+
+    @classmethod
+    def bootstrapper(
+        cls, port: int, host: str, *, network: Network | None = None, rng: random.Random | None = None
+    ) -> Self:
+        """Return a node that is a network of its own, for others to begin with: `host` is what they reach it by."""
+        return cls(
+            bootstrap=(), host=host, port=port, ephemeral=False, firewalled=False, network=network, rng=rng
+        )
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.destroy()
+
+    async def start(self) -> None:
+        """Bind the sockets and begin to join the network, which goes on behind.
+
+        Raises OSError if the port is taken. Everything else may be called right after.
+        """
+        await self.node.start()
+
+    async def destroy(self, timeout: float = DESTROY_TIMEOUT) -> None:
+        """Take announcements back, break all connections off and leave, within `timeout` seconds."""
+        if self._destroyed:
+            return
+        self._destroyed = True
+        try:
+            async with asyncio.timeout(timeout):
+                await asyncio.gather(*(server.close() for server in list(self.servers)), return_exceptions=True)
+        except TimeoutError:
+            pass  # the nodes that store the announcements will forget them
+        finally:
+            self.router.close()
+            self.endpoint.streams.close()
+            await self.node.destroy()
+            self.endpoint.close()
+
+    async def suspend(self) -> None:
+        """Go quiet, as before the machine sleeps: announcements are taken back, connections broken off."""
+        if self._suspended:
+            return
+        self._suspended = True
+        await asyncio.gather(*(server.suspend() for server in self.servers))
+        self.endpoint.streams.close()
+        await self.node.suspend()
+
+    async def resume(self) -> None:
+        """Come back on the same ports and announce again."""
+        if not self._suspended:
+            return
+        await self.node.resume()
+        self._suspended = False
+        await asyncio.gather(*(server.resume() for server in self.servers))
+
+    def refresh(self) -> None:
+        """Look around anew, as after a change of the network: every server announces again."""
+        for server in self.servers:
+            server.refresh()
+
+    @property
+    def bootstrapped(self) -> asyncio.Event:
+        """Set once the node has joined the network, or found out that nobody answers."""
+        return self.node.bootstrapped
+
+    @property
+    def remote_address(self) -> Address | None:
+        """The public address, if it is known and no firewall stands before it."""
+        return self.node.remote_address()
+
+    @property
+    def local_addresses(self) -> list[str]:
+        """The host's IPv4 addresses other than loopback."""
+        return [host for host in self.endpoint.network.interfaces() if not host.startswith("127.")]
+
+    @property
+    def port(self) -> int:
+        """The port of the server socket."""
+        return self._server_address()[1]
+
+    def own_addresses(self) -> tuple[Address, ...]:
+        """Return where this node may be reached: its public address if it is open, then those of its interfaces."""
+        host, port = self._server_address()
+        hosts = [host] if host != "0.0.0.0" else self.local_addresses or ["127.0.0.1"]
+        open_address = self.node.remote_address()
+        addresses = [] if open_address is None else [open_address]
+        return tuple(dict.fromkeys([*addresses, *((host, port) for host in hosts)]))
+
+    def _server_address(self) -> Address:
+        socket = self.node.server_socket
+        if socket is None:
+            raise RuntimeError("the node is not started")
+        return socket.address
+
+    # Connections
+
+    def create_server(self, on_connection: OnConnection, *, allow: Allow | None = None) -> Server:
+        """Make a server that awaits `on_connection(connection)` for each client, in a task of its own.
+
+        The connection is closed when that returns. `allow(public_key, address)` may turn clients away: silently, so
+        that a stranger does not learn that there is a server.
+        """
+        self._check_usable()
+        return Server(self, on_connection, allow)
+
+    async def connect(
+        self,
+        public_key: bytes,
+        *,
+        key_pair: KeyPair | None = None,
+        relay_addresses: Sequence[Address] = (),
+        timeout: float = CONNECT_TIMEOUT,
+    ) -> Connection:
+        """Connect to the server with that public key.
+
+        `relay_addresses` are DHT nodes said to know it, tried first. Returns when the server's first bytes have
+        arrived. Raises PeerNotFound, PeerConnectionFailed, HandshakeFailed, HolepunchError, Timeout, Suspended,
+        Destroyed: the cause; ValueError for a key of another length than 32 bytes.
+        """
+        if len(public_key) != KEY_BYTES:
+            raise ValueError(f"a public key has {KEY_BYTES} bytes")
+        self._check_usable()
+        attempt = ClientConnect(self, public_key, key_pair or self.key_pair, relay_addresses)
+        return await attempt.run(timeout)
+
+    def remember_relays(self, public_key: bytes, relays: Sequence[Address]) -> None:
+        """Keep the nodes that led to a server, for the next time."""
+        self._relays[public_key] = tuple(relays)
+        self._relays.move_to_end(public_key)
+        while len(self._relays) > MAX_REMEMBERED_PEERS:
+            self._relays.popitem(last=False)
+
+    def remembered_relays(self, public_key: bytes) -> tuple[Address, ...]:
+        """Return the nodes that led to a server the last time."""
+        return self._relays.get(public_key, ())
+
+    # Records
+
+    async def mutable_put(self, key_pair: KeyPair, value: bytes, seq: int = 0) -> None:
+        """Store up to 1,000 bytes under a key, signed by it; a later record needs a larger `seq`.
+
+        Raises RemoteError (`SEQ_REUSED`, `SEQ_TOO_LOW`) when the nodes hold a newer record, TooFewNodes when nobody
+        stored it, ValueError for a value that is too long.
+        """
+        await self._storage.mutable_put(key_pair, value, seq)
+
+    async def mutable_get(self, public_key: bytes, seq: int = 0, latest: bool = True) -> MutableRecord | None:
+        """Return the record under a key with at least that sequence number, None if no node has one.
+
+        With `latest` all nodes near the key are asked for the newest one; else the first one found will do.
+        """
+        return await self._storage.mutable_get(public_key, seq, latest)
+
+    async def immutable_put(self, value: bytes) -> bytes:
+        """Store up to 1,000 bytes under their hash, which is returned. Raises as `mutable_put` does."""
+        return await self._storage.immutable_put(value)
+
+    async def immutable_get(self, target: bytes) -> bytes | None:
+        """Return the value with that hash, None if no node has it."""
+        return await self._storage.immutable_get(target)
+
+    async def announce(
+        self,
+        target: bytes,
+        key_pair: KeyPair | None = None,
+        *,
+        relay_addresses: Sequence[Address] = (),
+        bump: int = 0,
+    ) -> None:
+        """Announce a key (default: the node's) under a 32-byte topic. Raises TooFewNodes or RemoteError."""
+        await self._storage.announce(target, key_pair or self.key_pair, tuple(relay_addresses), bump)
+
+    async def unannounce(self, target: bytes, key_pair: KeyPair | None = None) -> None:
+        """Take an announcement back. Raises TooFewNodes or RemoteError."""
+        await self._storage.unannounce(target, key_pair or self.key_pair)
+
+    def lookup(self, target: bytes) -> AsyncIterator[LookupResult]:
+        """Iterate over what the nodes near a topic know: who announced itself under it."""
+        return self._storage.lookup(target)
+
+    def find_peer(self, public_key: bytes) -> AsyncIterator[Reply]:
+        """Iterate over the nodes that lead to the server with that key."""
+        return self._storage.find_peer(public_key)
+
+    def _check_usable(self) -> None:
+        if self._destroyed:
+            raise Destroyed("the node is destroyed")
+        if self._suspended:
+            raise Suspended("the node is suspended")
+
+    def _handle_request(self, request: IncomingRequest) -> bool:
+        return self.router.handle(request) or self._persistent.handle(request)

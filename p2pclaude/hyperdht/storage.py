@@ -1,0 +1,194 @@
+"""Puts, gets and announcements: what the DHT's storage looks like from a client (ring 2).
+
+Every call walks to the nodes closest to its target; what stores something then asks each of them with the token its
+reply carried. Source: hyperdht index.js. Beyond it: a refused put raises, and a node that stores for others stores for
+itself too, so that a network of one node works.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from .constants import MAX_VALUE_BYTES, Command, ErrorCode
+from .crypto import NS_ANNOUNCE, NS_MUTABLE_PUT, NS_UNANNOUNCE, KeyPair, announce_signable, sign, verify
+from .crypto import hash as blake2b
+from .encoding import Address, uint
+from .errors import DecodeError, RemoteError, TooFewNodes
+from .messages import (
+    Announce,
+    MutablePut,
+    Peer,
+    decode_lookup_reply,
+    decode_mutable_get_reply,
+    decode_peer,
+    encode_announce,
+    encode_mutable_put,
+    encode_mutable_signable,
+    encode_peer,
+)
+from .node import Node
+from .persistent import Persistent
+from .query import Query
+from .requests import Reply, Value
+
+
+@dataclass(frozen=True, slots=True)
+class MutableRecord:
+    """A value signed by the holder of a key, with its sequence number."""
+
+    seq: int
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LookupResult:
+    """What one node knows of a topic."""
+
+    source: Address
+    peers: tuple[Peer, ...]
+    bump: int
+
+
+class Storage:
+    """The storage calls of one node."""
+
+    def __init__(self, node: Node, own: Persistent) -> None:
+        self._node = node
+        self._own = own
+
+    async def mutable_put(self, key_pair: KeyPair, value: bytes, seq: int) -> None:
+        """Store a signed value on the nodes closest to the key.
+
+        Raises ValueError for a value over `MAX_VALUE_BYTES`, RemoteError (SEQ_REUSED, SEQ_TOO_LOW) when every node
+        refused, TooFewNodes when there was none.
+        """
+        _check_size(value)
+        target = blake2b(key_pair.public_key)
+        signature = sign(key_pair, NS_MUTABLE_PUT + blake2b(encode_mutable_signable(seq, value)))
+        put = encode_mutable_put(MutablePut(key_pair.public_key, seq, value, signature))
+        query = self._node.query(Command.MUTABLE_GET, target, value=uint(0))
+        await self._store(query, Command.MUTABLE_PUT, target, put)
+
+    async def mutable_get(self, public_key: bytes, seq: int, latest: bool) -> MutableRecord | None:
+        """Return the newest valid record of a key (`latest`), or the first one found; None if there is none."""
+        target = blake2b(public_key)
+        best = self._own_mutable(target, seq)
+        if best is not None and not latest:
+            return best
+        async for reply in self._node.query(Command.MUTABLE_GET, target, value=uint(seq)):
+            found = _valid_mutable(public_key, reply)
+            if found is None or found.seq < seq or (best is not None and found.seq <= best.seq):
+                continue
+            best = found
+            if not latest:
+                break
+        return best
+
+    def _own_mutable(self, target: bytes, seq: int) -> MutableRecord | None:
+        stored = None if self._node.ephemeral else self._own.get_mutable(target, seq)
+        return None if stored is None else MutableRecord(stored.seq, stored.value)
+
+    async def immutable_put(self, value: bytes) -> bytes:
+        """Store a value under its hash, which is returned. Raises as `mutable_put` does."""
+        _check_size(value)
+        target = blake2b(value)
+        query = self._node.query(Command.IMMUTABLE_GET, target)
+        await self._store(query, Command.IMMUTABLE_PUT, target, value)
+        return target
+
+    async def immutable_get(self, target: bytes) -> bytes | None:
+        """Return the value with that hash, None if no node has it."""
+        own = None if self._node.ephemeral else self._own.get_immutable(target)
+        if own is not None:
+            return own
+        async for reply in self._node.query(Command.IMMUTABLE_GET, target):
+            if reply.value is not None and blake2b(reply.value) == target:
+                return reply.value
+        return None
+
+    async def lookup(self, target: bytes) -> AsyncIterator[LookupResult]:
+        """Yield what each node on the way to a topic knows of it."""
+        async for reply in self._node.query(Command.LOOKUP, target):
+            try:
+                found = None if not reply.value else decode_lookup_reply(reply.value)
+            except DecodeError:
+                continue
+            if found is not None:
+                yield LookupResult(reply.source, found.peers, found.bump)
+
+    async def find_peer(self, public_key: bytes) -> AsyncIterator[Reply]:
+        """Yield the reply of each node that can lead to a server."""
+        async for reply in self._node.query(Command.FIND_PEER, blake2b(public_key)):
+            try:
+                if reply.value is not None and decode_peer(reply.value).public_key == public_key:
+                    yield reply
+            except DecodeError:
+                continue
+
+    async def announce(self, target: bytes, key_pair: KeyPair, relay_addresses: tuple[Address, ...], bump: int) -> None:
+        """Announce a key under a topic on the closest nodes. Raises TooFewNodes or the last RemoteError."""
+        peer = Peer(key_pair.public_key, relay_addresses)
+
+        def signed(reply: Reply) -> Value:
+            return _announcement(key_pair, target, reply, peer, NS_ANNOUNCE, bump)
+
+        await self._commit(self._node.query(Command.LOOKUP, target), Command.ANNOUNCE, target, signed)
+
+    async def unannounce(self, target: bytes, key_pair: KeyPair) -> None:
+        """Take an announcement back from the closest nodes."""
+        peer = Peer(key_pair.public_key)
+
+        def signed(reply: Reply) -> Value:
+            return _announcement(key_pair, target, reply, peer, NS_UNANNOUNCE, 0)
+
+        await self._commit(self._node.query(Command.LOOKUP, target), Command.UNANNOUNCE, target, signed)
+
+    async def _store(self, query: Query, command: Command, target: bytes, value: bytes) -> None:
+        error = ErrorCode.NONE
+        stored = not self._node.ephemeral
+        if stored:
+            error = self._own.put(command, target, value)
+        try:
+            await self._commit(query, command, target, lambda reply: value)
+        except TooFewNodes:
+            if not stored:
+                raise
+        if error != ErrorCode.NONE:
+            raise RemoteError(error)
+
+    async def _commit(self, query: Query, command: Command, target: bytes, value_of: Callable[[Reply], Value]) -> None:
+        async def ask(reply: Reply) -> None:
+            answer = await self._node.rpc.request(
+                reply.source, command, target=target, value=value_of(reply), token=reply.token
+            )
+            if answer.error != ErrorCode.NONE:
+                raise RemoteError(answer.error)
+
+        await query.finished()
+        await query.commit(ask)
+
+
+def _announcement(
+    key_pair: KeyPair, target: bytes, reply: Reply, peer: Peer, namespace: bytes, bump: int
+) -> Value:
+    def sign_for(token: bytes) -> bytes:
+        signable = announce_signable(target, reply.id or b"", token, encode_peer(peer), None, namespace)
+        return encode_announce(Announce(peer, signature=sign(key_pair, signable), bump=bump))
+
+    return sign_for
+
+
+def _valid_mutable(public_key: bytes, reply: Reply) -> MutableRecord | None:
+    if not reply.value:
+        return None
+    try:
+        found = decode_mutable_get_reply(reply.value)
+    except DecodeError:
+        return None
+    signable = NS_MUTABLE_PUT + blake2b(encode_mutable_signable(found.seq, found.value))
+    return MutableRecord(found.seq, found.value) if verify(public_key, signable, found.signature) else None
+
+
+def _check_size(value: bytes) -> None:
+    if len(value) > MAX_VALUE_BYTES:
+        raise ValueError(f"a value of {len(value)} bytes; at most {MAX_VALUE_BYTES} fit a datagram on every path")
+

@@ -1,0 +1,260 @@
+"""The node's UDX streams: which packets are whose, timers, and what leaves when (ring 2).
+
+The table belongs to the whole set of sockets: a stream is found by the id in its packets wherever they arrive, and may
+move between sockets and addresses (hole punching, relays). One timer serves all streams.
+"""
+
+import asyncio
+import heapq
+import random
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from .encoding import Address
+from .errors import HyperDHTError
+from .udx.packet import local_id_of, rewrite_stream_id
+from .udx.stream import Closed, DataReceived, Drained, EndReceived, MessageReceived, UdxStream
+
+if TYPE_CHECKING:
+    from .endpoint import Socket
+
+MAX_STREAMS = 65536
+
+
+class StreamHandler(Protocol):
+    """Whom a stream tells what it received."""
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes, in order."""
+
+    def message_received(self, data: bytes) -> None:
+        """Take an unordered, unreliable message."""
+
+    def eof_received(self) -> None:
+        """Learn that the peer ended its side."""
+
+    def drained(self) -> None:
+        """Learn that the send buffer has room again."""
+
+    def stream_closed(self, error: str | None) -> None:
+        """Learn that both sides ended (`None`) or why the stream broke (`ECONNRESET`, `ETIMEDOUT`)."""
+
+
+class Stream:
+    """A UDX stream with its way through the network: socket and remote address."""
+
+    __slots__ = (
+        "_dirty", "_streams", "_timer", "address", "core", "firewall", "handler", "on_packet", "relay_to", "socket",
+    )  # fmt: skip
+
+    def __init__(self, streams: "StreamSet", core: UdxStream) -> None:
+        self._streams = streams
+        self._dirty = False
+        self._timer: float | None = None
+        self.core = core
+        self.socket: Socket | None = None
+        self.address: Address | None = None
+        self.handler: StreamHandler | None = None
+        self.firewall: Callable[[Socket, Address], bool] | None = None
+        """Asked for every packet that comes in on another socket than the stream's own; without it they are dropped.
+
+        A hook that connects the stream gets that very packet processed.
+        """
+        self.on_packet: Callable[[Socket, Address], None] | None = None
+        """Called once, for the first packet that was let in."""
+        self.relay_to: Stream | None = None
+        """Another stream all packets are forwarded to, verbatim but for the id."""
+
+    @property
+    def id(self) -> int:
+        """The id the peer addresses this stream by."""
+        return self.core.local_id
+
+    def connect(self, socket: "Socket", remote_id: int, address: Address) -> None:
+        """Set the way to the peer, and on the first call the peer's stream id; what was queued leaves now."""
+        now = self._streams.now()
+        if not self.core.connected:
+            self.core.connect(remote_id, now)
+        elif (socket, address) != (self.socket, self.address):
+            self.core.reset_path(now)
+        self.socket, self.address = socket, address
+        self.flush()
+
+    def write(self, data: bytes) -> None:
+        """Queue bytes; they leave at the end of this turn of the event loop, so that small writes share packets."""
+        self.core.write(data)
+        self._flush_soon()
+
+    def send_message(self, data: bytes) -> None:
+        """Send one unreliable message of at most a packet."""
+        self.core.send_message(data)
+        self._flush_soon()
+
+    def consume(self, size: int) -> None:
+        """Say that `size` received bytes were taken, so that the peer may send that many more."""
+        self.core.consume(size)
+        self._flush_soon()
+
+    def end(self) -> None:
+        """End the own side once everything queued is delivered."""
+        self.core.end()
+        self._flush_soon()
+
+    def destroy(self) -> None:
+        """Break the stream off; the peer is told, several times."""
+        self.core.destroy()
+        self.flush()
+
+    def accepts(self, socket: "Socket", source: Address) -> bool:
+        """Decide about a packet's way in; unknown sockets are the firewall hook's choice."""
+        if socket is not self.socket and (self.firewall is None or not self.firewall(socket, source)):
+            return False
+        if self.on_packet is not None:
+            on_packet, self.on_packet = self.on_packet, None
+            on_packet(socket, source)
+        return True
+
+    def receive(self, datagrams: Sequence[bytes]) -> None:
+        """Process a batch of packets for this stream."""
+        if self.relay_to is not None:
+            self.relay_to.forward(datagrams)
+            return
+        self.core.receive_datagrams(datagrams, self._streams.now())
+        self._dispatch()
+        self.flush()
+
+    def forward(self, datagrams: Sequence[bytes]) -> None:
+        """Send another stream's packets to this stream's peer (blind relaying)."""
+        if self.socket is not None and self.address is not None and self.core.remote_id is not None:
+            remote_id = self.core.remote_id
+            self.socket.send([rewrite_stream_id(data, remote_id) for data in datagrams], self.address)
+
+    def handle_timer(self, now: float) -> None:
+        """Let the core act on its timer."""
+        self.core.handle_timer(now)
+        self._dispatch()
+        self.flush()
+
+    def flush(self) -> None:
+        """Send all that may leave now and arm the timer."""
+        self._dirty = False
+        now = self._streams.now()
+        datagrams = self.core.datagrams_to_send(now)
+        if datagrams and self.socket is not None and self.address is not None:
+            self.socket.send(datagrams, self.address)
+        self._dispatch()
+        self._streams.schedule(self)
+
+    def _flush_soon(self) -> None:
+        if not self._dirty:
+            self._dirty = True
+            asyncio.get_running_loop().call_soon(self._flush_if_dirty)
+
+    def _flush_if_dirty(self) -> None:
+        if self._dirty:
+            self.flush()
+
+    def _dispatch(self) -> None:
+        while (event := self.core.next_event()) is not None:
+            handler = self.handler
+            if handler is None:
+                continue
+            match event:
+                case DataReceived(data):
+                    handler.data_received(data)
+                case MessageReceived(data):
+                    handler.message_received(data)
+                case EndReceived():
+                    handler.eof_received()
+                case Drained():
+                    handler.drained()
+                case Closed(error):
+                    handler.stream_closed(error)
+
+
+class StreamSet:
+    """All streams of a node, by the id their peers use."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._by_id: dict[int, Stream] = {}
+        self._deadlines: list[tuple[float, int, Stream]] = []
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def now(self) -> float:
+        """Return the event loop's time, in seconds."""
+        return asyncio.get_running_loop().time()
+
+    def create(self) -> Stream:
+        """Make a stream with an unused random id; raises HyperDHTError when there are too many."""
+        if len(self._by_id) >= MAX_STREAMS:
+            raise HyperDHTError(f"more than {MAX_STREAMS} streams")
+        stream_id = self._rng.getrandbits(32)
+        while stream_id in self._by_id:
+            stream_id = self._rng.getrandbits(32)
+        stream = Stream(self, UdxStream(stream_id))
+        self._by_id[stream_id] = stream
+        return stream
+
+    def find(self, data: bytes) -> Stream | None:
+        """Return the stream a datagram belongs to, or None if it is none of ours."""
+        stream_id = local_id_of(data)
+        return None if stream_id is None else self._by_id.get(stream_id)
+
+    def discard(self, stream: Stream) -> None:
+        """Forget a stream at once; its packets are ignored from now on."""
+        self._by_id.pop(stream.id, None)
+
+    def close(self) -> None:
+        """Break off and forget every stream."""
+        for stream in list(self._by_id.values()):
+            stream.destroy()
+        self._by_id.clear()
+        self._deadlines.clear()
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+    def schedule(self, stream: Stream) -> None:
+        """Keep the stream's next deadline; drop the stream when it is finished.
+
+        The heap holds at most one live entry a stream: one that is too early is looked at again when it comes up, so
+        that a deadline which moves back with every packet costs nothing.
+        """
+        if stream.core.finished:
+            self.discard(stream)
+            return
+        deadline = stream.core.get_timer()
+        if deadline is None or stream.id not in self._by_id:
+            return
+        if stream._timer is None or deadline < stream._timer:
+            stream._timer = deadline
+            heapq.heappush(self._deadlines, (deadline, stream.id, stream))
+            self._arm()
+
+    def _arm(self) -> None:
+        when = self._deadlines[0][0]
+        if self._alarm is not None:
+            if self._alarm.when() <= when:
+                return
+            self._alarm.cancel()
+        self._alarm = asyncio.get_running_loop().call_at(when, self._wake)
+
+    def _wake(self) -> None:
+        self._alarm = None
+        now = self.now()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            entry, _, stream = heapq.heappop(self._deadlines)
+            if stream._timer != entry or self._by_id.get(stream.id) is not stream:
+                continue
+            stream._timer = None
+            deadline = stream.core.get_timer()
+            if deadline is not None and deadline <= now:
+                stream.handle_timer(now)
+            else:
+                self.schedule(stream)
+        if self._deadlines:
+            self._arm()
