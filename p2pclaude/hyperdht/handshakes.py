@@ -11,7 +11,8 @@ from .encoding import Address, Reader, array, buffer, fixed, ipv4, ipv6, uint
 from .errors import DecodeError
 from .messages import MAX_RELAY_ADDRESSES
 
-MAX_ADDRESSES = 32  # a host with more interfaces than that names the first ones
+MAX_ADDRESSES = 256  # upstream names every interface of a host; a datagram has no room for more
+_MAX_UINT32 = 0xFFFFFFFF
 VERSION = 1
 
 
@@ -176,9 +177,13 @@ def _read_holepunch_info(reader: Reader) -> HolepunchInfo:
 def _read_udx(reader: Reader) -> UdxInfo:
     reader.uint()  # version: upstream reads it and goes on
     features, stream_id, seq = reader.uint(), reader.uint(), reader.uint()
-    if stream_id > 0xFFFFFFFF or seq > 0xFFFFFFFF:
-        raise DecodeError("a stream id or sequence number over 32 bits")
+    _check_stream(stream_id, seq)
     return UdxInfo(bool(features & 1), stream_id, seq)
+
+
+def _check_stream(stream_id: int, seq: int) -> None:
+    if stream_id > _MAX_UINT32 or seq > _MAX_UINT32:
+        raise DecodeError("a stream id or sequence number over 32 bits")
 
 
 def _read_relay_through(reader: Reader) -> RelayThrough:
@@ -290,7 +295,9 @@ def encode_relay_pair(message: RelayPair) -> bytes:
 def decode_relay_pair(data: bytes) -> RelayPair:
     """Decode a blind relay's pair message."""
     reader = Reader(data)
-    return RelayPair(bool(reader.uint() & 1), reader.fixed(32), reader.uint(), reader.uint())
+    message = RelayPair(bool(reader.uint() & 1), reader.fixed(32), reader.uint(), reader.uint())
+    _check_stream(message.id, message.seq)
+    return message
 
 
 # Relay unpair: u8 flags, none in use | 32 token

@@ -186,49 +186,21 @@ class RecordStore:
 class Forward:
     """Where the handshakes for a peer go, and its encoded peer record.
 
-    `relay` is the address the peer announced itself from, None for a server of our own.
+    `relay` is the address the peer announced itself from: the only path to it. None for a server of our own.
     """
 
     relay: Address | None
     record: bytes
 
 
-class ForwardStore:
+class ForwardStore(ExpiringMap[bytes, Forward]):
     """The peers that announced themselves here, by the hash of their public key.
 
-    Entries of our own servers are pinned: they stay, and no announcement from outside replaces them.
+    Servers of our own are `router`'s to know: they do not expire.
     """
 
     def __init__(self, capacity: int = CAPACITY, lifetime: float = ANNOUNCE_LIFETIME) -> None:
-        self._forwards: ExpiringMap[bytes, Forward] = ExpiringMap(capacity, lifetime)
-        self._pinned: dict[bytes, Forward] = {}
-
-    def __len__(self) -> int:
-        return len(self._forwards) + len(self._pinned)
-
-    def set(self, target: bytes, relay: Address, record: bytes, now: float) -> bool:
-        """Store an announcement that came from `relay`; False, and nothing stored, if the target is pinned."""
-        if target in self._pinned:
-            return False
-        self._forwards.set(target, Forward(relay, record), now)
-        return True
-
-    def get(self, target: bytes, now: float) -> Forward | None:
-        """Return what is known of a target."""
-        return self._pinned.get(target) or self._forwards.get(target, now)
-
-    def delete(self, target: bytes) -> bool:
-        """Forget an announcement, on the peer's wish; False if there was none. Pinned ones stay."""
-        return self._forwards.delete(target)
-
-    def pin(self, target: bytes, record: bytes) -> None:
-        """Enter a server of our own."""
-        self._forwards.delete(target)
-        self._pinned[target] = Forward(None, record)
-
-    def unpin(self, target: bytes) -> None:
-        """Remove a server of our own."""
-        self._pinned.pop(target, None)
+        super().__init__(capacity, lifetime)
 
 
 @dataclass(frozen=True, slots=True)
