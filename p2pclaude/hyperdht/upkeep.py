@@ -11,6 +11,7 @@ from functools import partial
 from typing import Final
 
 from .constants import InternalCommand
+from .crypto import hash
 from .encoding import Address, ipv4
 from .errors import HyperDHTError
 from .nat import NatSampler
@@ -60,10 +61,15 @@ class Upkeep:
             return
         if reply.id is not None:
             self._heard(reply.id, reply.source, None if external else reply.to)
-        elif not external and len(self._bootstrap_samples) < self._max_bootstrap_samples:
-            if reply.source not in self._bootstrap_samples:
-                self._bootstrap_samples.add(reply.source)
-                self.sample(reply.to)
+        elif not external and self._is_new_bootstrap_sample(reply.source):
+            self.sample(reply.to)
+
+    def _is_new_bootstrap_sample(self, source: Address) -> bool:
+        known = self._bootstrap_samples
+        if source in known or len(known) >= self._max_bootstrap_samples:
+            return False
+        known.add(source)
+        return True
 
     def heard_request(self, id: bytes, source: Address) -> None:
         """Note a request with a checked id. Its source may be forged, so what it says about us is no sample."""
@@ -134,15 +140,12 @@ class Upkeep:
 
     def down_hint(self, encoded: bytes) -> None:
         """Take another node's word that one of ours is down as a reason to ping it, within limits."""
-        node = self._find(encoded)
+        node = self.table.get(hash(encoded[:6]))
         if node is None or self._checks >= MAX_CHECKS:
             return
         if node.pinged < self.tick or node.down_hints == 0:
             node.down_hints += 1
             self.check(node)
-
-    def _find(self, encoded: bytes) -> TableNode | None:
-        return next((n for n in self.table if ipv4(n.address) == encoded[:6]), None)
 
     def suspect(self, address: Address) -> None:
         """Ping the node at an address that was slow to answer a query, if it is one of ours."""
