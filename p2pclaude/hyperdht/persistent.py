@@ -12,8 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from .budget import VerifyBudget
-from .constants import ErrorCode
-from .constants import Command as C
+from .constants import Command, ErrorCode
 from .crypto import NS_ANNOUNCE, NS_MUTABLE_PUT, NS_UNANNOUNCE, announce_signable, hash, verify
 from .encoding import Address, Reader, uint
 from .errors import DecodeError
@@ -65,14 +64,14 @@ class Persistent:
         self._wall = wall
         self._budget = VerifyBudget()
         self._handlers: dict[int, Callable[[IncomingRequest, bytes, float], None]] = {
-            C.FIND_PEER: self._find_peer,
-            C.LOOKUP: self._lookup,
-            C.ANNOUNCE: self._announce,
-            C.UNANNOUNCE: self._unannounce,
-            C.MUTABLE_PUT: self._mutable_put,
-            C.MUTABLE_GET: self._mutable_get,
-            C.IMMUTABLE_PUT: self._immutable_put,
-            C.IMMUTABLE_GET: self._immutable_get,
+            Command.FIND_PEER: self._find_peer,
+            Command.LOOKUP: self._lookup,
+            Command.ANNOUNCE: self._announce,
+            Command.UNANNOUNCE: self._unannounce,
+            Command.MUTABLE_PUT: self._mutable_put,
+            Command.MUTABLE_GET: self._mutable_get,
+            Command.IMMUTABLE_PUT: self._immutable_put,
+            Command.IMMUTABLE_GET: self._immutable_get,
         }
 
     def handle(self, request: IncomingRequest) -> bool:
