@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interop.harness import Peer, Peers, missing_node, peers_on, real_claude
+from interop.harness import Peer, Peers, Tools, missing_node, peers_on, real_claude
 
 _groups: list[Peers] = []
 
@@ -29,6 +29,12 @@ def peers(testnet: Peer) -> Iterator[Peers]:
         _groups.append(group)
         yield group
         _groups.remove(group)
+
+
+@pytest.fixture(scope="session")
+def tools(testnet: Peer) -> Tools:
+    """Give a runner of the command line tools on the session's network."""
+    return Tools(testnet.ready["bootstrap"])
 
 
 @pytest.fixture(scope="session")

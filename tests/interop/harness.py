@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -225,3 +226,59 @@ def peers_on(bootstrap: Sequence[str]) -> Iterator[Peers]:
         yield group
     finally:
         group.close()
+
+
+def tool_command(name: str, *arguments: str) -> list[str]:
+    """Return the command line of one of the tools (`send`, `tail`, ...) of this tree."""
+    code = f"import sys; sys.argv[0] = 'p2pclaude-{name}'; from p2pclaude.cli.{name} import main; sys.exit(main())"
+    return [sys.executable, "-c", code, *arguments]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a tool left behind."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """Return the lines of stdout."""
+        return self.out.splitlines()
+
+
+class Tools:
+    """Runs the command line tools against one network."""
+
+    def __init__(self, bootstrap: Sequence[str]) -> None:
+        self.env = environment({"P2P_CLAUDE_BOOTSTRAP": ",".join(bootstrap)})
+
+    def __call__(self, name: str, *arguments: str, text: str = "", timeout: float = 60) -> Finished:
+        """Run a tool to its end and return what it left behind."""
+        done = subprocess.run(
+            tool_command(name, *arguments), input=text, capture_output=True, text=True, env=self.env, timeout=timeout
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    def succeed(self, name: str, *arguments: str, text: str = "", timeout: float = 60) -> str:
+        """Run a tool that must end with 0 and say nothing on stderr; return its stdout without the last newline."""
+        done = self(name, *arguments, text=text, timeout=timeout)
+        assert (done.status, done.err) == (0, ""), (name, done)
+        return done.out.removesuffix("\n")
+
+    @contextlib.contextmanager
+    def running(self, name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """Run a tool beside the test, with pipes for stdin and stdout; it is ended at exit."""
+        with subprocess.Popen(
+            tool_command(name, *arguments),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=self.env,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()

@@ -5,9 +5,9 @@ address, as behind a forwarded port: every datagram of the DHT, the handshake an
 """
 
 import socket
+from typing import Any
 
 import pytest
-
 from interop.harness import Event, Peer, Peers, Side
 
 BYTES = 1_000_003
@@ -37,7 +37,7 @@ def exchange(client: Peer, key: str, job: str) -> Event:
 def test_every_byte_survives(peers: Peers, server_side: Side, client_side: Side, loss: float) -> None:
     port = free_port()
     server = peers.start(server_side, "server", private=port, bootstrap=[])
-    dice = {"loss": loss, "duplicate": loss / 4, "reorder": loss, "seed": 20_000 + round(loss * 100)}
+    dice: dict[str, Any] = {"loss": loss, "duplicate": loss / 4, "reorder": loss, "seed": 20_000 + round(loss * 100)}
     proxy = peers.start("python", "proxy", target=f"127.0.0.1:{port}", **dice)
     client = peers.start(client_side, "client", bootstrap=[proxy.ready["address"]])
     for job in ("sink", "source"):

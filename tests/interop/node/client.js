@@ -2,9 +2,9 @@
 // A HyperDHT client: config {bootstrap, host?}.
 //
 // commands: connect {key, job: "echo"|"sink"|"source"|"stay", bytes, count, parallel, fresh, timeout} -> `count` times
-//             result {i, ok, opened, openMs, totalMs, bytes, sha256, sent, error}, then done.
+//             result {i, ok, opened, openMs, bodyMs, totalMs, bytes, sha256, sent, error}, then done.
 //             opened: "open" was emitted; ok: the whole exchange went round. opened without ok is a half-open connection.
-//             fresh: a DHT node of its own for every connection. timeout: milliseconds for one whole exchange.
+//             bodyMs: from open to the last byte. fresh: a DHT node of its own for every connection. timeout: milliseconds for one whole exchange.
 //           ping {key, count, bytes} -> pings {ms: [...]}: echo round trips on one connection
 //           stats -> stats {rss}
 
@@ -33,7 +33,8 @@ async function exchange(i, { key, job = 'echo', bytes = 64, fresh = false, timeo
   })
   const timer = setTimeout(() => connection.destroy(new Error('no answer in time')), timeout)
   try {
-    Object.assign(result, await JOBS[job](connection, bytes))
+    const { at, ...outcome } = await JOBS[job](connection, bytes)
+    Object.assign(result, outcome, { bodyMs: at - started - result.openMs })
   } catch (error) {
     result.error = describe(error)
   }
@@ -55,7 +56,10 @@ function receive(connection) {
       digest.update(data)
       if (text.length < 128) text = Buffer.concat([text, data.subarray(0, 128)])
     })
-    connection.on('end', () => resolve({ bytes, sha256: digest.digest('hex'), text: text.toString('latin1') }))
+    connection.on('end', () => {
+      const at = performance.now()
+      resolve({ at, bytes, sha256: digest.digest('hex'), text: text.toString('latin1') })
+    })
     connection.on('error', reject)
     connection.on('close', () => reject(new Error('closed before the end')))
   })
@@ -77,12 +81,12 @@ const JOBS = {
   async echo(connection, total) {
     const [back] = await Promise.all([receive(connection), send(connection, 'echo', total)])
     const sent = digestOf(total)
-    return { ok: back.sha256 === sent, bytes: back.bytes, sha256: back.sha256, sent }
+    return { ok: back.sha256 === sent, bytes: back.bytes, sha256: back.sha256, sent, at: back.at }
   },
   async sink(connection, total) {
     const [back] = await Promise.all([receive(connection), send(connection, 'sink', total)])
     const sent = digestOf(total)
-    return { ok: back.text === sent, bytes: total, sha256: back.text, sent }
+    return { ok: back.text === sent, bytes: total, sha256: back.text, sent, at: back.at }
   },
   async source(connection, total) {
     const got = receive(connection)
@@ -90,7 +94,7 @@ const JOBS = {
     const back = await got
     connection.end()
     const sent = digestOf(total)
-    return { ok: back.sha256 === sent, bytes: back.bytes, sha256: back.sha256, sent }
+    return { ok: back.sha256 === sent, bytes: back.bytes, sha256: back.sha256, sent, at: back.at }
   },
   stay(connection) {
     connection.write(Buffer.from('stay\n'))

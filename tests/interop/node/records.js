@@ -8,7 +8,7 @@
 //   find-peer {publicKey} -> {peers: [...], nodes: ["host:port", ...]}
 //   ask-mutable-put {node: "host:port", seed, value, seq} -> {error}: one node's own answer to a put, its error code kept
 //   holders {publicKey, nodes: ["host:port", ...]} -> {nodes}: those that answer FIND_PEER from their own store
-//   where -> {address, persistent}
+//   where -> {address}
 
 const c = require('compact-encoding')
 const messages = require('hyperdht/lib/messages')
@@ -84,7 +84,7 @@ const handlers = {
   },
   async where() {
     const { host, port } = dht.address()
-    return { address: `${host}:${port}`, persistent: !dht.ephemeral }
+    return { address: `${host}:${port}` }
   }
 }
 

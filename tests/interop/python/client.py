@@ -37,25 +37,26 @@ async def send(connection: Connection, line: str, total: int) -> None:
 async def echo(connection: Connection, total: int) -> Result:
     """Send the body and read it back at the same time."""
     (count, digest, _), _ = await asyncio.gather(receive(connection), send(connection, "echo", total))
-    sent = digest_of(total)
-    return {"ok": digest == sent, "bytes": count, "sha256": digest, "sent": sent}
+    at, sent = time.perf_counter(), digest_of(total)
+    return {"ok": digest == sent, "bytes": count, "sha256": digest, "sent": sent, "at": at}
 
 
 async def sink(connection: Connection, total: int) -> Result:
     """Send the body and compare the digest that comes back."""
     await send(connection, "sink", total)
     _, _, text = await receive(connection)
-    sent = digest_of(total)
-    return {"ok": text == sent, "bytes": total, "sha256": text, "sent": sent}
+    at, sent = time.perf_counter(), digest_of(total)
+    return {"ok": text == sent, "bytes": total, "sha256": text, "sent": sent, "at": at}
 
 
 async def source(connection: Connection, total: int) -> Result:
     """Read the body that the server sends."""
     await connection.write(f"source {total}\n".encode())
     count, digest, _ = await receive(connection)
+    at = time.perf_counter()
     await connection.write_eof()
     sent = digest_of(total)
-    return {"ok": digest == sent, "bytes": count, "sha256": digest, "sent": sent}
+    return {"ok": digest == sent, "bytes": count, "sha256": digest, "sent": sent, "at": at}
 
 
 async def stay(connection: Connection, _: int) -> Result:
@@ -88,6 +89,8 @@ async def exchange(number: int, command: Command, dht: HyperDHT) -> Result:
             result.update(await job(connection, command.get("bytes", 64)))
     except Exception as error:
         result.update(ok=False, error=describe(error))
+    if "at" in result:
+        result["bodyMs"] = (result.pop("at") - started) * 1000 - result["openMs"]
     result["totalMs"] = (time.perf_counter() - started) * 1000
     return result
 
@@ -122,6 +125,7 @@ async def ping(command: Command, dht: HyperDHT) -> None:
 async def main() -> None:
     """Start a node, then obey."""
     async with new_node() as dht:
+        await dht.bootstrapped.wait()
         emit("ready")
 
         async def stats(_: Command) -> None:

@@ -59,9 +59,8 @@ async def lookup(dht: HyperDHT, command: Command) -> Answer:
 
 
 async def where(dht: HyperDHT, _: Command) -> Answer:
-    """Say where this node's server socket is and whether it is persistent."""
-    host, port = dht.address
-    return {"address": f"{host}:{port}", "persistent": not dht.ephemeral}
+    """Say where this node's server socket is."""
+    return {"address": f"{config.get('host', '127.0.0.1')}:{dht.port}"}
 
 
 HANDLERS: dict[str, Callable[[HyperDHT, Command], Awaitable[Answer]]] = {
@@ -86,7 +85,8 @@ async def main() -> None:
 
             return run
 
-        emit("ready", host=config.get("host", "127.0.0.1"))
+        await dht.bootstrapped.wait()
+        emit("ready")
         await serve_commands({name: bind(name) for name in HANDLERS})
 
 

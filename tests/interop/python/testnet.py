@@ -28,7 +28,8 @@ async def main() -> None:
         while len(nodes) < config.get("size", 6):
             node = HyperDHT(bootstrap=bootstrap, host=HOST, ephemeral=False, firewalled=False)
             nodes.append(await stack.enter_async_context(node))
-        emit("ready", bootstrap=bootstrap, nodes=[f"{HOST}:{node.address[1]}" for node in nodes])
+            await node.bootstrapped.wait()
+        emit("ready", bootstrap=bootstrap, nodes=[f"{HOST}:{node.port}" for node in nodes])
         await serve_commands({})
 
 

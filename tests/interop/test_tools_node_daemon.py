@@ -1,0 +1,120 @@
+"""Our tools against a daemon that has the TypeScript daemon's habits and knows none of our additions."""
+
+import base64
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from interop.harness import HERE, Peer, Tools, peers_on
+
+FAKE_CLAUDE = [sys.executable, str(HERE / "fake_claude.py")]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the daemon's root directory."""
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="module")
+def daemon(testnet: Peer, root: Path) -> Iterator[Peer]:
+    """Run the Node daemon, with a small stand-in for claude."""
+    with peers_on(testnet.ready["bootstrap"]) as group:
+        yield group.start("node", "daemon", claude=FAKE_CLAUDE, rootDir=str(root))
+
+
+@pytest.fixture
+def url(daemon: Peer) -> str:
+    """Give the daemon's pairing URL."""
+    return str(daemon.ready["url"])
+
+
+def test_ping(tools: Tools, url: str) -> None:
+    reply = tools.succeed("ping", url)
+    assert "direct" in reply and "127.0.0.1" in reply
+    assert len(tools.succeed("ping", "-c", "2", url).splitlines()) == 2
+
+
+def test_send_starts_a_session_and_tail_prints_it(tools: Tools, url: str, root: Path) -> None:
+    session = tools.succeed("send", "-C", str(root), url, text="grüß dich\n")
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        objects = [json.loads(line) for line in tools.succeed("tail", url, session).splitlines()]
+        if len(objects) == 3:
+            break
+    assert [one["type"] for one in objects] == ["system", "assistant", "result"]
+    assert objects[2]["result"] == "echo: grüß dich" and objects[0]["cwd"] == str(root)
+    assert tools.succeed("tail", "--text", url, session).strip().endswith("echo: grüß dich")
+    assert json.loads(tools.succeed("tail", "-n", "1", url, session))["type"] == "result"
+
+
+def test_send_waits_for_the_answer(tools: Tools, url: str, root: Path) -> None:
+    assert tools.succeed("send", "-w", "-C", str(root), url, "one", "two") == "echo: one two"
+    session = tools.succeed("send", "-C", str(root), "--permission-mode", "plan", "--model", "m", url, "first")
+    assert tools.succeed("send", "-w", "-s", session, url, text="second") == "echo: second"
+    argv = json.loads(tools.succeed("tail", url, session).splitlines()[0])["argv"]
+    assert argv[argv.index("--permission-mode") + 1] == "plan" and argv[argv.index("--model") + 1] == "m"
+
+
+def test_lines_make_a_chat(tools: Tools, url: str, root: Path) -> None:
+    answers = tools.succeed("send", "--lines", "-C", str(root), url, text="a\nb\nc\n")
+    assert answers.splitlines() == ["echo: a", "echo: b", "echo: c"]
+
+
+def test_a_line_of_three_megabytes(tools: Tools, url: str, root: Path) -> None:
+    answer = tools.succeed("send", "-w", "-C", str(root), url, f"BIG:{3 << 20}")
+    assert answer == "z" * (3 << 20)
+
+
+def test_tail_follows_until_the_session_ends(tools: Tools, url: str, root: Path) -> None:
+    session = tools.succeed("send", "-C", str(root), url, "hello")
+    with tools.running("tail", "-f", url, session) as follower:
+        assert follower.stdout is not None
+        first = [json.loads(follower.stdout.readline())["type"] for _ in range(3)]
+        tools.succeed("send", "-w", "-s", session, url, "more")
+        second = [json.loads(follower.stdout.readline())["type"] for _ in range(3)]
+        assert first == second == ["system", "assistant", "result"]
+        assert tools.succeed("stop", url, session) == session
+        assert follower.wait(30) == 0 and follower.stdout.read() == ""
+
+
+def test_ls_and_stop(tools: Tools, url: str, root: Path) -> None:
+    session = tools.succeed("send", "-C", str(root), url, "hello")
+    rows = [line.split("\t") for line in tools.succeed("ls", url).splitlines()]
+    assert session in [row[0] for row in rows] and all(len(row) == 5 for row in rows)
+    assert session in tools.succeed("ls", "-q", url).splitlines()
+    records = [json.loads(line) for line in tools.succeed("ls", "--json", url).splitlines()]
+    assert session in [one["sessionId"] for one in records]
+    stopped = tools.succeed("stop", "--all", url).splitlines()
+    assert session in stopped
+    assert tools.succeed("ls", url) == ""
+
+
+def test_what_is_not_there(tools: Tools, url: str, root: Path) -> None:
+    assert tools("send", "-s", "nobody", url, "x").status == 66
+    assert tools("stop", url, "nobody").status == 66
+    assert tools("tail", url, "nobody").status == 66
+    missing = tools("send", "-C", str(root / "missing"), url, "x")
+    assert missing.status != 0 and missing.out == "" and "error: " in missing.err
+    outside = tools("send", "-C", "/", url, "x")
+    assert outside.status != 0 and outside.out == ""
+
+
+def altered(url: str, field: str, value: bytes) -> str:
+    """Return a pairing URL with another key in it."""
+    prefix, _, code = url.partition("code=")
+    fields = json.loads(base64.b64decode(code)) | {field: base64.b64encode(value).decode()}
+    return prefix + "code=" + base64.b64encode(json.dumps(fields).encode()).decode()
+
+
+def test_a_wrong_data_key_is_refused(tools: Tools, url: str) -> None:
+    done = tools("ls", altered(url, "dataKey", bytes(32)))
+    assert done.status == 77 and done.out == "", done
+
+
+def test_a_daemon_that_is_not_there(tools: Tools, url: str) -> None:
+    done = tools("ping", altered(url, "dhtPublicKey", bytes(range(32))))
+    assert done.status == 69 and done.out == "", done
