@@ -335,10 +335,11 @@ function noise () {
       server.handshake.e = e2
       const first = { error: 0, firewall: random(4), addresses4: list(4, address), udx: { reusableSocket: true, id: random(2 ** 31), seq: 0 }, secretStream: {} }
       const second = { error: 0, firewall: random(4), addresses4: list(i * 10, address), relayAddresses: list(3, address) }
+      // Each side gets a copy: it clears the peer's ephemeral key in it when it is done.
       const message1 = client.send(first)
-      server.recv(message1)
+      server.recv(Buffer.from(message1))
       const message2 = server.send(second)
-      client.recv(message2)
+      client.recv(Buffer.from(message2))
       const final = client.final()
       return {
         initiator: hex(a.seed), responder: hex(b.seed), ephemerals: [hex(e1.seed), hex(e2.seed)],
@@ -383,7 +384,7 @@ async function streams () {
     const pipe = new Pipe()
     header = bytes(24)
     const stream = new SecretStream(isInitiator, pipe, { handshake: { ...keys, publicKey: pair.publicKey, remotePublicKey: pair.publicKey } })
-    const plaintexts = ['68656c6c6f', '', hex(bytes(1)), hex(bytes(253)), hex(bytes(2000)), '']
+    const plaintexts = ['68656c6c6f', '', hex(bytes(1)), hex(bytes(253)), hex(bytes(2000)), '', '656e64']
     for (const plaintext of plaintexts) stream.write(Buffer.from(plaintext, 'hex'))
     await turn()
     const initial = Buffer.from(stream._sendState.subarray(72))
