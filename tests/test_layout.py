@@ -25,13 +25,14 @@ MAX_FUNCTION_LINES = 60  # unless a comment `# long: ...` at its head gives the 
 LAYERS = (
     {"p2pclaude", "p2pclaude.errors"},
     {"p2pclaude.log", "p2pclaude.wire", "p2pclaude.pairing"},
-    {"p2pclaude.datadir", "p2pclaude.journal", "p2pclaude.claude"},
+    {"p2pclaude.datadir", "p2pclaude.journal", "p2pclaude.claude", "p2pclaude.record"},
     {"p2pclaude.sessions"},
     {"p2pclaude.client", "p2pclaude.daemon"},
-    {"p2pclaude.remote"},
-    {"p2pclaude.cli.common"},
+    {"p2pclaude.remote"},  # what the tools ask of a client
+    {f"p2pclaude.cli.{shared}" for shared in ("common", "network", "stdin", "text")},
     {f"p2pclaude.cli.{tool}" for tool in TOOLS},
 )
+TOGETHER = {6}  # the layers, by index, whose modules may import each other
 PURE = {"p2pclaude.wire", "p2pclaude.pairing"}
 
 # A module of the library says in its docstring which ring it is in; these are pure whatever they say.
@@ -177,7 +178,9 @@ def test_application_imports_point_down() -> None:
         own = layer_of(module.name)
         for target, found in imported_modules(module):
             other = layer_of(target)
-            if own is not None and other is not None and other >= own and target != module.name:
+            if own is None or other is None or other < own or (other == own and own in TOGETHER):
+                continue
+            if target != module.name:
                 problems.append(f"{module.path}:{found.line}: {module.name} imports {target}")
     complain(problems)
 

@@ -1,0 +1,183 @@
+"""The manual: it passes mandoc's checks and says what the programs say."""
+
+import ast
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from usages import PERMISSION_MODES, ROOT, TOOLS, module_constants, usage_names, usage_options
+
+MAN = ROOT / "man"
+PAGES = sorted(MAN.iterdir())
+SECTIONS = [
+    "NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "ENVIRONMENT", "FILES", "EXIT STATUS", "EXAMPLES", "DIAGNOSTICS",
+    "SEE ALSO", "SECURITY",
+]  # fmt: skip
+
+
+def page(name: str) -> str:
+    """Read a page's source."""
+    return (MAN / name).read_text(encoding="utf-8")
+
+
+def section(text: str, title: str) -> str:
+    """Cut a section out of a page's source."""
+    found = re.search(rf"^\.Sh {title}\n(.*?)(?=^\.Sh |\Z)", text, re.M | re.S)
+    assert found, f"no section {title}"
+    return found[1]
+
+
+def rendered(text: str) -> str:
+    """Take the macros out of a piece of mdoc, so that words stand beside each other as a reader sees them."""
+    lines = [re.sub(r"^\.(?:It )?[A-Z][a-z] ", "", line) for line in text.splitlines()]
+    return re.sub(r" ([.,;:])", r"\1", " ".join(lines))
+
+
+def documented_options(text: str) -> set[str]:
+    """Give the options that a page's list of options names, with their dashes."""
+    items = re.findall(r"^\.It (Fl .*)$", section(text, "OPTIONS"), re.M)
+    found = set()
+    for item in items:
+        names = [alternative.removeprefix("Fl ").split()[0] for alternative in item.split(" , ")]
+        found |= {f"-{name}" for name in names if name != "Ns"}
+    return found
+
+
+def test_there_is_a_page_for_each_command() -> None:
+    """One page a command, and one for the protocol."""
+    assert {path.name for path in PAGES} == {"p2pclaude.7", *(f"p2pclaude-{tool}.1" for tool in TOOLS)}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_lint(path: Path) -> None:
+    """Nothing that mandoc would warn of."""
+    mandoc = shutil.which("mandoc")
+    if mandoc is None:
+        pytest.skip("mandoc is not installed: the man pages are not checked")
+    done = subprocess.run(
+        [mandoc, "-T", "lint", "-W", "warning", str(path)], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_sections(tool: str) -> None:
+    """Every page has the same sections in the same order; CAVEATS may come in between."""
+    found = re.findall(r"^\.Sh (.*)$", page(f"p2pclaude-{tool}.1"), re.M)
+    assert [title for title in found if title != "CAVEATS"] == SECTIONS
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_options(tool: str) -> None:
+    """The page names exactly the options of the usage text."""
+    assert documented_options(page(f"p2pclaude-{tool}.1")) == usage_names(tool)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_options_of_the_synopsis(tool: str) -> None:
+    """The synopsis has every option in its short form if it has one, but those for help and version."""
+    synopsis = section(page(f"p2pclaude-{tool}.1"), "SYNOPSIS")
+    words = {words.split()[0] for words in re.findall(r"(?:Fl|\|) (?!Fl)(\S+)", synopsis)}
+    wanted = {option.names[0][1:] for option in usage_options(tool)} - {"h", "-version"}
+    assert words == wanted
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_defaults(tool: str) -> None:
+    """A default that stands in the usage text stands beside the option in the page."""
+    text = section(page(f"p2pclaude-{tool}.1"), "OPTIONS")
+    for option in usage_options(tool):
+        if option.default is not None:
+            found = re.search(rf"^\.It Fl .*{re.escape(option.names[-1][1:])}\b.*\n((?:(?!\.It ).*\n)*)", text, re.M)
+            assert found, option
+            assert f"The default is {option.default}" in rendered(found[1]), option
+
+
+def test_permission_modes() -> None:
+    """Both pages that offer a permission mode name all of them."""
+    for tool in ("daemon", "send"):
+        text = section(page(f"p2pclaude-{tool}.1"), "OPTIONS")
+        for mode in PERMISSION_MODES:
+            assert re.search(rf"^\.Cm {mode}\b", text, re.M), (tool, mode)
+    assert module_constants("p2pclaude/claude.py")["PERMISSION_MODES"] == PERMISSION_MODES
+
+
+def test_exit_statuses() -> None:
+    """Each status that a usage text names stands in the page, and so does each error's of errors.py."""
+    for tool in TOOLS:
+        listed = set(re.findall(r"^\.It (\d+)$", section(page(f"p2pclaude-{tool}.1"), "EXIT STATUS"), re.M))
+        usage = (ROOT / "p2pclaude" / "cli" / f"{tool}.py").read_text(encoding="utf-8")
+        named = re.search(r"^Exit status: (.*?)\n\n|^Exit status: (.*?)\"\"\"", usage, re.M | re.S)
+        assert named, tool
+        assert set(re.findall(r"\b(\d+) ", named[0])) <= listed, tool
+
+
+def enum_members(path: str, name: str) -> dict[str, str]:
+    """Read a StrEnum's values, each with the docstring below it, without importing its module."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    found = {}
+    for node, after in zip(body, [*body[1:], ast.Pass()], strict=True):
+        if isinstance(node, ast.Assign):
+            doc = after.value if isinstance(after, ast.Expr) else None
+            found[str(ast.literal_eval(node.value))] = str(ast.literal_eval(doc)) if doc else ""
+    return found
+
+
+def test_log_events() -> None:
+    """The daemon's page lists exactly the events of log.py, each with its fields."""
+    text = section(page("p2pclaude-daemon.1"), "DIAGNOSTICS")
+    events = enum_members("p2pclaude/log.py", "Event")
+    items = dict(re.findall(r"^\.It Cm (\S+)\n((?:(?!\.It |\.El).*\n)*)", text, re.M))
+    assert set(items) == set(events)
+    for event, doc in events.items():
+        fields = doc.removeprefix("Debug: ").partition(": ")[2]
+        fields = re.sub(r"\([^)]*\)", "", fields).partition(".")[0]
+        wanted = {field.strip() for field in fields.split(",") if field.strip()}
+        assert set(re.findall(r"^\.Cm (\w+)", items[event], re.M)) == wanted, event
+
+
+def test_session_states() -> None:
+    """p2pclaude-ls(1) explains exactly the states that there are."""
+    text = section(page("p2pclaude-ls.1"), "DESCRIPTION")
+    assert set(re.findall(r"^\.It Cm (\w+)", text, re.M)) == set(enum_members("p2pclaude/session.py", "State"))
+
+
+LIMITS = {  # in p2pclaude-daemon(1): module, constant, unit, and how the page says it
+    ("wire.py", "MAX_REQUEST_LINE", 1 << 20, "{} MiB, on one line"),
+    ("claude.py", "MAX_LINE", 1 << 20, "{} MiB; a longer one ends Claude"),
+    ("session.py", "MAX_QUEUED", 1, "{} a session"),
+    ("sessions.py", "DEFAULT_MAX_SESSIONS", 1, "{}, or what -max-sessions says"),
+    ("sessions.py", "MAX_TEXT_FIELD", 1, "{} characters"),
+    ("sessions.py", "MAX_WAIT_MS", 1000, "{} seconds"),
+    ("journal.py", "PAGE_BYTES", 1 << 20, "{} MiB, but one object at least"),
+}
+
+
+@pytest.mark.parametrize(("module", "name", "unit", "sentence"), sorted(LIMITS))
+def test_limits(module: str, name: str, unit: int, sentence: str) -> None:
+    """The limits in the page are those of the code."""
+    value = module_constants(f"p2pclaude/{module}")[name]
+    assert isinstance(value, int | float)
+    assert sentence.format(f"{value / unit:g}") in rendered(section(page("p2pclaude-daemon.1"), "SECURITY"))
+
+
+def test_methods() -> None:
+    """The protocol's page describes each method of the wire contract, and the envelopes' types."""
+    text = page("p2pclaude.7")
+    methods = set(re.findall(r"^\.It Cm ([a-z-]+)$", section(text, "METHODS"), re.M))
+    assert methods == {
+        "spawn-session", "send-message", "get-output", "stop-session", "list-sessions", "get-session-state", "ping",
+    }  # fmt: skip
+    wire = module_constants("p2pclaude/wire.py")
+    for kind in ("OUTPUT", "MESSAGE", "TURN"):
+        assert f".It Ql {wire[kind]}" in text
+
+
+def test_references() -> None:
+    """Pages refer only to pages of ours that exist."""
+    for path in PAGES:
+        for name, number in re.findall(r"^\.Xr (p2pclaude\S*) (\d)", path.read_text(encoding="utf-8"), re.M):
+            assert (MAN / f"{name}.{number}").exists(), (path.name, name)
