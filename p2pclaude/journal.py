@@ -69,6 +69,11 @@ class Journal:
         """Give the seq of the newest envelope, 0 when there is none."""
         return len(self._ends) - 1
 
+    @property
+    def is_awaited(self) -> bool:
+        """Tell whether somebody waits for a change."""
+        return bool(self._waiting)
+
     def append_output(self, data: bytes) -> int:
         """Append what Claude printed: `data` is one line of JSON and stands in the envelope unchanged.
 
