@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 CONCURRENCY: Final = 10
 CAREFUL_CONCURRENCY: Final = 3  # while only remembered nodes were asked, and few of them answered
 QUERY_RETRIES: Final = 5
-STRAGGLER_SENDS: Final = 3  # unanswered sends after which a node no longer holds up the end
+STRAGGLER_SENDS: Final = 3  # unanswered sends after which a node no longer holds up the end,
+FULL_STRAGGLER_SENDS: Final = 2  # or that many once there is a full result
 MAX_VISITS: Final = 512
 
 
@@ -69,7 +70,8 @@ class Query:
         self._referrers: dict[Address, list[Address]] = {}  # pending and visited, until they are done or down
         self._done: set[Address] = set()
         self._down: set[Address] = set()
-        self._calls: dict[OutgoingRequest, bool] = {}  # in flight -> slow
+        self._calls: dict[OutgoingRequest, int] = {}  # in flight -> distance
+        self._straggling: dict[OutgoingRequest, int] = {}  # those of them with sends not answered in time, how many
         self._closest: list[tuple[int, Reply]] = []
         self._results: deque[Reply] = deque()
         self._arrived = asyncio.Event()
@@ -205,16 +207,15 @@ class Query:
             distance, address = heappop(self._pending)
             if distance >= self._farthest() or self._visits >= MAX_VISITS:
                 self._pending.clear()  # the rest is farther still
-            elif not self._visit(address):
+            elif not self._visit(address, distance):
                 return
         if not self._pending and self._is_over():
             self._end_or_widen()
 
     def _limit(self) -> int:
-        slow = sum(self._calls.values())
-        return (CAREFUL_CONCURRENCY if self._careful else self.concurrency) + slow
+        return (CAREFUL_CONCURRENCY if self._careful else self.concurrency) + len(self._straggling)
 
-    def _visit(self, address: Address) -> bool:
+    def _visit(self, address: Address, distance: int) -> bool:
         self._visits += 1
         try:
             call = self._node.rpc.start(
@@ -229,24 +230,25 @@ class Query:
         except HyperDHTError as error:
             self._finish(error)
             return False
-        self._calls[call] = False
+        self._calls[call] = distance
         call.future.add_done_callback(partial(self._settled, call))
         return True
 
     def _on_resend(self, call: OutgoingRequest) -> None:
         if call in self._calls:
-            self._calls[call] = True
+            self._straggling[call] = call.sends
             self._advance()
 
     def _is_over(self) -> bool:
         if not self._calls:
             return not self._resolving
-        if not all(self._calls.values()):
+        full = len(self._closest) >= K
+        sends, farthest = FULL_STRAGGLER_SENDS if full else STRAGGLER_SENDS, self._farthest()
+        if not all(
+            self._straggling.get(call, 0) >= sends or distance >= farthest for call, distance in self._calls.items()
+        ):
             return False
-        if len(self._closest) >= K:
-            return True
-        stragglers = all(call.sends >= STRAGGLER_SENDS for call in self._calls)
-        return stragglers and self.successes >= len(self._calls)
+        return full or self.successes >= len(self._calls)
 
     def _end_or_widen(self) -> None:
         if not self._from_table and self.successes < K / 4:
@@ -268,6 +270,7 @@ class Query:
         self._ended.set()
         self._arrived.set()
         calls, self._calls = self._calls, {}
+        self._straggling = {}
         self._pending.clear()
         for call in calls:
             call.cancel()
@@ -278,6 +281,7 @@ class Query:
 
     def _settled(self, call: OutgoingRequest, future: "asyncio.Future[Reply]") -> None:
         self._calls.pop(call, None)
+        self._straggling.pop(call, None)
         if future.cancelled():
             return
         error = future.exception()
