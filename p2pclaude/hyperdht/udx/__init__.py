@@ -1,0 +1,1 @@
+"""UDX, the reliable stream transport under HyperDHT connections, without I/O (ring 1)."""

@@ -1,0 +1,74 @@
+"""Search for the largest packet a path carries (ring 1).
+
+Probes are full data packets padded to the size under test, so a lost one costs a retransmission and nothing else.
+Sizes are whole IP packets. The search halves the unknown interval; padding limits a step up to 255 bytes.
+"""
+
+from typing import Final
+
+from .packet import MAX_PADDING
+
+BASE_MTU: Final = 1200  # carried by practically every path; libudx UDX_MTU_BASE
+BLACK_HOLE_MTU: Final = 1000  # used when not even that passes
+MAX_TRIES: Final = 3
+CLOSE_ENOUGH: Final = 16  # the search ends when fewer bytes are in doubt
+
+
+class MtuSearch:
+    """State of the search on one path: `mtu` is safe to use, `wanted` the size to try, or 0."""
+
+    __slots__ = ("_high", "_max", "_outstanding", "_tries", "mtu", "wanted")
+
+    def __init__(self, mtu: int, max_mtu: int) -> None:
+        self._max = max(mtu, max_mtu)
+        self.restart(mtu)
+
+    def restart(self, mtu: int) -> None:
+        """Begin again from a safe size (another path)."""
+        self.mtu = mtu
+        self._high = self._max  # the largest size not known to fail
+        self._tries = 0
+        self._outstanding = 0
+        self.wanted = self._choose()
+
+    @property
+    def done(self) -> bool:
+        """Tell whether nothing is left to try."""
+        return self._high - self.mtu < CLOSE_ENOUGH and not (self.mtu < self._high == self._max)
+
+    def _choose(self) -> int:
+        """Return the size to probe now, or 0 while a probe is under way or the search is over."""
+        if self._outstanding or self.mtu >= self._high or self.done:
+            return 0
+        reach = self.mtu + MAX_PADDING
+        if self._high == self._max:  # nothing failed so far: the usual path carries the maximum
+            return min(self._max, reach)
+        return min((self.mtu + self._high + 1) // 2, reach)
+
+    def probe_sent(self, size: int) -> None:
+        """Note that a probe left; the next one waits for its fate."""
+        self._outstanding = size
+        self.wanted = 0
+
+    def probe_acked(self, size: int) -> None:
+        """Raise the MTU: a packet of this size arrived."""
+        self._outstanding = 0
+        self._tries = 0
+        self.mtu = max(self.mtu, size)
+        self.wanted = self._choose()
+
+    def probe_lost(self, size: int) -> None:
+        """Note a lost probe; three of one size mean that the size does not pass."""
+        self._outstanding = 0
+        self._tries += 1
+        if self._tries >= MAX_TRIES:
+            self._tries = 0
+            self._high = max(self.mtu, size - 1)
+        self.wanted = self._choose()
+
+    def black_hole(self) -> None:
+        """Fall back to a small size and stay there: full packets keep dying though the path lives."""
+        self.mtu = min(self.mtu, BLACK_HOLE_MTU)
+        self._high = self.mtu
+        self._outstanding = 0
+        self.wanted = 0

@@ -1,0 +1,126 @@
+"""The receiving half of a stream: order, duplicates, the window and what to acknowledge (ring 1).
+
+`stream` feeds it packets whose header is already checked; in-order data takes the short way there
+(`UdxStream.receive_datagrams`), everything else comes through `receive`.
+"""
+
+from typing import Final
+
+from .ranges import RangeSet
+
+MAX_AHEAD: Final = 32768  # packets beyond the next expected one; libudx itself reports at most 65536 ahead
+MAX_SACK_RANGES: Final = 64
+
+
+class Receiver:
+    """Puts packets in order and bounds what waits.
+
+    The window advertises what of `window` bytes the reader has not yet to take. It counts from the cumulative
+    acknowledgement, so packets held behind a gap lie within it; those beyond are dropped and not reported.
+    """
+
+    def __init__(self, window: int, initial_seq: int) -> None:
+        self.window = window
+        self.next_seq = initial_seq  # unbounded; the next one expected
+        self.unread = 0  # bytes given out and not yet consumed
+        self.chunks: list[bytes] = []  # data in order, not yet given out
+        self.ended = False  # the peer's END and all before it arrived
+        self.sack_ranges = RangeSet()
+        self._end_seq: int | None = None
+        self._early: dict[int, bytes] = {}  # behind a gap
+        self._early_bytes = 0
+        self._advertised_edge = window  # in bytes of the stream
+        self._received = 0  # bytes of the stream received in order
+
+    @property
+    def holds_early(self) -> bool:
+        """Tell whether packets wait behind a gap."""
+        return bool(self._early)
+
+    def receive(self, seq: int, payload: bytes, ends: bool) -> bool:
+        """Take one DATA or END packet; return False when it had to be dropped.
+
+        Duplicates are fine. Dropped are packets out of all range, behind the end, or beyond the window.
+        """
+        if seq < self.next_seq:
+            return True
+        if seq >= self.next_seq + MAX_AHEAD or self._contradicts_end(seq, ends):
+            return False
+        if seq != self.next_seq:
+            return self._hold(seq, payload, ends)
+        if len(payload) > self.room:
+            return False
+        self._take(payload, ends, seq)
+        self.drain()
+        return True
+
+    @property
+    def room(self) -> int:
+        """The bytes that may still be taken: what was ever advertised is kept open, and a packet's worth of slack."""
+        return max(self._advertised_edge - self._received, self.window - self.unread) + 2048
+
+    def add_in_order(self, payloads: list[bytes], size: int) -> None:
+        """Take the payloads of consecutive DATA packets that start at `next_seq`; the caller kept to `room`."""
+        self.chunks += payloads
+        self.next_seq += len(payloads)
+        self._received += size
+        self.unread += size
+
+    def drain(self) -> None:
+        """Move what the gap held back and is now in order."""
+        early = self._early
+        if not early:
+            return
+        while (payload := early.pop(self.next_seq, None)) is not None:
+            self._early_bytes -= len(payload)
+            self._take(payload, self.next_seq == self._end_seq, self.next_seq)
+        self.sack_ranges.discard_below(self.next_seq)
+
+    def consume(self, size: int) -> bool:
+        """Note that the reader took bytes; return True if the peer should be told of the room."""
+        self.unread = max(self.unread - size, 0)
+        known = self._advertised_edge - self._received  # what the peer believes
+        return self.window - self.unread - known >= max(self.window // 4, 1)
+
+    def advertise(self) -> int:
+        """Return the window for the next packet; never takes back what was offered."""
+        edge = max(self._advertised_edge, self._received + self.window - self.unread)
+        self._advertised_edge = edge
+        return min(edge - self._received, 0xFFFFFFFF)
+
+    def discard(self) -> None:
+        """Drop all data that waits; the numbers stay for final acknowledgements."""
+        self.chunks.clear()
+        self._early.clear()
+        self._early_bytes = 0
+        self.sack_ranges = RangeSet()
+
+    def _contradicts_end(self, seq: int, ends: bool) -> bool:
+        if self._end_seq is not None:
+            return seq > self._end_seq or (ends and seq != self._end_seq)
+        highest = self.sack_ranges.highest
+        return ends and highest is not None and seq < highest
+
+    def _hold(self, seq: int, payload: bytes, ends: bool) -> bool:
+        if seq in self._early:
+            return True
+        if self._early_bytes + len(payload) > self.room:
+            return False
+        if ends:
+            self._end_seq = seq
+        self._early[seq] = payload if isinstance(payload, bytes) else bytes(payload)
+        self._early_bytes += len(payload)
+        self.sack_ranges.add(seq, seq + 1)
+        return True
+
+    def _take(self, payload: bytes, ends: bool, seq: int) -> None:
+        if payload:
+            self.chunks.append(payload)
+            self._received += len(payload)
+            self.unread += len(payload)
+        self.next_seq = seq + 1
+        if ends:
+            self._end_seq = seq
+            self.ended = True
+
+

@@ -1,0 +1,475 @@
+"""The sending half of a stream: queue, packets under way, acknowledgements, and what may leave when (ring 1).
+
+`stream` calls `receive_ack` for each packet that says something new and `finish_acks` once a batch, then `send` to
+get what may leave. The parts know one thing each: `recovery` what is lost, `congestion` how much may be under way,
+`pacing` when, `mtu` how large, `rtt` how long an answer takes.
+"""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from .congestion import Bbr
+from .mtu import MtuSearch
+from .pacing import Pacer
+from .packet import DATA, END, HEADER, MAGIC, OVERHEAD_BYTES, SEQ_MASK
+from .ranges import RangeSet
+from .rate import AckSample, DeliveryRate, Flight
+from .recovery import DELIVERED, IN_FLIGHT, LOST, LossDetector, Packet
+from .rtt import RttEstimator
+
+GIVE_UP_S: Final = 12.0  # without progress; an outage of 10 s must kill nothing, and probes leave every second
+MAX_UNDER_WAY: Final = 64 * 1024 * 1024  # whatever window the peer offers
+MAX_PACKETS_UNDER_WAY: Final = 65536  # libudx reports no gaps further ahead
+MAX_BURST_PACKETS: Final = 256  # of one call: others want a turn
+PROBES: Final = 2  # packets a probe timeout sends: one of them may be lost as well
+OUTAGE_ATTEMPTS: Final = 3  # probe timeouts in a row that mean more than a lost tail
+BLACK_HOLE_ATTEMPTS: Final = 3  # transmissions of one full packet, all lost while others arrive
+MAX_WINDOW_PROBE_S: Final = 2.0
+
+
+class BurstHeader(NamedTuple):
+    """What the headers of all packets of a burst share; numbers as they stand on the wire.
+
+    END never acknowledges the peer's END: libudx would close on that acknowledgement before it answers this END
+    (src/udx.c, process_packet). So `end_ack` is `ack` without the peer's END.
+    """
+
+    remote_id: int
+    window: int
+    ack: int
+    end_ack: int
+
+
+@dataclass(slots=True)
+class SenderStats:
+    """Counters of a sending half."""
+
+    packets: int = 0
+    bytes: int = 0
+    retransmits: int = 0
+    lost: int = 0
+    probe_timeouts: int = 0
+    bad_acks: int = 0
+    bad_sacks: int = 0
+
+
+class Sender:
+    """Sends bytes as numbered packets until each is acknowledged."""
+
+    def __init__(self, initial_seq: int, mtu: int, max_mtu: int) -> None:
+        self.stats = SenderStats()
+        self.rtt = RttEstimator()
+        self.search = MtuSearch(mtu, max_mtu)
+        self.congestion = Bbr(mtu)
+        self.acked_below = initial_seq  # unbounded, as next_seq
+        self.next_seq = initial_seq
+        self.queued = 0  # bytes written, not yet sent
+        self.unacked = 0  # payload bytes from the first unacknowledged packet on: what the peer's window counts
+        self.in_flight = 0  # bytes on the wire, neither acknowledged nor lost
+        self.end_queued = False
+        self.end_seq: int | None = None
+        self.peer_window = 4 * 1024 * 1024  # until the peer says; libudx UDX_DEFAULT_RWND_MAX
+        self.give_up = False  # the path is dead
+        self.window_probe_due = False  # a HEARTBEAT must ask for the peer's window
+        self._base_mtu = mtu
+        self._queue: deque[bytes] = deque()
+        self._head_offset = 0  # bytes of the queue's first chunk that are gone
+        self._packets: dict[int, Packet] = {}
+        self._sacked = RangeSet()
+        self._lost: list[int] = []  # heap of sequence numbers to send again; outdated ones are skipped
+        self._loss = LossDetector(self.rtt)
+        self._rate = DeliveryRate()
+        self._pacer = Pacer()
+        self._order = 0
+        self._probe_count = 0  # probe timeouts since the last progress
+        self._probes_due = 0
+        self._last_sent_at = 0.0
+        self._progress_at = 0.0
+        self._paced_until: float | None = None
+        self._window_probes = 0
+        self._window_probe_at: float | None = None
+        self._window_closed_at = 0.0
+        self._window_from = (initial_seq - 1, 0)  # (seq, ack) of the packet the peer's window is from
+        # What one batch of acknowledgements brought, until finish_acks.
+        self._batch_acked = 0
+        self._batch_newest: Packet | None = None
+        self._batch_rtt: float | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Tell whether everything written, the end included, is acknowledged."""
+        return not self._packets and not self.queued and (not self.end_queued or self.end_seq is not None)
+
+    @property
+    def end_acked(self) -> bool:
+        """Tell whether the peer has everything and knows of the end."""
+        return self.end_seq is not None and self.acked_below > self.end_seq
+
+    @property
+    def only_end_unacked(self) -> bool:
+        """Tell whether nothing but a bare END lacks its acknowledgement."""
+        return self.end_seq is not None and self.acked_below == self.end_seq and not self.unacked
+
+    @property
+    def spurious(self) -> int:
+        """Retransmissions that turned out to be needless."""
+        return self._loss.spurious
+
+    def write(self, data: bytes) -> None:
+        """Queue bytes."""
+        if data:
+            self._queue.append(data)
+            self.queued += len(data)
+
+    def discard(self) -> None:
+        """Drop everything queued and under way (the stream is over); the numbers stay."""
+        self._queue.clear()
+        self._packets.clear()
+        self._lost.clear()
+        self._sacked = RangeSet()
+        self._loss = LossDetector(self.rtt)
+        self.queued = self.unacked = self.in_flight = 0
+        self._window_probe_at = self._paced_until = None
+        self.window_probe_due = False
+
+    def reset_path(self, now: float) -> None:
+        """Begin anew with another path: its round-trip time, bandwidth and packet size are unknown."""
+        self.rtt.reset()
+        self.search.restart(self._base_mtu)
+        self.congestion = Bbr(self._base_mtu)
+        self._pacer = Pacer()
+        self._loss.forget_path()
+        self._progress_at = now
+        self._probe_count = 0
+        self._probes_due = PROBES if self._packets else 0
+
+    # -- acknowledgements
+
+    def update_window(self, window: int, seq: int, ack: int) -> None:
+        """Take the peer's window unless an older packet brought it (the rule of RFC 9293 3.10.7.4)."""
+        if ack < self.acked_below:
+            return
+        if self._window_from[0] < seq or (self._window_from[0] == seq and self._window_from[1] <= ack):
+            self._window_from = (seq, ack)
+            self.peer_window = min(window, MAX_UNDER_WAY)
+
+    def receive_ack(self, ack: int, now: float) -> bool:
+        """Take a cumulative acknowledgement (unbounded); return False when it covers what was never sent."""
+        if ack > self.next_seq:
+            self.stats.bad_acks += 1
+            return False
+        packets = self._packets
+        for seq in range(self.acked_below, ack):
+            packet = packets.pop(seq)
+            self.unacked -= len(packet.payload)
+            if packet.state == DELIVERED:
+                self._loss.sacked -= 1
+            else:
+                self._deliver(packet, now)
+        if ack > self.acked_below:
+            self.acked_below = ack
+            self._sacked.discard_below(ack)
+        return True
+
+    def receive_sack(self, ranges: list[tuple[int, int]], now: float) -> None:
+        """Take ranges the peer holds behind a gap (unbounded numbers, end exclusive)."""
+        for start, end in ranges:
+            if not self.acked_below < start < end <= self.next_seq:
+                # Ranges that the cumulative acknowledgement overtook are merely old.
+                if end > self.next_seq or start >= end:
+                    self.stats.bad_sacks += 1
+                continue
+            for first, last in self._sacked.add(start, end):
+                for seq in range(first, last):
+                    self._deliver(self._packets[seq], now)
+                    self._loss.sacked += 1
+
+    def _deliver(self, packet: Packet, now: float) -> None:
+        """Account for the first acknowledgement of a packet."""
+        if packet.state == IN_FLIGHT:
+            self.in_flight -= packet.size
+        packet.state = DELIVERED
+        self._batch_acked += packet.size
+        self._loss.on_delivered(packet, now)
+        newest = self._batch_newest
+        if newest is None or packet.order > newest.order:
+            self._batch_newest = packet
+        if packet.count == 1:
+            rtt = now - packet.flight.sent_at
+            if self._batch_rtt is None or rtt < self._batch_rtt:
+                self._batch_rtt = rtt
+        if packet.padded_mtu:
+            self.search.probe_acked(packet.padded_mtu)
+            self.congestion.mss = self.search.mtu
+
+    def finish_acks(self, now: float) -> None:
+        """Draw the conclusions from a batch: round trip, losses, congestion, timers."""
+        newest = self._batch_newest
+        if newest is None:
+            return
+        rtt, acked = self._batch_rtt, self._batch_acked
+        self._batch_newest, self._batch_rtt, self._batch_acked = None, None, 0
+        if rtt is not None:
+            self.rtt.add_sample(rtt)
+        if self._probe_count >= OUTAGE_ATTEMPTS:
+            self.congestion.on_outage()
+        self._probe_count = self._probes_due = 0
+        self._progress_at = now
+        lost = self._detect_losses(now)
+        self._rate.delivered += acked
+        flight = newest.flight
+        rate = self._rate.sample(flight, now, self.rtt.minimum)
+        sample = AckSample(
+            acked, lost, self._rate.delivered, flight.delivered, self.in_flight, rate, flight.app_limited, rtt
+        )
+        self.congestion.on_ack(sample, now)
+
+    def _detect_losses(self, now: float) -> int:
+        """Move lost packets to the repair queue; return their bytes."""
+        size = 0
+        for packet in self._loss.detect(self.acked_below, self.next_seq, now):
+            size += packet.size
+            self.stats.lost += 1
+            self._queue_repair(packet)
+        self.in_flight -= size
+        return size
+
+    def _queue_repair(self, packet: Packet) -> None:
+        heapq.heappush(self._lost, packet.seq)
+        if packet.padded_mtu:
+            self._strip_padding(packet)
+        elif packet.count >= BLACK_HOLE_ATTEMPTS and len(packet.payload) + OVERHEAD_BYTES > self._base_mtu:
+            self._suspect_black_hole()
+
+    def _strip_padding(self, packet: Packet) -> None:
+        """Let a probe travel again as an ordinary packet."""
+        self.search.probe_lost(packet.padded_mtu)
+        packet.padded_mtu = 0
+
+    def _suspect_black_hole(self) -> None:
+        """Send smaller packets from now on."""
+        self.search.black_hole()
+        self.congestion.mss = self.search.mtu
+
+    # -- sending
+
+    def send(self, burst_header: BurstHeader, now: float) -> list[bytes]:
+        """Return the packets that may leave now: probes, repairs, new data."""
+        self._paced_until = None
+        if not self._lost and not self._probes_due and not self.queued and not self._end_due:
+            return []
+        if not self._packets:
+            self._progress_at = now
+        congestion = self.congestion
+        budget = self._pacer.budget(now, congestion.pacing_rate, congestion.quantum)
+        allowance = min(congestion.window - self.in_flight, budget)
+        burst = _Burst(burst_header, self._rate.start_flight(now, self.in_flight))
+        before = self.stats.bytes
+        if self._probes_due:
+            self._send_probes(burst)
+        self._send_repairs(burst, allowance - (self.stats.bytes - before))
+        self._send_new(burst, allowance - (self.stats.bytes - before))
+        spent = self.stats.bytes - before
+        if spent:
+            self._pacer.spend(spent)
+            self._last_sent_at = now
+        self._after_send(allowance - spent, budget - spent, now)
+        return burst.packets
+
+    @property
+    def _end_due(self) -> bool:
+        return self.end_queued and self.end_seq is None
+
+    def _send_probes(self, burst: "_Burst") -> None:
+        """Make the peer answer: repairs or new data if there are any, else the first and the last packet again."""
+        due, self._probes_due = self._probes_due, 0
+        sent_before = self.stats.packets
+        self._send_repairs(burst, due * self.search.mtu)
+        due -= self.stats.packets - sent_before
+        if due > 0:
+            due -= self._send_again(burst, self._first_in_flight())
+        if due > 0:
+            new_before = self.stats.packets
+            self._send_new(burst, 1)
+            if self.stats.packets == new_before:
+                self._send_again(burst, self._last_in_flight())
+
+    def _send_again(self, burst: "_Burst", packet: Packet | None) -> int:
+        if packet is None or packet.flight is burst.flight:
+            return 0
+        if packet.padded_mtu:
+            self._strip_padding(packet)
+        self._transmit(burst, packet)
+        return 1
+
+    def _first_in_flight(self) -> Packet | None:
+        return next((packet for packet in self._packets.values() if packet.state == IN_FLIGHT), None)
+
+    def _last_in_flight(self) -> Packet | None:
+        return next((packet for packet in reversed(self._packets.values()) if packet.state == IN_FLIGHT), None)
+
+    def _send_repairs(self, burst: "_Burst", allowance: int) -> None:
+        while self._lost and allowance > 0:
+            packet = self._packets.get(heapq.heappop(self._lost))
+            if packet is None or packet.state != LOST:
+                continue
+            packet.state = IN_FLIGHT
+            self.in_flight += packet.size
+            self._transmit(burst, packet)
+            allowance -= packet.size
+
+    def _transmit(self, burst: "_Burst", packet: Packet) -> None:
+        """Send a packet another time, with current acknowledgement and window."""
+        packet.count += 1
+        packet.order = self._order
+        packet.flight = burst.flight
+        self._order += 1
+        self._loss.on_sent(packet)
+        burst.add(packet.kind, 0, packet.seq, packet.payload)
+        self.stats.retransmits += 1
+        self.stats.packets += 1
+        self.stats.bytes += packet.size
+
+    def _send_new(self, burst: "_Burst", allowance: int) -> None:
+        """Cut new packets from the queue: the hot path of sending."""
+        room = self.peer_window - self.unacked
+        packets_left = min(MAX_PACKETS_UNDER_WAY - (self.next_seq - self.acked_below), MAX_BURST_PACKETS)
+        while allowance > 0 and packets_left > 0:
+            payload_size = self.search.mtu - OVERHEAD_BYTES
+            if self.queued:
+                size = min(payload_size, self.queued)
+                if size > room:
+                    # Part of a packet is worth sending only when nothing under way will open the window.
+                    if self._packets or room <= 0:
+                        break
+                    size = room
+                payload = self._take(size)
+            elif self._end_due:
+                size, payload = 0, b""
+            else:
+                break
+            kind = DATA if payload else 0
+            if self._end_due and not self.queued:
+                kind |= END
+                self.end_seq = self.next_seq
+            padding = self._padding(size, payload_size)
+            wire_size = size + OVERHEAD_BYTES
+            packet = Packet(self.next_seq, kind, payload, wire_size, burst.flight, self._order)
+            if padding:
+                packet.padded_mtu = wire_size + padding
+                self.search.probe_sent(packet.padded_mtu)
+            self._packets[self.next_seq] = packet
+            self._loss.on_sent(packet)
+            burst.add(kind, padding, self.next_seq, payload)
+            self._order += 1
+            self.next_seq += 1
+            self.unacked += size
+            self.in_flight += wire_size
+            self.stats.packets += 1
+            self.stats.bytes += wire_size
+            room -= size
+            allowance -= wire_size
+            packets_left -= 1
+
+    def _padding(self, size: int, payload_size: int) -> int:
+        """Return the padding that makes this packet an MTU probe, usually 0."""
+        if size != payload_size or self.rtt.srtt is None:
+            return 0
+        probe = self.search.wanted
+        return probe - size - OVERHEAD_BYTES if probe else 0
+
+    def _take(self, size: int) -> bytes:
+        """Remove `size` bytes from the front of the queue."""
+        self.queued -= size
+        queue, offset = self._queue, self._head_offset
+        head = queue[0]
+        if len(head) - offset > size:
+            self._head_offset = offset + size
+            return head[offset : offset + size]
+        parts = []
+        while size:
+            head = queue[0]
+            part = head[offset : offset + size] if offset or len(head) > size else head
+            parts.append(part)
+            size -= len(part)
+            offset += len(part)
+            if offset == len(head):
+                queue.popleft()
+                offset = 0
+        self._head_offset = offset
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _after_send(self, allowance: int, budget: int, now: float) -> None:
+        """Note why nothing more leaves: pacing, the congestion window, the peer's window, or no data."""
+        more = bool(self._lost or self.queued)
+        window_closed = self.queued > 0 and not self._packets and self.peer_window <= 0
+        if more and budget <= 0 and not window_closed:
+            congestion = self.congestion
+            self._paced_until = self._pacer.ready_at(congestion.pacing_rate, congestion.quantum)
+        elif more and allowance > 0 and self.queued and self.peer_window - self.unacked >= self.search.mtu:
+            self._paced_until = now  # the burst's limit of packets was reached
+        if allowance > 0 and not self._lost:
+            self._rate.mark_app_limited(self.in_flight)
+        self._watch_window(window_closed, now)
+
+    def _watch_window(self, closed: bool, now: float) -> None:
+        """Ask now and then for the peer's window while it is closed: its opening could be lost."""
+        if not closed:
+            self._window_probe_at = None
+            self._window_probes = 0
+        elif self._window_probe_at is None:
+            if not self._window_probes:
+                self._window_closed_at = now
+            interval = max(self.rtt.probe_timeout(0), 0.25) * 2.0 ** min(self._window_probes, 3)
+            self._window_probe_at = now + min(interval, MAX_WINDOW_PROBE_S)
+
+    # -- timers
+
+    def get_timer(self) -> float | None:
+        """Return when `handle_timer` or `send` has something to do."""
+        times = (self._paced_until, self._loss.deadline, self._probe_at(), self._window_probe_at)
+        return min((time for time in times if time is not None), default=None)
+
+    def _probe_at(self) -> float | None:
+        if not self._packets:
+            return None
+        return max(self._last_sent_at, self._progress_at) + self.rtt.probe_timeout(self._probe_count)
+
+    def handle_timer(self, now: float, last_heard: float) -> None:
+        """Act on what is due; `last_heard` is when the peer's last packet came."""
+        if self._loss.deadline is not None and self._loss.deadline <= now:
+            self._detect_losses(now)
+        probe_at = self._probe_at()
+        if probe_at is not None and probe_at <= now:
+            if now - self._progress_at >= GIVE_UP_S:
+                self.give_up = True
+                return
+            self._probe_count += 1
+            self._probes_due = PROBES
+            self.stats.probe_timeouts += 1
+        if self._window_probe_at is not None and self._window_probe_at <= now:
+            self._window_probe_at = None
+            self._window_probes += 1
+            self.window_probe_due = True
+            self.give_up = now - max(last_heard, self._window_closed_at) >= GIVE_UP_S
+
+
+class _Burst:
+    """Packets that leave in one call: what their headers and bookkeeping share."""
+
+    __slots__ = ("_header", "flight", "packets")
+
+    def __init__(self, header: BurstHeader, flight: Flight) -> None:
+        self._header = header
+        self.flight = flight
+        self.packets: list[bytes] = []
+
+    def add(self, kind: int, padding: int, seq: int, payload: bytes) -> None:
+        """Append a packet."""
+        remote_id, window, ack, end_ack = self._header
+        header = HEADER.pack(
+            MAGIC, kind, padding, remote_id, window, seq & SEQ_MASK, end_ack if kind & END else ack
+        )
+        self.packets.append(header + bytes(padding) + payload if padding else header + payload)

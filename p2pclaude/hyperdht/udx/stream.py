@@ -1,0 +1,415 @@
+"""A UDX stream without I/O: packets and the time go in, packets, a timer and events come out (ring 1).
+
+`streams` (ring 2) finds the stream of each datagram, calls `receive_datagrams`, takes the events, sends what
+`datagrams_to_send` returns and wakes the stream at `get_timer`. `sender` and `receiver` are the two halves; this
+module joins them into packets, and knows how a stream begins and ends.
+
+The end of a stream. Both sides send END; when the own one is acknowledged and the peer's arrived the stream is closed,
+but it stays for a while to acknowledge the END again, since the last acknowledgement may be lost (TCP's TIME_WAIT;
+libudx has none). After `destroy`, or when the path died, it says DESTROY a few times, and again to whatever the peer
+still sends.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from .events import Closed, DataReceived, Drained, EndReceived, Event, MessageReceived
+from .mtu import BASE_MTU
+from .packet import (
+    DATA,
+    DESTROY,
+    END,
+    HEADER,
+    HEADER_BYTES,
+    HEARTBEAT,
+    MAGIC,
+    MESSAGE,
+    OVERHEAD_BYTES,
+    SACK,
+    SEQ_MASK,
+    decode_sack,
+    encode_sack,
+    sack_length,
+    unwrap,
+)
+from .receiver import MAX_SACK_RANGES, Receiver
+from .sender import BurstHeader, Sender
+
+__all__ = ["Closed", "DataReceived", "Drained", "EndReceived", "Event", "MessageReceived", "UdxStream"]
+
+DRAIN_THRESHOLD: Final = 256 * 1024  # unsent bytes below which the writer is called again
+LINGER_S: Final = 15.0  # longer than a peer repeats an END (libudx: 13 s)
+DESTROY_TIMES_S: Final = (0.0, 0.3, 1.0)  # when DESTROY is sent: it is never acknowledged
+MAX_QUEUED_MESSAGES: Final = 256
+ECONNRESET: Final = "ECONNRESET"
+ETIMEDOUT: Final = "ETIMEDOUT"
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters of received packets; those of the sending half are in `UdxStream.sender_stats`."""
+
+    packets: int = 0
+    bytes: int = 0
+    bad: int = 0  # no packets of this stream, or contradictions in themselves
+    dropped: int = 0  # outside of the window
+
+
+class UdxStream:
+    """One end of a reliable, ordered byte stream over datagrams, compatible with libudx.
+
+    After each call take all events (`next_event`), send all of `datagrams_to_send`, and call `handle_timer` at
+    `get_timer`. `now` is in seconds and never runs backwards. No method raises on what the network brought.
+    """
+
+    def __init__(
+        self,
+        local_id: int,
+        *,
+        mtu: int = BASE_MTU,
+        max_mtu: int = 1500,
+        receive_window: int = 4 * 1024 * 1024,
+        initial_seq: int = 0,
+        initial_remote_seq: int = 0,
+    ) -> None:
+        """Prepare a stream that the peer addresses as `local_id`; sizes in bytes, MTUs include the IP header."""
+        self.local_id = local_id
+        self.remote_id: int | None = None
+        self.connected = False
+        self.closed = False
+        self.finished = False  # nothing is left to answer: the stream may be forgotten
+        self.received_any = False  # a packet of the peer arrived
+        self.stats = Stats()
+        self._sender = Sender(initial_seq, mtu, max_mtu)
+        self._receiver = Receiver(receive_window, initial_remote_seq)
+        self._events: deque[Event] = deque()
+        self._messages: deque[bytes] = deque()
+        self._drain_wanted = False
+        self._ack_due = False  # also set before the peer is known: it leaves on connect
+        self._end_told = False
+        self._last_heard = 0.0
+        self._last_ack = -1  # wire ack and window of the packet that was processed last:
+        self._last_window = -1  # repetitions teach nothing
+        self._destroy_times: deque[float] = deque()  # still to come
+        self._destroyed = False
+        self._destroy_due = False
+        self._finish_at: float | None = None
+
+    # -- state
+
+    @property
+    def srtt(self) -> float | None:
+        """The smoothed round-trip time in seconds, `None` before the first measurement."""
+        return self._sender.rtt.srtt
+
+    @property
+    def mtu(self) -> int:
+        """The size of the largest IP packet in use."""
+        return self._sender.search.mtu
+
+    @property
+    def buffered(self) -> int:
+        """The bytes written and not yet sent for the first time; `Drained` comes when few are left."""
+        return self._sender.queued
+
+    @property
+    def unacked(self) -> int:
+        """The bytes sent and not yet acknowledged."""
+        return self._sender.unacked
+
+    @property
+    def sender(self) -> Sender:
+        """The sending half, for its counters and estimates."""
+        return self._sender
+
+    # -- what the application does
+
+    def connect(self, remote_id: int, now: float) -> None:
+        """Set the id the peer knows the stream by; what was queued, acknowledgements too, may leave now."""
+        self.remote_id = remote_id
+        self.connected = True
+        self._last_heard = now
+
+    def reset_path(self, now: float) -> None:
+        """Begin anew with round-trip time, bandwidth and MTU: the socket or the peer's address changed."""
+        self._sender.reset_path(now)
+        self._last_heard = now
+
+    def write(self, data: bytes) -> None:
+        """Queue bytes; small writes share packets when they come before the next `datagrams_to_send`."""
+        if self.closed or self._sender.end_queued or not data:
+            return
+        self._sender.write(data if isinstance(data, bytes) else bytes(data))
+        self._drain_wanted = True
+
+    def end(self) -> None:
+        """End the own side once all that was written is delivered; the peer may go on sending."""
+        if not self.closed:
+            self._sender.end_queued = True
+
+    def destroy(self) -> None:
+        """Break the stream off: drop what was not delivered, tell the peer, close."""
+        if not self.closed:
+            self._break(None)
+
+    def send_message(self, data: bytes) -> None:
+        """Send one message, unordered and unreliable, that should fit the MTU less 48 bytes.
+
+        Before `connect`, and while others wait, a bounded number is kept and the oldest are dropped.
+        """
+        if self.closed:
+            return
+        if len(self._messages) >= MAX_QUEUED_MESSAGES:
+            self._messages.popleft()
+        self._messages.append(bytes(data))
+
+    def consume(self, size: int) -> None:
+        """Say that the reader took `size` bytes of those in `DataReceived`: the peer may send as many more."""
+        if self._receiver.consume(size) and not self.closed:
+            self._ack_due = True
+
+    def next_event(self) -> Event | None:
+        """Return the next event, `None` when there is none."""
+        return self._events.popleft() if self._events else None
+
+    # -- packets in
+
+    def receive_datagrams(self, datagrams: Sequence[bytes], now: float) -> None:
+        """Process a batch of packets; bad ones are dropped and counted.
+
+        This is the hot path. In bulk almost every packet is DATA, next in order, and repeats the acknowledgement of
+        the one before; such packets cost one header and one slice, and are given to the receiver as a run. All others
+        go through `_receive_packet`. Conclusions are drawn, and one acknowledgement is made, once a batch.
+        """
+        if self.closed:
+            self._receive_closed(datagrams)
+            return
+        receiver, unpack = self._receiver, HEADER.unpack_from
+        stats, local_id = self.stats, self.local_id
+        run: list[bytes] = []
+        run_bytes = 0
+        room = receiver.room
+        expected = receiver.next_seq & SEQ_MASK
+        for data in datagrams:
+            size = len(data)
+            if size < HEADER_BYTES:
+                stats.bad += 1
+                continue
+            magic, kind, offset, stream_id, window, seq, ack = unpack(data)
+            if magic != MAGIC or stream_id != local_id:
+                stats.bad += 1
+                continue
+            stats.packets += 1
+            stats.bytes += size
+            if (
+                kind == DATA
+                and seq == expected
+                and not offset
+                and ack == self._last_ack
+                and window == self._last_window
+                and run_bytes + size <= room
+                and not receiver.ended
+            ):
+                run.append(data[HEADER_BYTES:])
+                run_bytes += size - HEADER_BYTES
+                expected = (expected + 1) & SEQ_MASK
+                continue
+            if run:
+                self._receive_run(run, run_bytes)
+                run, run_bytes = [], 0
+            self._receive_packet(data, kind, offset, window, seq, ack, now)
+            if self.closed:
+                return
+            expected = receiver.next_seq & SEQ_MASK
+            room = receiver.room
+        if run:
+            self._receive_run(run, run_bytes)
+        self._finish_batch(now)
+
+    def _receive_run(self, payloads: list[bytes], size: int) -> None:
+        self._receiver.add_in_order(payloads, size)
+        self._receiver.drain()
+        self._ack_due = True
+
+    def _receive_packet(
+        self, data: bytes, kind: int, offset: int, window: int, wire_seq: int, wire_ack: int, now: float
+    ) -> None:
+        """Process one packet in the order of libudx (src/udx.c, process_packet)."""
+        self.received_any = True
+        self._last_heard = now
+        if kind & HEARTBEAT:
+            self._ack_due = True
+            return
+        start = HEADER_BYTES + sack_length(kind, offset, len(data))
+        if start > len(data):
+            self.stats.bad += 1
+            return
+        seq = unwrap(wire_seq, self._receiver.next_seq)
+        if kind & (DATA | END):
+            self._ack_due = True
+            if not self._receiver.receive(seq, data[start:], bool(kind & END)):
+                self.stats.dropped += 1
+        if kind & DESTROY and self._is_valid_destroy(seq):
+            self._close(ECONNRESET)
+            self.finished = True
+            return
+        if kind & MESSAGE:
+            self._events.append(MessageReceived(bytes(data[start:])))
+        if not kind & SACK and wire_ack == self._last_ack and window == self._last_window:
+            return
+        self._receive_ack(data, kind, window, seq, wire_ack, now)
+
+    def _is_valid_destroy(self, seq: int) -> bool:
+        """Tell whether a DESTROY is of now: it carries the next number the peer would use."""
+        if self._receiver.next_seq <= seq < self._receiver.next_seq + 0x10000:
+            return True
+        self.stats.dropped += 1
+        return False
+
+    def _receive_ack(self, data: bytes, kind: int, window: int, seq: int, wire_ack: int, now: float) -> None:
+        sender = self._sender
+        ack = unwrap(wire_ack, sender.acked_below)
+        sender.update_window(window, seq, ack)
+        if not sender.receive_ack(ack, now):
+            return
+        if kind & SACK:
+            near = sender.acked_below
+            ranges = [(unwrap(first, near), unwrap(last, near)) for first, last in decode_sack(data)]
+            sender.receive_sack(ranges, now)
+        elif ack == sender.acked_below and window == sender.peer_window:
+            self._last_ack, self._last_window = wire_ack, window
+
+    def _finish_batch(self, now: float) -> None:
+        receiver = self._receiver
+        if receiver.chunks:
+            self.received_any = True
+            self._last_heard = now
+            data = receiver.chunks[0] if len(receiver.chunks) == 1 else b"".join(receiver.chunks)
+            receiver.chunks.clear()
+            self._events.append(DataReceived(bytes(data)))
+        if receiver.ended and not self._end_told:
+            self._end_told = True
+            self._events.append(EndReceived())
+        self._sender.finish_acks(now)
+        if self._end_told and self._sender.end_acked:
+            self._close(None)
+            self._finish_at = now + LINGER_S
+
+    def _receive_closed(self, datagrams: Sequence[bytes]) -> None:
+        """Answer a peer that does not know yet: again with the last acknowledgement, or with DESTROY."""
+        for data in datagrams:
+            if len(data) < HEADER_BYTES or HEADER.unpack_from(data)[0] != MAGIC:
+                continue
+            kind = data[2]
+            if kind & DESTROY:
+                self.finished = True
+            elif self._destroyed:
+                self._destroy_due = True
+            elif kind & (DATA | END | HEARTBEAT):
+                self._ack_due = True
+
+    # -- packets out
+
+    def datagrams_to_send(self, now: float) -> list[bytes]:
+        """Return all packets that may leave now; call again after every other call, and at `get_timer`."""
+        remote_id = self.remote_id
+        if remote_id is None or self.finished:
+            return []
+        if self.closed:
+            return self._last_words(remote_id, now)
+        receiver, sender = self._receiver, self._sender
+        window, ack = receiver.advertise(), receiver.next_seq & SEQ_MASK
+        end_ack = (receiver.next_seq - 1) & SEQ_MASK if receiver.ended else ack
+        out = sender.send(BurstHeader(remote_id, window, ack, end_ack), now)
+        front: list[bytes] = []
+        if self._ack_due and (not out or receiver.holds_early or out[0][2] != DATA):
+            front.append(self._ack_packet(remote_id, window))
+        self._ack_due = False
+        if sender.window_probe_due:
+            sender.window_probe_due = False
+            front.append(self._bare_packet(HEARTBEAT, remote_id, window))
+        while self._messages:
+            front.append(self._bare_packet(MESSAGE, remote_id, window) + self._messages.popleft())
+        if self._drain_wanted and sender.queued <= DRAIN_THRESHOLD:
+            self._drain_wanted = False
+            self._events.append(Drained())
+        return front + out if front else out
+
+    def _bare_packet(self, kind: int, remote_id: int, window: int) -> bytes:
+        """Return a packet that uses up no sequence number."""
+        seq, ack = self._sender.next_seq & SEQ_MASK, self._receiver.next_seq & SEQ_MASK
+        return HEADER.pack(MAGIC, kind, 0, remote_id, window, seq, ack)
+
+    def _ack_packet(self, remote_id: int, window: int) -> bytes:
+        ranges = self._receiver.sack_ranges
+        if not ranges:
+            return self._bare_packet(0, remote_id, window)
+        # Data offset 0: everything behind the header is ranges, as libudx sends them.
+        limit = min(MAX_SACK_RANGES, (self.mtu - OVERHEAD_BYTES) // 8)
+        return self._bare_packet(SACK, remote_id, window) + encode_sack(ranges.edges(limit))
+
+    def _last_words(self, remote_id: int, now: float) -> list[bytes]:
+        """Return what a closed stream still has to say."""
+        if self._finish_at is None:
+            self._begin_lingering(now)
+        out: list[bytes] = []
+        if self._ack_due:
+            out.append(self._bare_packet(0, remote_id, self._receiver.advertise()))
+        while self._destroy_times and self._destroy_times[0] <= now:
+            self._destroy_times.popleft()
+            self._destroy_due = True
+        if self._destroy_due:
+            out.append(self._bare_packet(DESTROY, remote_id, 0))
+        self._ack_due = self._destroy_due = False
+        return out
+
+    # -- timers
+
+    def get_timer(self) -> float | None:
+        """Return when to call `handle_timer`, `None` for never."""
+        if self.finished:
+            return None
+        if self.closed:
+            return self._destroy_times[0] if self._destroy_times else self._finish_at
+        return self._sender.get_timer() if self.connected else None
+
+    def handle_timer(self, now: float) -> None:
+        """Act on what is due at `now`; then call `datagrams_to_send`."""
+        if self.closed:
+            if self._finish_at is not None and self._finish_at <= now:
+                self.finished = True
+            return
+        if not self.connected:
+            return
+        sender = self._sender
+        sender.handle_timer(now, self._last_heard)
+        if not sender.give_up:
+            return
+        if self._end_told and sender.only_end_unacked:
+            # The peer has all data and ended itself; it closed and forgot the stream before this END reached it.
+            self._close(None)
+            self.finished = True
+        else:
+            self._break(ETIMEDOUT)
+
+    # -- the end
+
+    def _break(self, error: str | None) -> None:
+        """Close, and tell the peer (if it is known) now and a few times more."""
+        self._close(error)
+        self._destroyed = True
+        self.finished = not self.connected
+
+    def _begin_lingering(self, now: float) -> None:
+        self._finish_at = now + LINGER_S
+        if self._destroyed:
+            self._destroy_times.extend(now + delay for delay in DESTROY_TIMES_S)
+
+    def _close(self, error: str | None) -> None:
+        self.closed = True
+        self._sender.discard()
+        self._receiver.discard()
+        self._messages.clear()
+        self._events.append(Closed(error))
