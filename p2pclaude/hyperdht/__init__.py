@@ -3,3 +3,53 @@
 Wire-compatible with the npm package `hyperdht` 6.34. `HyperDHT` is the way in; `Connection` and `Server` are what it
 gives. Every error is a `HyperDHTError`.
 """
+
+from .connection import Connection
+from .constants import MAX_VALUE_BYTES, ErrorCode
+from .crypto import KeyPair
+from .dht import HyperDHT
+from .encoding import Address
+from .errors import (
+    ConnectionClosed,
+    DecodeError,
+    Destroyed,
+    HandshakeFailed,
+    HolepunchError,
+    HyperDHTError,
+    PeerConnectionFailed,
+    PeerNotFound,
+    RemoteError,
+    Suspended,
+    Timeout,
+    TooFewNodes,
+)
+from .messages import Peer
+from .requests import Reply
+from .server import Server
+from .storage import LookupResult, MutableRecord
+
+__all__ = [
+    "MAX_VALUE_BYTES",
+    "Address",
+    "Connection",
+    "ConnectionClosed",
+    "DecodeError",
+    "Destroyed",
+    "ErrorCode",
+    "HandshakeFailed",
+    "HolepunchError",
+    "HyperDHT",
+    "HyperDHTError",
+    "KeyPair",
+    "LookupResult",
+    "MutableRecord",
+    "Peer",
+    "PeerConnectionFailed",
+    "PeerNotFound",
+    "RemoteError",
+    "Reply",
+    "Server",
+    "Suspended",
+    "Timeout",
+    "TooFewNodes",
+]

@@ -179,14 +179,12 @@ class ClientConnect:
                 pending = running if search is None else {*running, search}
                 if not pending:
                     return None
-                done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                if search in done:
-                    assert search is not None and replies is not None
+                await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                if search is not None and replies is not None and search.done():
                     found = search.result()
                     search = None if found is None else asyncio.create_task(_next_relay(replies))
                     waiting.extend(() if found is None else (found.source,))
-                    done.discard(search)
-                for task in done & running:
+                for task in [task for task in running if task.done()]:
                     running.discard(task)
                     if (error := task.exception()) is None:
                         return task.result()

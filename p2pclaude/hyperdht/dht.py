@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from typing import Final, Self
 
+from .bootstrap import PUBLIC_NODES
 from .connect import ClientConnect
 from .connection import Connection
 from .constants import DEFAULT_PORT, KEY_BYTES
@@ -39,7 +40,9 @@ class HyperDHT:
 
     `bootstrap` lists the nodes to begin with: pairs of host and port, or strings `host:port`; None is the public
     network, an empty list a network of one's own. `ephemeral` False makes the node store for others at once, True
-    never, None once it has proved stable and reachable. `network` and `rng` are for simulations.
+    never, None once it has proved stable and reachable. When `port` is taken, one of the next ones is used and then
+    any, unless `any_port` is False. `public_address` is for a host that knows where it is reached and that no firewall
+    stands before. `network` and `rng` are for simulations.
     """
 
     def __init__(
@@ -48,9 +51,10 @@ class HyperDHT:
         bootstrap: Sequence[Address | str] | None = None,
         host: str = "0.0.0.0",
         port: int = DEFAULT_PORT,
+        any_port: bool = True,
         key_pair: KeyPair | None = None,
         ephemeral: bool | None = None,
-        firewalled: bool = True,
+        public_address: Address | None = None,
         connection_keep_alive: float = KEEP_ALIVE,
         network: Network | None = None,
         rng: random.Random | None = None,
@@ -65,11 +69,13 @@ class HyperDHT:
         self.node = Node(
             self.endpoint,
             self.rng,
-            bootstrap=bootstrap,
+            bootstrap=PUBLIC_NODES if bootstrap is None else bootstrap,
             host=host,
             port=port,
+            any_port=any_port,
             ephemeral=ephemeral,
-            firewalled=firewalled,
+            firewalled=public_address is None,
+            public_address=public_address,
         )
         self.servers: set[Server] = set()
         """The servers that listen on this node."""
@@ -83,11 +89,26 @@ class HyperDHT:
 
     @classmethod
     def bootstrapper(
-        cls, port: int, host: str, *, network: Network | None = None, rng: random.Random | None = None
+        cls,
+        port: int,
+        host: str,
+        *,
+        bind: str = "0.0.0.0",
+        key_pair: KeyPair | None = None,
+        network: Network | None = None,
+        rng: random.Random | None = None,
     ) -> Self:
-        """Return a node that is a network of its own, for others to begin with: `host` is what they reach it by."""
+        """Return a node that is a network of its own, for others to begin with: they reach it at `host` and `port`."""
         return cls(
-            bootstrap=(), host=host, port=port, ephemeral=False, firewalled=False, network=network, rng=rng
+            bootstrap=(),
+            host=bind,
+            port=port,
+            any_port=False,
+            ephemeral=False,
+            public_address=(host, port),
+            key_pair=key_pair,
+            network=network,
+            rng=rng,
         )
 
     async def __aenter__(self) -> Self:

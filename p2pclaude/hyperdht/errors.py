@@ -1,5 +1,7 @@
 """The library's errors (ring 1): one base class, one class a cause."""
 
+from .constants import ErrorCode
+
 
 class HyperDHTError(Exception):
     """Base of every error this library raises on purpose."""
@@ -13,7 +15,8 @@ class RemoteError(HyperDHTError):
     """A DHT node answered with an error code (`ErrorCode`), in `.code`."""
 
     def __init__(self, code: int) -> None:
-        super().__init__(f"the remote node answered with error {code}")
+        name = next((error.name for error in ErrorCode if error == code), code)
+        super().__init__(f"the remote node answered with the error {name}")
         self.code = code
 
 

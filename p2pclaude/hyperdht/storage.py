@@ -5,6 +5,7 @@ reply carried. Source: hyperdht index.js. Beyond it: a refused put raises, and a
 itself too, so that a network of one node works.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -66,7 +67,12 @@ class Storage:
         signature = sign(key_pair, NS_MUTABLE_PUT + blake2b(encode_mutable_signable(seq, value)))
         put = encode_mutable_put(MutablePut(key_pair.public_key, seq, value, signature))
         query = self._node.query(Command.MUTABLE_GET, target, value=uint(0))
+        error = ErrorCode.NONE
+        if not self._node.ephemeral:
+            error = self._own.mutables.put(target, seq, value, signature, _now())
         await self._store(query, Command.MUTABLE_PUT, target, put)
+        if error != ErrorCode.NONE:
+            raise RemoteError(error)
 
     async def mutable_get(self, public_key: bytes, seq: int, latest: bool) -> MutableRecord | None:
         """Return the newest valid record of a key (`latest`), or the first one found; None if there is none."""
@@ -84,7 +90,7 @@ class Storage:
         return best
 
     def _own_mutable(self, target: bytes, seq: int) -> MutableRecord | None:
-        stored = None if self._node.ephemeral else self._own.get_mutable(target, seq)
+        stored = None if self._node.ephemeral else self._own.mutables.get(target, seq, _now())
         return None if stored is None else MutableRecord(stored.seq, stored.value)
 
     async def immutable_put(self, value: bytes) -> bytes:
@@ -92,12 +98,14 @@ class Storage:
         _check_size(value)
         target = blake2b(value)
         query = self._node.query(Command.IMMUTABLE_GET, target)
+        if not self._node.ephemeral:
+            self._own.immutables.put(target, value, _now())
         await self._store(query, Command.IMMUTABLE_PUT, target, value)
         return target
 
     async def immutable_get(self, target: bytes) -> bytes | None:
         """Return the value with that hash, None if no node has it."""
-        own = None if self._node.ephemeral else self._own.get_immutable(target)
+        own = None if self._node.ephemeral else self._own.immutables.get(target, _now())
         if own is not None:
             return own
         async for reply in self._node.query(Command.IMMUTABLE_GET, target):
@@ -143,17 +151,11 @@ class Storage:
         await self._commit(self._node.query(Command.LOOKUP, target), Command.UNANNOUNCE, target, signed)
 
     async def _store(self, query: Query, command: Command, target: bytes, value: bytes) -> None:
-        error = ErrorCode.NONE
-        stored = not self._node.ephemeral
-        if stored:
-            error = self._own.put(command, target, value)
         try:
             await self._commit(query, command, target, lambda reply: value)
         except TooFewNodes:
-            if not stored:
+            if self._node.ephemeral:
                 raise
-        if error != ErrorCode.NONE:
-            raise RemoteError(error)
 
     async def _commit(self, query: Query, command: Command, target: bytes, value_of: Callable[[Reply], Value]) -> None:
         async def ask(reply: Reply) -> None:
@@ -165,6 +167,10 @@ class Storage:
 
         await query.finished()
         await query.commit(ask)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _announcement(
