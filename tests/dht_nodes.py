@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from sim import Host, SimNetwork
+
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.endpoint import Endpoint
 from p2pclaude.hyperdht.node import Node
 from p2pclaude.hyperdht.rpc import Rpc
-from sim import Host, SimNetwork
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
