@@ -111,7 +111,7 @@ class Methods:
 
 def _encode_output(output: Output) -> bytes:
     # The envelopes are JSON already: pages go out without being read and written again.
-    rest = {"next": output.page.next, "state": output.state}
+    rest: dict[str, object] = {"next": output.page.next, "state": output.state}
     if output.error is not None:
         rest["error"] = output.error
     return b'{"messages":[' + b",".join(output.page.lines) + b"]," + dump_json(rest)[1:]

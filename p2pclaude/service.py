@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, Protocol
 
+from p2pclaude.errors import WireError
 from p2pclaude.log import Event, Log, short
 from p2pclaude.methods import MethodError, Methods
 from p2pclaude.wire import (
@@ -19,7 +20,6 @@ from p2pclaude.wire import (
     Request,
     Response,
     SealError,
-    WireError,
     decode_request,
     encode_response,
     id_of_line,
@@ -41,6 +41,8 @@ MAX_IN_FLIGHT = 32
 """Requests of one connection that are worked on at once; what follows is not read until one is answered."""
 MAX_IN_FLIGHT_BYTES = 2 * MAX_REQUEST_LINE
 """Length of these requests together; one may always be worked on."""
+EOF_SECONDS = 5.0
+"""A connection whose other side has ended it stays open for answers that are still due, so long at most."""
 
 _INTERRUPTIBLE = "get-output"
 
@@ -97,7 +99,7 @@ class Service:
     async def close(self) -> None:
         """Wait for the requests that are being worked on, then break off every connection."""
         if self._calls:
-            await asyncio.wait(self._calls, timeout=2.0)
+            await asyncio.wait(self._calls, timeout=0.4)
         for peer in list(self._peers.values()):
             peer.drop("the daemon is stopping")
 
@@ -151,7 +153,7 @@ class Service:
             self._check_unproven_bytes()
         # It has said all it wants to say, and may still be listening.
         if peer.tasks:
-            await asyncio.wait(peer.tasks)
+            await asyncio.wait(peer.tasks, timeout=EOF_SECONDS)
         await peer.connection.close()
         return "the peer closed it"
 

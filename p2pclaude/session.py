@@ -229,7 +229,7 @@ class Session:
             if await self._process.stop() is None:
                 self._log(Event.WARNING, message="claude did not end even when killed", session=self.info.session_id)
             # The pump ends with claude's stdout; what keeps it longer is a full disk.
-            await asyncio.wait([self._pump], timeout=2.0)
+            await asyncio.wait([self._pump], timeout=1.0)
             if not self._pump.done():
                 self._pump.cancel()
                 await asyncio.wait([self._pump], timeout=1.0)

@@ -25,6 +25,8 @@ from p2pclaude.wire import SESSION_NOT_FOUND
 
 DEFAULT_MAX_SESSIONS = 64
 """Sessions with a process that a daemon runs at once, unless an option says otherwise."""
+DEFAULT_PERMISSION_MODE = "acceptEdits"
+"""As the TypeScript daemon's."""
 MAX_WAIT_MS = 30_000
 """Longest time that `get-output` waits for something new, whatever `waitMs` asks for."""
 MAX_UNMARKED = 1000
@@ -46,7 +48,7 @@ class Settings:
     find_claude: Callable[[], Path]
     default_dir: Path
     root_dir: Path | None = None
-    permission_mode: str = "acceptEdits"
+    permission_mode: str = DEFAULT_PERMISSION_MODE
     model: str | None = None
     max_sessions: int = DEFAULT_MAX_SESSIONS
 

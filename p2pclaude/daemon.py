@@ -1,0 +1,348 @@
+"""The daemon: data directory, identity, DHT node, service and presence put together, started and ended in order.
+
+    connection -> `service` -> `methods` -> `sessions` -> claude        `presence` -> the DHT
+
+`cli.daemon` fills `DaemonOptions` and runs `run_daemon`. Nothing below this module knows of `p2pclaude.hyperdht`.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from p2pclaude import __version__
+from p2pclaude.claude import PERMISSION_MODES, find_claude
+from p2pclaude.datadir import DataDir, Identity
+from p2pclaude.errors import Unavailable, UsageError
+from p2pclaude.log import Event, Log, short, wants_debug
+from p2pclaude.methods import Methods
+from p2pclaude.pairing import Pairing, format_url, is_host_port
+from p2pclaude.presence import Announcement, Node, Presence
+from p2pclaude.service import PeerConnection, Service
+from p2pclaude.sessions import DEFAULT_MAX_SESSIONS, DEFAULT_PERMISSION_MODE, SessionTable, Settings
+
+if TYPE_CHECKING:
+    from p2pclaude.hyperdht import KeyPair
+
+PRIVATE_PORT = 49737
+"""The port of a private network's bootstrap node, unless an option names another."""
+DEFAULT_REFRESH_INTERVAL = 60.0
+"""Seconds between refreshes of the announcement."""
+SHUTDOWN_SECONDS = 10.0
+"""The ordered shutdown is over by then."""
+
+_SESSIONS_SECONDS = 6.0
+_RECORD_SECONDS = 2.0
+_DESTROY_SECONDS = 1.5
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonOptions:
+    """What `p2pclaude-daemon` was asked for; None stands for the default.
+
+    `bootstrap` lists `host:port`; `claude` is a path or a name on PATH; `refresh_interval` is in seconds.
+    """
+
+    root_dir: str | None = None
+    data_dir: str | None = None
+    bootstrap: tuple[str, ...] | None = None
+    host: str | None = None
+    port: int | None = None
+    private: bool = False
+    claude: str | None = None
+    permission_mode: str | None = None
+    model: str | None = None
+    refresh_interval: float = DEFAULT_REFRESH_INTERVAL
+    max_sessions: int = DEFAULT_MAX_SESSIONS
+    debug: bool = False
+
+
+class DHTServer(Announcement, Protocol):
+    """What the daemon needs of `hyperdht.Server`."""
+
+    async def listen(self, key_pair: "KeyPair") -> None:
+        """Announce a key pair and answer for it."""
+
+    async def close(self) -> None:
+        """Take the announcement back."""
+
+
+class DHT(Node, Protocol):
+    """What the daemon needs of `hyperdht.HyperDHT`."""
+
+    @property
+    def port(self) -> int:
+        """Give the port that it is bound to."""
+
+    async def start(self) -> None:
+        """Bind its sockets. Raises OSError."""
+
+    async def destroy(self, timeout: float) -> None:
+        """Leave the network."""
+
+    def create_server(self, on_connection: Callable[[PeerConnection], Awaitable[None]]) -> DHTServer:
+        """Make a server."""
+
+
+MakeDHT = Callable[[DaemonOptions], DHT]
+
+
+async def run_daemon(options: DaemonOptions) -> int:
+    """Serve until SIGINT or SIGTERM, and give the exit status. Raises P2PClaudeError when it cannot start."""
+    return await Daemon(options).run()
+
+
+def pairing_url(options: DaemonOptions, environ: Mapping[str, str] | None = None) -> str:
+    """Give the URL that a daemon with these options hands out, making keys if there are none (`--print-url`)."""
+    data_dir = _data_dir(options, os.environ if environ is None else environ, lambda _: None)
+    return format_url(_pairing(options, data_dir.load_or_create_identity()))
+
+
+class Daemon:
+    """One daemon. The DHT, environment and streams can be given, for tests."""
+
+    def __init__(
+        self,
+        options: DaemonOptions,
+        *,
+        make_dht: MakeDHT | None = None,
+        environ: Mapping[str, str] | None = None,
+        log: Log | None = None,
+        terminal: TextIO | None = None,
+        exit_now: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self._options = options
+        self._environ = os.environ if environ is None else environ
+        _check(options, self._environ)
+        self._log = log or Log(debug=options.debug or wants_debug(self._environ))
+        self._make_dht = make_dht or _make_dht
+        self._terminal = sys.stderr if terminal is None else terminal
+        self._exit_now = exit_now
+        self._stopping = asyncio.Event()
+        self.started = asyncio.Event()
+        """Set when it serves."""
+        self._table: SessionTable | None = None
+
+    async def run(self) -> int:
+        """Serve until a signal or `stop`; give the exit status. Raises P2PClaudeError when it cannot start."""
+        loop = asyncio.get_running_loop()
+        data_dir = _data_dir(self._options, self._environ, self._warn)
+        data_dir.lock()
+        try:
+            for number in _SIGNALS:
+                loop.add_signal_handler(number, self._on_signal, number)
+            return await self._serve(data_dir)
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+            data_dir.unlock()
+
+    def stop(self) -> None:
+        """Begin the ordered shutdown."""
+        self._stopping.set()
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stopping.is_set():
+            if self._table is not None:
+                self._table.kill()
+            self._exit_now(128 + number)
+        self._log(Event.STOPPING, signal=number.name)
+        self.stop()
+
+    async def _serve(self, data_dir: DataDir) -> int:
+        """Bring everything up, wait for the end, and take it down in the reverse order."""
+        identity = data_dir.load_or_create_identity()
+        url = format_url(_pairing(self._options, identity))
+        table = self._table = SessionTable(data_dir.sessions_dir, self._settings(), self._log, self._on_change)
+        await table.load()
+        service = Service(identity.data_key, Methods(table), self._log)
+        async with AsyncExitStack() as stack:
+            dht = self._make_dht(self._options)
+            stack.push_async_callback(self._gently, dht.destroy, _DESTROY_SECONDS)
+            await self._start(dht)
+            data_dir.write_pairing_url(url)
+            server = dht.create_server(service.serve)
+            key_pair = _key_pair(identity)
+            self._presence = Presence(
+                dht,
+                server,
+                key_pair,
+                identity.data_key,
+                table.snapshot,
+                self._log,
+                refresh_interval=self._options.refresh_interval,
+            )
+            stack.push_async_callback(self._take_down, table, service, server)
+            listening = asyncio.create_task(server.listen(key_pair))
+            stack.callback(listening.cancel)
+            if await self._unless_stopped(listening):
+                await self._live(identity, dht, url)
+        return 0
+
+    async def _live(self, identity: Identity, dht: DHT, url: str) -> None:
+        self._say_started(identity, dht, url)
+        presence = asyncio.create_task(self._presence.run())
+        try:
+            await self._unless_stopped(presence)
+        finally:
+            presence.cancel()
+
+    async def _unless_stopped(self, task: "asyncio.Task[None]") -> bool:
+        """Wait for a task or for the end, whichever is first; tell whether it was the task."""
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if self._stopping.is_set():
+            return False
+        await task
+        return True
+
+    async def _start(self, dht: DHT) -> None:
+        try:
+            await dht.start()
+        except OSError as error:
+            where = f"port {self._port()}" if self._port() is not None else "the network"
+            reason = (error.strerror or str(error)).lower()
+            raise Unavailable(f"{where} cannot be used: {reason}", hint="name another with --port") from error
+
+    async def _take_down(self, table: SessionTable, service: Service, server: DHTServer) -> None:
+        """End sessions, connections and the announcement; together with `dht.destroy` within SHUTDOWN_SECONDS."""
+        self._stopping.set()
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        await self._gently(_within, _SESSIONS_SECONDS, table.close())
+        table.kill()
+        await service.close()
+        # The record goes with the announcement: neither waits for nodes that do not answer.
+        last_words = asyncio.gather(self._presence.store_record(), server.close(), return_exceptions=True)
+        await self._gently(_within, _RECORD_SECONDS, last_words)
+        self._log(Event.STOPPED, seconds=round(loop.time() - begin, 3))
+
+    async def _gently(self, function: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Do one step of the shutdown; its failure must not keep the others from happening."""
+        try:
+            await function(*args)
+        except Exception as error:
+            self._log(Event.WARNING, message=f"shutdown: {type(error).__name__}: {error}")
+
+    def _say_started(self, identity: Identity, dht: DHT, url: str) -> None:
+        settings = self._settings()
+        self._log(
+            Event.STARTED,
+            version=__version__,
+            pid=os.getpid(),
+            public_key=short(identity.public_key),
+            root_dir=None if settings.root_dir is None else str(settings.root_dir),
+            network="private" if self._options.private else "public",
+            port=dht.port,
+            claude=self._claude_found(),
+        )
+        if self._terminal.isatty():
+            print(url, file=self._terminal, flush=True)
+        self.started.set()
+
+    def _claude_found(self) -> str | None:
+        try:
+            return str(find_claude(self._options.claude, self._environ))
+        except Unavailable as error:
+            # It may be installed later, and everything but spawning works without it.
+            self._log(Event.WARNING, message=str(error), hint=error.hint)
+            return None
+
+    def _settings(self) -> Settings:
+        root = None if self._options.root_dir is None else _real_directory(self._options.root_dir)
+        return Settings(
+            find_claude=lambda: find_claude(self._options.claude, self._environ),
+            default_dir=root or Path.cwd(),
+            root_dir=root,
+            permission_mode=self._options.permission_mode or DEFAULT_PERMISSION_MODE,
+            model=self._options.model,
+            max_sessions=self._options.max_sessions,
+        )
+
+    def _port(self) -> int | None:
+        return PRIVATE_PORT if self._options.port is None and self._options.private else self._options.port
+
+    def _on_change(self) -> None:
+        if self.started.is_set():
+            self._presence.changed()
+
+    def _warn(self, message: str) -> None:
+        self._log(Event.WARNING, message=message)
+
+
+def _check(options: DaemonOptions, environ: Mapping[str, str]) -> None:
+    if options.permission_mode is not None and options.permission_mode not in PERMISSION_MODES:
+        raise UsageError(f"--permission-mode is none of {', '.join(PERMISSION_MODES)}")
+    if options.private and options.bootstrap:
+        raise UsageError("--private is a network of its own and takes no --bootstrap")
+    if bad := next((entry for entry in options.bootstrap or () if not is_host_port(entry)), None):
+        raise UsageError(f"not HOST:PORT: {bad}")
+    if options.refresh_interval <= 0 or options.max_sessions < 1:
+        raise UsageError("--refresh-interval and --max-sessions take a number above 0")
+    if options.claude is not None:
+        find_claude(options.claude, environ)
+
+
+def _real_directory(path: str) -> Path:
+    real = Path(os.path.realpath(path))
+    if not os.access(real, os.F_OK) or not real.is_dir():
+        raise UsageError(f"the root directory {path} is not a directory")
+    return real
+
+
+def _data_dir(options: DaemonOptions, environ: Mapping[str, str], warn: Callable[[str], None]) -> DataDir:
+    path = DataDir.default_path(environ) if options.data_dir is None else Path(options.data_dir)
+    return DataDir(path, warn=warn)
+
+
+def _pairing(options: DaemonOptions, identity: Identity) -> Pairing:
+    metadata: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "platform": sys.platform,
+        "createdAt": identity.created_at,
+    }
+    if options.root_dir is not None:
+        metadata["rootDir"] = str(_real_directory(options.root_dir))
+    if options.private:
+        port = PRIVATE_PORT if options.port is None else options.port
+        metadata["bootstrap"] = [f"{_private_host(options)}:{port}"]
+    return Pairing(identity.public_key, identity.data_key, metadata)
+
+
+def _private_host(options: DaemonOptions) -> str:
+    """Give the address that a private network's bootstrap node is bound to and reached by."""
+    if options.host is not None and options.host != "0.0.0.0":
+        return options.host
+    import ifaddr  # here, because only a private network asks
+
+    addresses = [ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips if isinstance(ip.ip, str)]
+    return next((address for address in addresses if not address.startswith("127.")), "127.0.0.1")
+
+
+def _make_dht(options: DaemonOptions) -> DHT:
+    from p2pclaude.hyperdht import HyperDHT  # here, because --print-url needs no network
+
+    if options.private:
+        port = PRIVATE_PORT if options.port is None else options.port
+        return HyperDHT.bootstrapper(port, _private_host(options))
+    place: dict[str, Any] = {"host": options.host, "port": options.port, "bootstrap": options.bootstrap or None}
+    return HyperDHT(**{name: value for name, value in place.items() if value is not None})
+
+
+def _key_pair(identity: Identity) -> "KeyPair":
+    from p2pclaude.hyperdht import KeyPair
+
+    return KeyPair(identity.public_key, identity.secret_key)
+
+
+async def _within(seconds: float, awaitable: Awaitable[Any]) -> None:
+    async with asyncio.timeout(seconds):
+        await awaitable

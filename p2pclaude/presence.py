@@ -1,0 +1,151 @@
+"""The daemon's presence in the DHT: its announcement kept fresh, its session record kept current.
+
+`daemon` runs one of these while it serves. Three loops: the announcement is refreshed at an interval, and at once when
+the host's addresses change; the record is stored whenever the list of sessions has changed, and now and then again,
+since the nodes that keep it come and go.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from p2pclaude.log import Event, Log
+from p2pclaude.wire import seal
+
+if TYPE_CHECKING:
+    from p2pclaude.hyperdht import KeyPair
+
+ADDRESSES_SECONDS = 10.0
+"""How often the host's addresses are looked at."""
+RECORD_BYTES = 1000
+"""Longest value of a mutable record."""
+DEBOUNCE_SECONDS = 0.3
+"""Changes of the list of sessions within this time make one record."""
+RETRY_SECONDS = 30.0
+"""Pause after a record could not be stored."""
+REPUBLISH_SECONDS = 1800.0
+"""How often an unchanged record is stored again."""
+
+
+class Node(Protocol):
+    """What presence needs of `hyperdht.HyperDHT`."""
+
+    @property
+    def local_addresses(self) -> list[str]:
+        """Give the host's addresses."""
+
+    async def mutable_put(self, key_pair: "KeyPair", value: bytes, seq: int = 0) -> None:
+        """Store a mutable record."""
+
+
+class Announcement(Protocol):
+    """What presence needs of `hyperdht.Server`."""
+
+    def refresh(self) -> None:
+        """Announce anew."""
+
+
+def encode_record(data_key: bytes, record: Mapping[str, Any], max_bytes: int = RECORD_BYTES) -> bytes:
+    """Seal `{sessions, updatedAt}` as a record's value, as ASCII text.
+
+    What does not fit is left out, oldest first, and counted in `omitted`.
+    """
+    newest_first = sorted(record["sessions"], key=lambda session: session["createdAt"], reverse=True)
+    for kept in range(len(newest_first), -1, -1):
+        value: dict[str, Any] = {"sessions": newest_first[:kept], "updatedAt": record["updatedAt"]}
+        if kept < len(newest_first):
+            value["omitted"] = len(newest_first) - kept
+        sealed = seal(data_key, value).encode()
+        if len(sealed) <= max_bytes:
+            return sealed
+    raise ValueError("not even an empty record fits")
+
+
+class Presence:
+    """Keeps one daemon's presence while `run` runs. `snapshot` gives the record's content, None for no session yet."""
+
+    def __init__(
+        self,
+        node: Node,
+        announcement: Announcement,
+        key_pair: "KeyPair",
+        data_key: bytes,
+        snapshot: Callable[[], Mapping[str, Any] | None],
+        log: Log,
+        *,
+        refresh_interval: float,
+    ) -> None:
+        self._node = node
+        self._announcement = announcement
+        self._key_pair = key_pair
+        self._data_key = data_key
+        self._snapshot = snapshot
+        self._log = log
+        self._refresh_interval = refresh_interval
+        self._news = asyncio.Event()
+        self._news.set()  # what an earlier run left in the DHT is out of date
+        self._stored: object = None
+        self._seq = 0
+
+    def changed(self) -> None:
+        """Say that the list of sessions may have changed."""
+        self._news.set()
+
+    async def run(self) -> None:
+        """Keep it up until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._refresh_regularly())
+            group.create_task(self._watch_addresses())
+            group.create_task(self._keep_record())
+
+    async def store_record(self) -> None:
+        """Store the session record now, unless it is the one that was stored last. Raises what the DHT raises."""
+        record = self._snapshot() or {"sessions": [], "updatedAt": _now_ms()}
+        if record["sessions"] == self._stored:
+            return
+        # Grows over restarts too, as long as the clock does not go back further than the daemon was away.
+        self._seq = max(self._seq + 1, _now_ms())
+        value = encode_record(self._data_key, record)
+        await self._node.mutable_put(self._key_pair, value, self._seq)
+        self._stored = record["sessions"]
+        self._log(Event.RECORD_STORED, seq=self._seq, sessions=len(record["sessions"]))
+
+    async def _refresh_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._refresh_interval)
+            self._refresh("interval")
+
+    async def _watch_addresses(self) -> None:
+        known = sorted(self._node.local_addresses)
+        while True:
+            await asyncio.sleep(ADDRESSES_SECONDS)
+            addresses = sorted(self._node.local_addresses)
+            if addresses != known:
+                known = addresses
+                self._log(Event.ADDRESSES, addresses=addresses)
+                self._refresh("addresses")
+
+    def _refresh(self, reason: str) -> None:
+        self._announcement.refresh()
+        self._log(Event.ANNOUNCED, reason=reason)
+
+    async def _keep_record(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(REPUBLISH_SECONDS):
+                    await self._news.wait()
+                await asyncio.sleep(DEBOUNCE_SECONDS)
+            except TimeoutError:
+                self._stored = None
+            self._news.clear()
+            try:
+                await self.store_record()
+            except Exception as error:  # whatever it is, sessions go on without the record
+                self._log(Event.RECORD_FAILED, error=f"{type(error).__name__}: {error}")
+                await asyncio.sleep(RETRY_SECONDS)
+                self._news.set()
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
