@@ -8,6 +8,7 @@ first when there is no room. Sources: hyperdht lib/persistent.js and index.js (d
 
 import hmac
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
@@ -68,15 +69,15 @@ class ExpiringMap(Generic[Key, Value]):
         self.capacity = capacity
         self.lifetime = lifetime
         self._on_drop = on_drop
-        self._entries: dict[Key, tuple[float, Value]] = {}
+        self._entries: OrderedDict[Key, tuple[float, Value]] = OrderedDict()  # finds its first entry in no time
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def set(self, key: Key, value: Value, now: float) -> None:
         """Store or overwrite an entry; its life begins anew."""
-        self._entries.pop(key, None)
         self._entries[key] = now + self.lifetime, value
+        self._entries.move_to_end(key)
         self.expire(now)
         while len(self._entries) > self.capacity:
             self._drop(next(iter(self._entries)))
