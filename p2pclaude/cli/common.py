@@ -1,0 +1,291 @@
+"""What every command shares: arguments, the pairing URL, output, exit status.
+
+A command is its usage text (which docopt parses), a function that turns parsed arguments into options without
+touching the network, and a function that does the work. Nothing heavy is imported here, so that a usage error is
+answered at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import re
+import signal
+import stat
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from docopt import DocoptExit, Option, docopt
+
+from p2pclaude import __version__
+from p2pclaude.errors import DataError, P2PClaudeError, UsageError
+
+if TYPE_CHECKING:
+    from p2pclaude.pairing import Pairing
+
+Arguments = dict[str, Any]
+"""What docopt makes of a command line: option or argument name -> str, bool, list or None."""
+
+Options = TypeVar("Options")
+
+EXIT_SOFTWARE = 70
+EXIT_IOERR = 74
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+BOOTSTRAP_VARIABLE = "P2P_CLAUDE_BOOTSTRAP"
+MAX_URL_FILE_BYTES = 1 << 16
+MAX_SECONDS = 1e9
+
+COMMON_OPTIONS = """\
+  -t, --timeout SECONDS    how long to wait for a connection, and for each
+                           answer of the daemon [default: 30]
+  --bootstrap NODES        HOST:PORT,... of the DHT's nodes to start from; else
+                           P2P_CLAUDE_BOOTSTRAP, those the URL names, or the
+                           public network's
+  -v, --verbose            say on standard error what is going on
+  -h, --help               show this text
+  --version                show the version
+"""
+"""The end of every tool's usage text."""
+
+_URL_HINT = "give the pairing URL itself, or the path of a file that holds it"
+
+_CONTROL = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)))
+_CONTROL_IN_TEXT = dict.fromkeys(_CONTROL.keys() - {0x09, 0x0A})
+
+
+class Console:
+    """A command's words on stderr; its data goes to stdout through `write_line`."""
+
+    def __init__(self, name: str, *, verbose: bool = False) -> None:
+        self.name = name
+        self.verbose = verbose
+
+    def error(self, text: str) -> None:
+        """Say what went wrong."""
+        self._say(f"error: {text}")
+
+    def hint(self, text: str) -> None:
+        """Say what may help."""
+        self._say(f"hint: {text}")
+
+    def note(self, text: str) -> None:
+        """Say what is going on, with -v only."""
+        if self.verbose:
+            self._say(text)
+
+    def usage(self, text: str) -> None:
+        """Print the short form of the usage text."""
+        self._print(text)
+
+    def report(self, error: P2PClaudeError) -> int:
+        """Print an error and its hint; return the exit status that belongs to it."""
+        self.error(str(error))
+        if error.hint:
+            self.hint(error.hint)
+        return error.exit_status
+
+    def _say(self, text: str) -> None:
+        self._print(f"{self.name}: {printable(text)}")
+
+    def _print(self, text: str) -> None:
+        # stderr may be closed or full too; then there is nobody left to tell
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            pass
+
+
+def run(
+    name: str,
+    usage: str,
+    parse: Callable[[Arguments, Console], Options],
+    execute: Callable[[Options, Console], int],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run a command and return its exit status.
+
+    `parse` checks the arguments (UsageError, DataError); `execute` does the work. Errors are printed here, a closed
+    pipe on stdout ends quietly with 0, and SIGINT gives 130.
+    """
+    console = Console(name)
+    try:
+        try:
+            arguments = parse_arguments(usage, sys.argv[1:] if argv is None else list(argv))
+            if isinstance(arguments, int):
+                return _flushed(arguments)
+            console.verbose = bool(arguments.get("--verbose"))
+            return _flushed(execute(parse(arguments, console), console))
+        except UsageError as error:
+            console.usage(short_usage(usage))
+            return console.report(error)
+        except P2PClaudeError as error:
+            return _flushed(console.report(error))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _forget_stdout()
+        return 0
+    except OSError as error:
+        _forget_stdout()
+        console.error(f"cannot write: {(error.strerror or str(error)).lower()}")
+        return EXIT_IOERR
+    except Exception as error:
+        # The text may hold anything, a key too; the way there holds only our own code.
+        console.error(f"this is a defect in the tool ({type(error).__name__})")
+        console.note("".join(traceback.format_tb(error.__traceback__)))
+        return EXIT_SOFTWARE
+
+
+def _flushed(status: int) -> int:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return status
+
+
+def _forget_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush of it cannot fail aloud."""
+    try:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
+    except (OSError, ValueError):
+        pass
+
+
+def parse_arguments(usage: str, argv: list[str]) -> Arguments | int:
+    """Parse a command line by its usage text; an int is the exit status after -h or --version.
+
+    Raises UsageError. Its text repeats no argument's value, which may be a pairing URL.
+    """
+    try:
+        return dict(docopt(usage, argv, version=f"p2pclaude {__version__}"))
+    except DocoptExit:
+        raise UsageError(_usage_error(usage, argv)) from None
+    except SystemExit:
+        return 0
+
+
+def _usage_error(usage: str, argv: list[str]) -> str:
+    """Say in words what is wrong with a command line: parse it again with any number of arguments."""
+    options_only = f"Usage: {usage.split()[0]} [options] [ARG...]\n\n{usage[usage.index('Options:') :]}"
+    try:
+        arguments = docopt(options_only, argv, default_help=False)["ARG"]
+    except DocoptExit as error:
+        return _option_error(usage, error)
+    pattern = re.sub(r"\[.*?\]", "", short_usage(usage).splitlines()[1])
+    needed = len(re.findall(r"\b[A-Z]+\b", pattern))
+    return "an argument is missing" if len(arguments) < needed else "too many arguments"
+
+
+def _option_error(usage: str, error: DocoptExit) -> str:
+    message = str(error.code).partition("\n")[0]
+    if match := re.match(r"(-\S+) (requires|must not have)", message):
+        return f"{match[1]} {'needs' if match[2] == 'requires' else 'takes no'} argument"
+    known = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", usage))
+    names = [item.name or "" for item in error.left if isinstance(item, Option)]
+    unknown = next((name for name in names if name not in known), None)
+    return f"unknown option {unknown}" if unknown else f"{names[0]} is given twice"
+
+
+def short_usage(usage: str) -> str:
+    """Return the usage lines alone."""
+    return usage[usage.index("Usage:") : usage.index("\n\n", usage.index("Usage:"))]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The daemon that a command talks to: pairing, bootstrap nodes (None: the public network), timeout in seconds."""
+
+    pairing: Pairing
+    bootstrap: tuple[str, ...] | None
+    timeout: float
+
+
+def parse_target(arguments: Arguments, console: Console) -> Target:
+    """Read URL, -t and --bootstrap. Raises UsageError or DataError; no text repeats any part of the URL."""
+    timeout = parse_seconds(arguments, "--timeout")
+    chosen = parse_bootstrap(arguments["--bootstrap"], os.environ)
+    pairing = read_pairing(arguments["URL"], console)
+    return Target(pairing, chosen or pairing.bootstrap or None, timeout)
+
+
+def read_pairing(argument: str, console: Console) -> Pairing:
+    """Read a pairing URL, given itself or as the path of a file that holds it. Raises DataError."""
+    from p2pclaude.pairing import parse_url
+
+    if "://" in argument:
+        return parse_url(argument)
+    try:
+        with Path(argument).open("rb") as file:
+            text = file.read(MAX_URL_FILE_BYTES).decode()
+            mode = os.fstat(file.fileno()).st_mode
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or "not text"
+        raise DataError(f"cannot read the pairing URL: {reason.lower()}", hint=_URL_HINT) from None
+    if stat.S_ISREG(mode) and mode & 0o077:
+        console.hint("other users can read the file with the pairing URL, chmod 600 would stop that")
+    return parse_url(text)
+
+
+def parse_bootstrap(option: str | None, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Read HOST:PORT,... from the option, else from the environment; empty if neither names any. Raises UsageError."""
+    from p2pclaude.pairing import is_host_port
+
+    text, source = option, "--bootstrap"
+    if text is None:
+        text, source = environ.get(BOOTSTRAP_VARIABLE, ""), BOOTSTRAP_VARIABLE
+    nodes = tuple(node for part in text.split(",") if (node := part.strip()))
+    if not all(is_host_port(node) for node in nodes) or (option is not None and not nodes):
+        raise UsageError(f"{source} is not HOST:PORT,...")
+    return nodes
+
+
+def parse_seconds(arguments: Arguments, option: str) -> float:
+    """Read a positive number of seconds. Raises UsageError."""
+    try:
+        seconds = float(arguments[option])
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_SECONDS:
+        raise UsageError(f"{option} needs a number of seconds above 0")
+    return seconds
+
+
+def parse_count(arguments: Arguments, option: str, *, least: int = 0) -> int | None:
+    """Read a whole number, None if the option is not given. Raises UsageError."""
+    text = arguments[option]
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 15 and int(text) >= least):
+        raise UsageError(f"{option} needs a whole number, {least} or more")
+    return int(text)
+
+
+def printable(text: str) -> str:
+    """Remove control characters, which a terminal would obey."""
+    return text.translate(_CONTROL)
+
+
+def printable_text(text: str) -> str:
+    """Remove control characters other than newline and tab."""
+    return text.translate(_CONTROL_IN_TEXT)
+
+
+def write_line(line: str | bytes) -> None:
+    """Write one line of data to stdout, as UTF-8 whatever the locale, and flush it."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    data = line if isinstance(line, bytes) else line.encode("utf-8", "replace")
+    sys.stdout.buffer.write(data + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def is_terminal() -> bool:
+    """Tell whether stdout is a terminal."""
+    return sys.stdout is not None and sys.stdout.isatty()

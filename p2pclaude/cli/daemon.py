@@ -1,0 +1,115 @@
+"""p2pclaude-daemon: serve Claude Code sessions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from p2pclaude.cli.common import Arguments, Console, parse_bootstrap, parse_count, parse_seconds, run, write_line
+from p2pclaude.errors import UsageError
+
+if TYPE_CHECKING:
+    from p2pclaude.daemon import DaemonOptions
+
+NAME = "p2pclaude-daemon"
+USAGE = f"""\
+{NAME}: serve Claude Code sessions over HyperDHT
+
+Usage:
+  {NAME} [options]
+  {NAME} (-h | --help)
+  {NAME} --version
+
+Stays in the foreground until SIGINT or SIGTERM. Prints its log, a JSON object
+a line; the pairing URL stands in pairing.url in the data directory.
+
+Options:
+  -r, --root-dir DIR           allow sessions in DIR and below only
+  --data-dir DIR               keep keys and sessions in DIR; else in
+                               P2P_CLAUDE_DATA_DIR or ~/.p2p-claude
+  --print-url                  print the pairing URL and exit
+  --private                    be a DHT of one's own, whose address the pairing
+                               URL carries; no other network is needed
+  --bootstrap NODES            HOST:PORT,... of the DHT's nodes to start from;
+                               else P2P_CLAUDE_BOOTSTRAP or the public network's
+  --host HOST                  address to bind
+  --port PORT                  UDP port to bind (--private: 49737)
+  --claude PATH                the claude program; else the one on PATH or in
+                               one of the usual places
+  --permission-mode MODE       default, acceptEdits, bypassPermissions or plan,
+                               unless the client asks for one [default: acceptEdits]
+  --model MODEL                the model, unless the client asks for one
+  --refresh-interval SECONDS   how often to announce the daemon [default: 60]
+  --max-sessions N             how many sessions may run at once [default: 64]
+  -v, --verbose                log more, as DEBUG=1 does
+  -h, --help                   show this text
+  --version                    show the version
+
+Exit status: 0 ended by a signal, 64 usage, 65 damaged file in the data
+directory, 69 the network or claude cannot be used, 75 another daemon uses the
+data directory, 77 no permission.
+"""
+
+PERMISSION_MODES = ("default", "acceptEdits", "bypassPermissions", "plan")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to do: serve, or only print the pairing URL."""
+
+    daemon: DaemonOptions
+    print_url: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(NAME, USAGE, parse, execute, argv)
+
+
+def parse(arguments: Arguments, console: Console) -> Options:
+    """Check the arguments. Raises UsageError."""
+    for option in ("--root-dir", "--data-dir", "--host", "--claude", "--model"):
+        if arguments[option] == "":
+            raise UsageError(f"{option} needs an argument that is not empty")
+    if arguments["--permission-mode"] not in PERMISSION_MODES:
+        raise UsageError(f"--permission-mode is one of {', '.join(PERMISSION_MODES)}")
+    if arguments["--private"] and arguments["--bootstrap"] is not None:
+        raise UsageError("--private is a network of its own, it does not go with --bootstrap")
+    port = parse_count(arguments, "--port", least=1)
+    if port is not None and port > 0xFFFF:
+        raise UsageError("--port needs a number up to 65535")
+    bootstrap = () if arguments["--private"] else parse_bootstrap(arguments["--bootstrap"], os.environ)
+    refresh_interval = parse_seconds(arguments, "--refresh-interval")
+    max_sessions = parse_count(arguments, "--max-sessions", least=1) or 1
+
+    from p2pclaude.daemon import DaemonOptions
+
+    daemon = DaemonOptions(
+        root_dir=arguments["--root-dir"],
+        data_dir=arguments["--data-dir"],
+        bootstrap=bootstrap or None,
+        host=arguments["--host"],
+        port=port,
+        private=arguments["--private"],
+        claude=arguments["--claude"],
+        permission_mode=arguments["--permission-mode"],
+        model=arguments["--model"],
+        refresh_interval=refresh_interval,
+        max_sessions=max_sessions,
+        debug=arguments["--verbose"],
+    )
+    return Options(daemon, arguments["--print-url"])
+
+
+def execute(options: Options, console: Console) -> int:
+    """Serve until a signal, or print the URL."""
+    import asyncio
+
+    from p2pclaude.daemon import pairing_url, run_daemon
+
+    if options.print_url:
+        write_line(pairing_url(options.daemon))
+        return 0
+    return asyncio.run(run_daemon(options.daemon))

@@ -1,0 +1,49 @@
+"""Lines of standard input for a coroutine, whatever standard input is: a terminal, a pipe or a file."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator
+
+_CHUNK = 1 << 16
+
+
+async def read_lines(max_bytes: int) -> AsyncIterator[bytes]:
+    """Yield each line without its newline, as soon as it is complete, the last one even without a newline.
+
+    A line is cut off after `max_bytes` + 1 bytes, for the caller to refuse it. Reading runs ahead by one chunk only.
+    The thread that reads is a daemon and holds no lock of `sys.stdin`, so that a tool ends while it waits for a
+    terminal.
+    """
+    loop = asyncio.get_running_loop()
+    chunks: asyncio.Queue[bytes] = asyncio.Queue()
+    wanted = threading.Semaphore(1)
+    threading.Thread(target=_read, args=(loop, chunks, wanted), daemon=True).start()
+    pending = b""
+    while chunk := await chunks.get():
+        *lines, pending = (pending + chunk).split(b"\n")
+        for line in lines:
+            yield line[: max_bytes + 1]
+        if len(pending) > max_bytes:
+            yield pending[: max_bytes + 1]
+            return
+        wanted.release()
+    if pending:
+        yield pending
+
+
+def _read(loop: asyncio.AbstractEventLoop, chunks: asyncio.Queue[bytes], wanted: threading.Semaphore) -> None:
+    """Put a chunk for each one wanted, and an empty one at the end."""
+    chunk = b"?"
+    while chunk:
+        wanted.acquire()
+        try:
+            chunk = os.read(0, _CHUNK)
+        except OSError:
+            chunk = b""
+        try:
+            loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+        except RuntimeError:
+            return  # the loop is closed: nobody listens any more

@@ -1,0 +1,333 @@
+"""Client of one daemon: pairing -> connection -> calls, and reconnecting.
+
+`remote` and the command-line tools stand above this module, `p2pclaude.hyperdht` below it. A request is a sealed line
+(wire.py) on an encrypted connection to the daemon's public key; answers may come in any order, so several calls can be
+in flight. What a failure means to a script is decided here, once: every error that leaves is a `P2PClaudeError` with
+its exit status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from p2pclaude.errors import P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable, WireError
+from p2pclaude.hyperdht import (
+    HolepunchError,
+    HyperDHT,
+    HyperDHTError,
+    PeerConnectionFailed,
+    PeerNotFound,
+    Timeout,
+    TooFewNodes,
+)
+from p2pclaude.wire import (
+    MAX_RESPONSE_LINE,
+    UNKNOWN_ID,
+    UNKNOWN_METHOD,
+    WRONG_KEY,
+    LineBuffer,
+    Request,
+    Response,
+    SealError,
+    decode_response,
+    encode_request,
+    seal,
+    unseal,
+)
+
+if TYPE_CHECKING:
+    from p2pclaude.pairing import Pairing
+
+DEFAULT_TIMEOUT = 30.0
+"""Seconds to wait for a connection, and for each answer."""
+
+RECONNECT_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0, 30.0, 30.0)
+"""Seconds before each new try after a lost connection; the last failure is final."""
+
+CLOSE_TIMEOUT = 1.0
+"""Seconds that saying goodbye to the network may take when a tool ends."""
+
+_KEY_HINT = "the pairing URL may be an old one, take it again from pairing.url on the daemon's host"
+_KEY_ERRORS = ("decrypt", "authenticate", "cipher")  # what Node's crypto and its users say of a wrong key
+
+Note = Callable[[str], None]
+
+
+class Stream(Protocol):
+    """What a call needs of a connection: the part of `hyperdht.Connection` used here."""
+
+    how: str
+    """The way the packets take: direct, punched or relayed."""
+
+    @property
+    def remote_address(self) -> tuple[str, int] | None:
+        """Tell where packets go; None before the first."""
+
+    async def read(self) -> bytes:
+        """Return the next bytes; empty at the end."""
+
+    async def write(self, data: bytes) -> None:
+        """Queue bytes and wait for room."""
+
+    async def close(self) -> None:
+        """Send what is queued and end both directions."""
+
+    def abort(self) -> None:
+        """End now."""
+
+
+class Dialer(Protocol):
+    """Opens connections to one daemon."""
+
+    async def dial(self, timeout: float) -> Stream:
+        """Open a connection within so many seconds; raise a HyperDHTError or OSError."""
+
+    async def destroy(self) -> None:
+        """Leave the network."""
+
+
+class DhtDialer:
+    """Dials a public key over HyperDHT, with one node for all its connections."""
+
+    def __init__(self, public_key: bytes, bootstrap: Sequence[str] | None) -> None:
+        self._public_key = public_key
+        self._bootstrap = bootstrap
+        self._dht: HyperDHT | None = None
+
+    async def dial(self, timeout: float) -> Stream:
+        """Open a connection; the node is started with the first one."""
+        if self._dht is None:
+            dht = HyperDHT(bootstrap=self._bootstrap)
+            await dht.start()
+            self._dht = dht
+        return await self._dht.connect(self._public_key, timeout=timeout)
+
+    async def destroy(self) -> None:
+        """Leave the network within `CLOSE_TIMEOUT` seconds."""
+        if self._dht is not None:
+            await self._dht.destroy(timeout=CLOSE_TIMEOUT)
+
+
+class _Channel:
+    """One connection, and the calls waiting on it."""
+
+    def __init__(self, stream: Stream, data_key: bytes) -> None:
+        self.stream = stream
+        self.failure: P2PClaudeError | None = None  # set once, when the connection is of no more use
+        self._data_key = data_key
+        self._ids = itertools.count(1)
+        self._waiting: dict[str | int, asyncio.Future[Response]] = {}
+        self._heard_at = 0.0
+        self._reading = asyncio.create_task(self._read())
+
+    async def call(self, method: str, params: Mapping[str, object], timeout: float) -> object:
+        """Make one call; `timeout` is the silence in seconds, so that a long answer may take its time."""
+        request_id = str(next(self._ids))
+        answer = asyncio.get_running_loop().create_future()
+        self._waiting[request_id] = answer
+        try:
+            line = encode_request(Request(request_id, method, seal(self._data_key, params)))
+            async with asyncio.timeout(timeout):
+                await self.stream.write(line)
+            return self._open(await self._wait(answer, timeout))
+        except (HyperDHTError, OSError) as error:
+            self.failure = explain(error)
+            raise self.failure from error
+        finally:
+            self._waiting.pop(request_id, None)
+            answer.cancel()
+
+    async def _wait(self, answer: asyncio.Future[Response], timeout: float) -> Response:
+        loop = asyncio.get_running_loop()
+        if self.failure is not None:
+            raise self.failure
+        deadline = loop.time() + timeout
+        while not answer.done():
+            await asyncio.wait({answer}, timeout=deadline - loop.time())
+            if not answer.done() and loop.time() >= (deadline := max(deadline, self._heard_at + timeout)):
+                self.failure = TryAgain("no answer from the daemon in time")
+                raise self.failure
+        return answer.result()
+
+    def _open(self, response: Response) -> object:
+        """Unseal a result, or raise what the answer says."""
+        if not response.ok:
+            raise _refusal(response.error or "")
+        if response.result is None:
+            return {}
+        try:
+            return unseal(self._data_key, response.result)
+        except SealError as error:
+            raise Refused("wrong key: the daemon's answer does not open with it", hint=_KEY_HINT) from error
+
+    async def _read(self) -> None:
+        """Hand out answers until the connection ends, then fail what still waits."""
+        lines = LineBuffer(MAX_RESPONSE_LINE)
+        failure: P2PClaudeError = TryAgain("the connection to the daemon was lost")
+        try:
+            while data := await self.stream.read():
+                self._heard_at = asyncio.get_running_loop().time()
+                for line in lines.feed(data):
+                    self._deliver(decode_response(line))
+        except WireError:
+            failure = ProtocolError("what answers is not a p2pclaude daemon")
+        except (HyperDHTError, OSError) as error:
+            failure = explain(error)
+        self.failure = failure
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(failure)
+
+    def _deliver(self, response: Response) -> None:
+        """Give an answer to its call; one that nobody waits for any more is dropped.
+
+        Raises WireError for the answer to a line that the daemon could not read.
+        """
+        if response.id == UNKNOWN_ID:
+            raise WireError("the daemon could not read a request")
+        answer = self._waiting.get(response.id)
+        if answer is not None and not answer.done():
+            answer.set_result(response)
+
+    async def close(self) -> None:
+        """End the connection; its reader ends with it."""
+        self._reading.cancel()
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self.stream.close()
+        except (HyperDHTError, OSError):
+            self.stream.abort()
+        await asyncio.gather(self._reading, return_exceptions=True)
+
+
+class Client:
+    """Calls to one daemon over one connection, which is opened when it is first needed.
+
+    Use `async with open_client(pairing) as client`; the connection is closed at the end.
+    """
+
+    def __init__(
+        self, dialer: Dialer, data_key: bytes, *, timeout: float = DEFAULT_TIMEOUT, note: Note | None = None
+    ) -> None:
+        self.timeout = timeout
+        self._dialer = dialer
+        self._data_key = data_key
+        self._note: Note = note or (lambda text: None)
+        self._channel: _Channel | None = None
+        self._connecting = asyncio.Lock()
+        self._reached = False
+
+    async def connect(self) -> Stream:
+        """Return the open connection, opening it if there is none.
+
+        Raises Unavailable when the daemon is not found or not reachable, TryAgain when time runs out.
+        """
+        return (await self._open_channel()).stream
+
+    async def call(self, method: str, params: Mapping[str, object] | None = None, *, patience: float = 0.0) -> object:
+        """Make one call and return its result, a JSON value.
+
+        `patience` is added to the timeout, in seconds, for a call that the daemon answers late on purpose.
+        Raises Unavailable, TryAgain, Refused (wrong key) or ProtocolError.
+        """
+        channel = await self._open_channel()
+        result = await channel.call(method, params or {}, self.timeout + patience)
+        self._reached = True
+        return result
+
+    async def persist(self, method: str, params: Mapping[str, object], *, patience: float = 0.0) -> object:
+        """Make a call that is harmless twice, reconnecting until it is answered.
+
+        Tries again after each of `RECONNECT_DELAYS`, then raises what the last try raised. Every answered call
+        starts with all tries again. What was never reached is not lost: then the first failure is final.
+        """
+        for delay in RECONNECT_DELAYS:
+            try:
+                return await self.call(method, params, patience=patience)
+            except (Unavailable, TryAgain) as error:
+                if not self._reached:
+                    raise
+                self._note(f"{error}; trying again in {delay:g} s")
+                await asyncio.sleep(delay)
+        return await self.call(method, params, patience=patience)
+
+    async def close(self) -> None:
+        """Close the connection and leave the network."""
+        if self._channel is not None:
+            await self._channel.close()
+        await self._dialer.destroy()
+
+    async def _open_channel(self) -> _Channel:
+        async with self._connecting:
+            if self._channel is None or self._channel.failure is not None:
+                if self._channel is not None:
+                    await self._channel.close()
+                    self._channel = None
+                self._channel = _Channel(await self._dial(), self._data_key)
+            return self._channel
+
+    async def _dial(self) -> Stream:
+        started = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(self.timeout):
+                stream = await self._dialer.dial(self.timeout)
+        except (HyperDHTError, OSError) as error:
+            raise explain(error) from error
+        spent_ms = (asyncio.get_running_loop().time() - started) * 1000
+        self._note(f"connected to {format_address(stream)} ({stream.how}) in {spent_ms:.0f} ms")
+        return stream
+
+
+@asynccontextmanager
+async def open_client(
+    pairing: Pairing,
+    *,
+    bootstrap: Sequence[str] | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
+    note: Note | None = None,
+) -> AsyncIterator[Client]:
+    """Yield a Client of the daemon that a pairing names, and close it at the end.
+
+    `bootstrap` are `host:port` strings, None for the public network; `timeout` is in seconds; `note` gets diagnostics.
+    """
+    client = Client(DhtDialer(pairing.public_key, bootstrap), pairing.data_key, timeout=timeout, note=note)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+def format_address(stream: Stream) -> str:
+    """Return the peer's address as host:port."""
+    host, port = stream.remote_address or ("unknown", 0)
+    return f"{host}:{port}"
+
+
+def _refusal(error: str) -> P2PClaudeError:
+    """Say what an answer with `ok: false` means; our daemon's texts are named in wire.py, others are guessed."""
+    if error == WRONG_KEY or any(word in error.lower() for word in _KEY_ERRORS):
+        return Refused("wrong key: the daemon cannot open the request", hint=_KEY_HINT)
+    if error.startswith(UNKNOWN_METHOD):
+        return ProtocolError("the daemon does not know this request", hint="it may be an older one")
+    return ProtocolError(f"the daemon could not answer: {error or 'no reason given'}")
+
+
+def explain(error: Exception) -> P2PClaudeError:
+    """Say what a failure of the network means to the caller."""
+    if isinstance(error, PeerNotFound):
+        return Unavailable("daemon not found", hint="is p2pclaude-daemon running there, with this pairing URL?")
+    if isinstance(error, TooFewNodes):
+        return Unavailable("no DHT node answered", hint="check the network, or name nodes with --bootstrap")
+    if isinstance(error, PeerConnectionFailed | HolepunchError):
+        return Unavailable("daemon found, but not reachable")
+    if isinstance(error, Timeout | TimeoutError):
+        return TryAgain("timed out")
+    if isinstance(error, ConnectionError):
+        return TryAgain("the connection to the daemon was lost")
+    if isinstance(error, HyperDHTError):
+        return Unavailable(f"daemon not reachable: {error}")
+    return Unavailable(f"the network failed: {error}")

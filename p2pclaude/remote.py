@@ -1,0 +1,344 @@
+"""Sessions as seen from afar: spawn, send, read, follow, list, stop.
+
+Stands between the command-line tools and client.py: it turns the methods of the wire contract into Python calls with
+typed results, and hides which daemon answers. A TypeScript daemon knows none of our additions; its answers are told
+apart by their shape (no `accepted`, no `state`), and following then means asking again with `clear` every
+`POLL_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from p2pclaude.client import CLOSE_TIMEOUT, Client, explain
+from p2pclaude.errors import DataError, NoSession, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable
+from p2pclaude.hyperdht import HyperDHT, HyperDHTError
+from p2pclaude.pairing import Pairing
+from p2pclaude.record import SessionRecord, decode_record
+from p2pclaude.wire import OUTPUT, SESSION_NOT_FOUND, TURN
+
+Envelope = Mapping[str, Any]
+"""What the journal holds: `type`, `data`, `timestamp`, and `seq` unless the daemon has no journal."""
+
+LONG_POLL_SECONDS = 20.0
+"""How long the daemon holds a `get-output` that has nothing new."""
+
+POLL_SECONDS = 0.5
+"""How often a daemon without long polling is asked."""
+
+POLLS_A_LISTING = 4
+"""A daemon without states is asked after so many empty answers whether the session still exists."""
+
+MAX_SEQ = 2**53 - 1
+"""A sequence number beyond any journal's end."""
+
+ENDED_STATES = frozenset({"ended", "failed"})
+"""States after which a session prints nothing more, unless somebody sends to it."""
+
+DORMANT_STATE = "dormant"
+"""The state of a session whose process went with its daemon; the next message brings it back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A message the daemon has taken; `seq` is its place in the journal, None with a daemon that has none."""
+
+    session: str
+    seq: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A piece of a session's output: envelopes in order.
+
+    `state` is the session's, None if there is no such session or the daemon does not tell. `next` is the sequence
+    number to read on after, None with a daemon that has no journal. `error` says what a failed session died of.
+    """
+
+    messages: Sequence[Envelope]
+    state: str | None
+    next: int | None
+    error: str | None = None
+
+
+async def spawn(
+    client: Client,
+    *,
+    text: str,
+    message_id: str,
+    directory: str | None = None,
+    model: str | None = None,
+    permission_mode: str | None = None,
+    persist: bool = False,
+) -> Accepted:
+    """Start a session with its first message; `directory` None is the daemon's default.
+
+    With `persist` a lost connection is opened again. Raises a P2PClaudeError that says why there is no session.
+    """
+    # The id is made here so that a second attempt finds the session that the first one started.
+    params: dict[str, object] = {"sessionId": str(uuid.uuid4()), "text": text, "messageId": message_id}
+    options = {"directory": directory, "model": model, "permissionMode": permission_mode}
+    params |= {name: value for name, value in options.items() if value is not None}
+    result = await _submit(client, "spawn-session", params, persist=persist)
+    session = result.get("sessionId")
+    if result.get("type") != "success" or not isinstance(session, str):
+        raise _spawn_error(result, directory)
+    if "accepted" in result:
+        return Accepted(session, _seq(result))
+    return await send(client, session, text=text, message_id=message_id)
+
+
+async def send(client: Client, session: str, *, text: str, message_id: str, persist: bool = False) -> Accepted:
+    """Send a message to a session; with `persist` a lost connection is opened again.
+
+    Raises NoSession, or another P2PClaudeError that says why it was not taken.
+    """
+    params = {"sessionId": session, "text": text, "messageId": message_id}
+    result = await _submit(client, "send-message", params, persist=persist)
+    if result.get("success") is True:
+        return Accepted(session, _seq(result))
+    error = str(result.get("error") or "no reason given")
+    if error == SESSION_NOT_FOUND:
+        raise no_session(session)
+    raise _daemon_error("the message was not taken", error)
+
+
+async def _submit(client: Client, method: str, params: Mapping[str, object], *, persist: bool) -> Mapping[str, Any]:
+    """Make a call that must not take effect twice: repeated only with a daemon that knows `messageId`."""
+    try:
+        return _object(await client.call(method, params))
+    except TryAgain as error:
+        if not persist:
+            raise
+        if "version" not in _object(await client.persist("ping", {})):
+            raise error from None
+        return _object(await client.persist(method, params))
+
+
+async def read_output(client: Client, session: str, *, after: int, limit: int | None = None, wait: float = 0.0) -> Page:
+    """Read what the journal holds after a sequence number, waiting so many seconds for it if there is nothing.
+
+    A negative `after` begins with the newest -`after` objects that Claude printed. A lost connection is opened again:
+    reading changes nothing.
+    """
+    params: dict[str, object] = {"sessionId": session, "after": after}
+    if limit is not None:
+        params["limit"] = limit
+    if wait:
+        params["waitMs"] = round(wait * 1000)
+    return _page(await client.persist("get-output", params, patience=wait))
+
+
+async def follow(client: Client, session: str, *, after: int = 0) -> AsyncGenerator[Page, None]:
+    """Yield a session's output from a sequence number on until it ends, over as many connections as it takes.
+
+    Nothing comes twice and, with a daemon that has a journal, nothing is lost. A dormant session may come back, so its
+    empty pages go on. Raises NoSession.
+    """
+    while True:
+        page = await read_output(client, session, after=after, wait=LONG_POLL_SECONDS)
+        if page.next is None:
+            break
+        if page.state is None:
+            raise no_session(session)
+        yield page
+        after = page.next
+        if page.state in ENDED_STATES and not page.messages:
+            return
+        if page.state == DORMANT_STATE and not page.messages:
+            await asyncio.sleep(POLL_SECONDS)  # nothing can happen soon, so the daemon does not wait
+    # Not the messages of the first answer: it did not clear them, so they come again.
+    async with aclosing(_follow_by_clearing(client, session)) as pages:
+        async for page in pages:
+            yield page
+
+
+async def _follow_by_clearing(client: Client, session: str) -> AsyncGenerator[Page, None]:
+    """Follow with a daemon that only knows `clear`, as its own client does."""
+    known, empty = False, 0
+    while True:
+        page = await _clear_output(client, session)
+        yield page
+        if page.messages:
+            known, empty = True, 0
+        elif empty % POLLS_A_LISTING == 0 and not await _is_listed(client, session):
+            if not known:
+                raise no_session(session)
+            yield await _clear_output(client, session)  # what came between the two questions
+            return
+        else:
+            known, empty = True, empty + 1
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def _clear_output(client: Client, session: str) -> Page:
+    return _page(await client.persist("get-output", {"sessionId": session, "clear": True}))
+
+
+async def _is_listed(client: Client, session: str) -> bool:
+    return any(entry.get("sessionId") == session for entry in await list_sessions(client, persist=True))
+
+
+async def read_journal(client: Client, session: str, *, after: int = 0) -> AsyncGenerator[Page, None]:
+    """Yield what a session has printed so far, page by page. Raises NoSession."""
+    while True:
+        page = await read_output(client, session, after=after)
+        if page.state is None and (page.next is not None or not await _is_listed(client, session)):
+            raise no_session(session)
+        yield page
+        if page.next is None or not page.messages:
+            return
+        after = page.next
+
+
+async def last_seq(client: Client, session: str) -> int:
+    """Return the newest sequence number of a session, 0 with a daemon that has no journal. Raises NoSession."""
+    page = await read_output(client, session, after=MAX_SEQ, limit=0)
+    if page.state is None and page.next is not None:
+        raise no_session(session)
+    return page.next or 0
+
+
+class AnswerFinder:
+    """Finds the answer to one message in a session's output.
+
+    The daemon marks in the journal which message is being handed to Claude; the next `result` object answers it.
+    Without a journal the first `result` is all there is to go by.
+    """
+
+    def __init__(self, seq: int | None) -> None:
+        self._seq = seq
+        self._mine = seq is None
+
+    def feed(self, envelope: Envelope) -> Mapping[str, Any] | None:
+        """Take the next envelope; return the `result` object that answers the message, once it is there."""
+        if envelope.get("type") == TURN:
+            self._mine = envelope.get("message") == self._seq
+        data = envelope.get("data")
+        is_result = isinstance(data, dict) and data.get("type") == "result" and envelope.get("type") == OUTPUT
+        return data if is_result and self._mine else None
+
+
+async def wait_for_answer(client: Client, accepted: Accepted) -> Mapping[str, Any]:
+    """Wait for the `result` object that answers a message, over as many connections as it takes.
+
+    Raises P2PClaudeError when the session ends without one, TryAgain when the daemon put it to sleep.
+    """
+    finder, reason = AnswerFinder(accepted.seq), None
+    async with aclosing(follow(client, accepted.session, after=accepted.seq or 0)) as pages:
+        async for page in pages:
+            for envelope in page.messages:
+                if (answer := finder.feed(envelope)) is not None:
+                    return answer
+            reason = page.error
+            if page.state == DORMANT_STATE and not page.messages:
+                raise TryAgain("the daemon put the session to sleep before it answered", hint="-s goes on with it")
+    raise P2PClaudeError(
+        "the session ended without an answer" + (f": {reason}" if reason else ""),
+        hint="p2pclaude-tail shows what it printed",
+    )
+
+
+async def skip_old_output(client: Client, session: str) -> None:
+    """Make a daemon without a journal forget what it has, so that an old answer is not taken for the next one."""
+    if "version" not in _object(await client.call("ping")):
+        await client.call("get-output", {"sessionId": session, "clear": True})
+
+
+async def read_record(pairing: Pairing, *, bootstrap: Sequence[str] | None, timeout: float) -> SessionRecord:
+    """Read the session record of a pairing's daemon from the DHT within `timeout` seconds.
+
+    Raises Unavailable when there is none, Refused when it does not open, ProtocolError, TryAgain.
+    """
+    dht = HyperDHT(bootstrap=bootstrap)
+    try:
+        async with asyncio.timeout(timeout):
+            await dht.start()
+            found = await dht.mutable_get(pairing.public_key)
+    except (HyperDHTError, OSError) as error:
+        raise explain(error) from error
+    finally:
+        await dht.destroy(timeout=CLOSE_TIMEOUT)
+    if found is None:
+        raise Unavailable("the DHT holds no record of this daemon", hint="it is stored while p2pclaude-daemon runs")
+    return decode_record(found.seq, found.value, pairing.data_key)
+
+
+async def list_sessions(client: Client, *, every: bool = False, persist: bool = False) -> list[Mapping[str, Any]]:
+    """Return the sessions as the daemon lists them, ended ones too with `every`."""
+    call = client.persist if persist else client.call
+    result = await call("list-sessions", {"all": True} if every else {})
+    if not isinstance(result, list):
+        raise ProtocolError("the daemon's list of sessions is not a list")
+    return [entry for entry in result if isinstance(entry, dict) and isinstance(entry.get("sessionId"), str)]
+
+
+async def stop(client: Client, session: str) -> bool:
+    """Stop a session; False if there is no such session."""
+    return _object(await client.call("stop-session", {"sessionId": session})).get("success") is True
+
+
+def no_session(session: str) -> NoSession:
+    """Return the error for a session that the daemon does not know."""
+    return NoSession(f"no such session: {session}", hint="p2pclaude-ls -a lists them all")
+
+
+def _page(result: object) -> Page:
+    answer = _object(result)
+    messages = answer.get("messages")
+    if not isinstance(messages, list):
+        raise ProtocolError("the daemon's answer holds no messages")
+    state = answer.get("state")
+    envelopes = [message for message in messages if isinstance(message, dict)]
+    error = answer.get("error")
+    return Page(
+        envelopes,
+        state if isinstance(state, str) else None,
+        _number(answer.get("next")),
+        error if isinstance(error, str) else None,
+    )
+
+
+def _object(result: object) -> Mapping[str, Any]:
+    if not isinstance(result, dict):
+        raise ProtocolError("the daemon's answer is not an object")
+    return result
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _seq(envelope: Mapping[str, Any]) -> int | None:
+    return _number(envelope.get("seq"))
+
+
+def _spawn_error(result: Mapping[str, Any], directory: str | None) -> P2PClaudeError:
+    message = str(result.get("errorMessage") or "no reason given")
+    error = _daemon_error("no session was started", message)
+    if directory is None and "director" in message.lower():
+        error.hint = error.hint or "name a directory with -C"
+    return error
+
+
+_REASONS: tuple[tuple[tuple[str, ...], type[P2PClaudeError]], ...] = (
+    (("too many", "limit", "maximum", "busy", "full", "which is the most", "is stopping", "wait already"), TryAgain),
+    (("outside", "permission", "not allowed", "denied"), Refused),
+    (
+        ("claude was not found", "claude not found", "a program that", "could not be started", "ended at once"),
+        Unavailable,
+    ),
+    (("not exist", "not a directory", "no such", "already", "invalid", "must be", "required", "missing"), DataError),
+)
+
+
+def _daemon_error(text: str, reason: str) -> P2PClaudeError:
+    """Choose the class, and so the exit status, by the words of a daemon's reason: the contract has no codes."""
+    lower = reason.lower()
+    kind = next((kind for words, kind in _REASONS if any(word in lower for word in words)), Refused)
+    return kind(f"{text}: {reason[0].lower()}{reason[1:]}")

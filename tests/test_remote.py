@@ -1,0 +1,321 @@
+"""Sessions from afar: sending, reading, following over lost connections; our daemon's and the TypeScript one's."""
+
+import asyncio
+from contextlib import aclosing
+from random import Random
+from typing import Any
+
+import pytest
+from fake_daemon import FakeDaemon, FakeSession, MemoryDialer
+from test_client import with_client
+
+from p2pclaude import remote
+from p2pclaude.client import Client
+from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, Unavailable
+from p2pclaude.record import decode_record
+from p2pclaude.wire import OUTPUT, seal
+
+BOTH = pytest.mark.parametrize("old", [False, True], ids=["ours", "typescript"])
+
+
+def daemon_with(*, old: bool = False, outputs: int = 0, state: str = "idle") -> FakeDaemon:
+    """Make a daemon with a session `s` that has printed so many objects, other envelopes between."""
+    daemon = FakeDaemon(old=old)
+    session = daemon.sessions["s"] = FakeSession(state=state)
+    for number in range(outputs):
+        if number % 3 == 0 and not old:
+            session.journal.append({"type": "turn", "seq": len(session.journal) + 1, "timestamp": 0, "message": 0})
+        seq = len(session.journal) + 1
+        session.journal.append({"type": OUTPUT, "seq": seq, "timestamp": 0, "data": {"type": "x", "n": number}})
+    return daemon
+
+
+def numbers(page: remote.Page) -> list[int]:
+    """Return the numbers of the objects in a page."""
+    return [message["data"]["n"] for message in page.messages if message["type"] == OUTPUT]
+
+
+async def collect(client: Client, *, after: int = 0, read: Any = remote.follow) -> list[int]:
+    """Read a session to its end."""
+    found: list[int] = []
+    async with aclosing(read(client, "s", after=after)) as pages:
+        async for page in pages:
+            found += numbers(page)
+    return found
+
+
+async def ask(client: Client, text: str, **options: Any) -> Any:
+    """Start a session with a message and wait for its answer."""
+    accepted = await remote.spawn(client, text=text, message_id="m", directory="/srv", **options)
+    return await remote.wait_for_answer(client, accepted)
+
+
+def test_sending_to_a_new_session_is_one_call() -> None:
+    daemon = FakeDaemon()
+    accepted = with_client(daemon, lambda c: remote.spawn(c, text="hi", message_id="m", model="opus"))
+    [(method, params)] = daemon.requests
+    assert method == "spawn-session"
+    assert params == {"sessionId": accepted.session, "text": "hi", "messageId": "m", "model": "opus"}
+    assert accepted.seq == 1
+
+
+def test_an_old_daemon_gets_the_message_in_a_second_call() -> None:
+    daemon = FakeDaemon(old=True)
+    accepted = with_client(daemon, lambda c: remote.spawn(c, text="hi", message_id="m", directory="/srv"))
+    assert [method for method, _ in daemon.requests] == ["spawn-session", "send-message"]
+    assert accepted.seq is None
+
+
+@pytest.mark.parametrize(("directory", "kind", "status"), [("/outside", Refused, 77), ("/missing", DataError, 65)])
+def test_why_no_session_was_started(directory: str, kind: type[P2PClaudeError], status: int) -> None:
+    with pytest.raises(kind, match="directory") as caught:
+        with_client(FakeDaemon(), lambda c: remote.spawn(c, text="hi", message_id="m", directory=directory))
+    assert caught.value.exit_status == status
+
+
+def test_an_old_daemon_needs_a_directory_and_the_hint_says_so() -> None:
+    with pytest.raises(P2PClaudeError) as caught:
+        with_client(FakeDaemon(old=True), lambda c: remote.spawn(c, text="hi", message_id="m"))
+    assert "-C" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("claude was not found on PATH or in the usual places (install it)", Unavailable),
+        ("claude ended at once: no login", Unavailable),
+        ("64 sessions run already, which is the most that this daemon allows", TryAgain),
+        ("the daemon is stopping", TryAgain),
+        ("Not a directory: /x", DataError),
+        ("Permission denied: /x", Refused),
+        ("something new", Refused),
+    ],
+)
+def test_reasons_become_classes(reason: str, kind: type[P2PClaudeError]) -> None:
+    error = remote._spawn_error({"type": "error", "errorMessage": reason}, "/x")
+    assert type(error) is kind
+    assert str(error).startswith("no session was started: ")
+
+
+@BOTH
+def test_sending_to_an_unknown_session(old: bool) -> None:
+    with pytest.raises(NoSession, match="nope"):
+        with_client(FakeDaemon(old=old), lambda c: remote.send(c, "nope", text="x", message_id="m"))
+
+
+@BOTH
+def test_the_answer_of_a_message(old: bool) -> None:
+    answer = with_client(FakeDaemon(old=old), lambda c: ask(c, "hello"))
+    assert answer["result"] == "echo: hello"
+
+
+def test_the_answer_is_the_one_of_this_message() -> None:
+    """Another message was accepted before, and is answered after, this one was accepted."""
+    finder = remote.AnswerFinder(7)
+    other = {"type": OUTPUT, "data": {"type": "result", "result": "other"}}
+    mine = {"type": OUTPUT, "data": {"type": "result", "result": "mine"}}
+    turns = [{"type": "turn", "message": seq} for seq in (5, 7)]
+    found = [finder.feed(envelope) for envelope in (other, turns[0], other, turns[1], mine)]
+    assert found == [None, None, None, None, mine["data"]]
+
+
+def test_an_error_result_is_an_answer() -> None:
+    assert with_client(FakeDaemon(), lambda c: ask(c, "FAIL"))["is_error"] is True
+
+
+def test_a_session_that_ends_without_an_answer() -> None:
+    with pytest.raises(P2PClaudeError, match="ended without an answer") as caught:
+        with_client(FakeDaemon(), lambda c: ask(c, "DIE"))
+    assert caught.value.exit_status == 1
+
+
+@BOTH
+def test_an_old_answer_is_not_taken_for_the_new_one(old: bool) -> None:
+    daemon = FakeDaemon(old=old)
+
+    async def work(client: Client) -> Any:
+        accepted = await remote.spawn(client, text="first", message_id="m1", directory="/srv")
+        await remote.skip_old_output(client, accepted.session)
+        accepted = await remote.send(client, accepted.session, text="second", message_id="m2")
+        return await remote.wait_for_answer(client, accepted)
+
+    assert with_client(daemon, work)["result"] == "echo: second"
+
+
+def test_a_send_that_persists_takes_effect_once() -> None:
+    daemon = FakeDaemon()
+
+    async def cut_once(method: str, params: dict[str, Any]) -> None:
+        if method == "send-message" and len(daemon.requests) < 4:
+            await daemon._send_message(params)
+            daemon.cut()
+
+    async def work(client: Client) -> Any:
+        accepted = await remote.spawn(client, text="first", message_id="m1")
+        daemon.before_answer = cut_once
+        accepted = await remote.send(client, accepted.session, text="second", message_id="m2", persist=True)
+        return await remote.wait_for_answer(client, accepted)
+
+    assert with_client(daemon, work)["result"] == "echo: second"
+    [session] = daemon.sessions.values()
+    results = [m for m in session.journal if m.get("data", {}).get("type") == "result"]
+    assert [m["data"]["result"] for m in results] == ["echo: first", "echo: second"]
+
+
+def test_a_send_to_an_old_daemon_is_never_repeated() -> None:
+    daemon = daemon_with(old=True)
+
+    async def cut(method: str, params: dict[str, Any]) -> None:
+        if method == "send-message":
+            daemon.cut()
+
+    async def work(client: Client) -> None:
+        await client.call("ping")
+        daemon.before_answer = cut
+        await remote.send(client, "s", text="x", message_id="m", persist=True)
+
+    with pytest.raises(TryAgain):
+        with_client(daemon, work)
+    assert [method for method, _ in daemon.requests].count("send-message") == 1
+
+
+@BOTH
+def test_reading_what_there_is(old: bool) -> None:
+    daemon = daemon_with(old=old, outputs=20)
+    daemon.page_size = 6
+    assert with_client(daemon, lambda c: collect(c, read=remote.read_journal)) == list(range(20))
+    assert daemon.sessions["s"].cleared == 0
+
+
+def test_reading_from_a_sequence_number_and_the_last_ones() -> None:
+    daemon = daemon_with(outputs=20)
+    assert with_client(daemon, lambda c: collect(c, after=24, read=remote.read_journal)) == [18, 19]
+    assert with_client(daemon, lambda c: collect(c, after=-4, read=remote.read_journal)) == [16, 17, 18, 19]
+    assert with_client(daemon, lambda c: remote.last_seq(c, "s")) == 27
+
+
+@BOTH
+@pytest.mark.parametrize("read", [remote.follow, remote.read_journal])
+def test_an_unknown_session_is_an_error_at_once(old: bool, read: Any) -> None:
+    with pytest.raises(NoSession):
+        with_client(FakeDaemon(old=old), lambda c: collect(c, read=read))
+
+
+@BOTH
+def test_following_ends_with_the_session(old: bool) -> None:
+    daemon = daemon_with(old=old, outputs=3)
+
+    async def work(client: Client) -> list[int]:
+        async def live() -> None:
+            for number in range(3, 8):
+                await asyncio.sleep(0.7)
+                await daemon.print("s", {"type": "x", "n": number})
+            await asyncio.sleep(3)
+            await daemon.end("s")
+
+        living = asyncio.create_task(live())
+        found = await collect(client)
+        await living
+        return found
+
+    assert with_client(daemon, work) == list(range(8))
+
+
+def test_following_an_ended_session_prints_it_and_ends() -> None:
+    assert with_client(daemon_with(outputs=9, state="ended"), collect) == list(range(9))
+
+
+def test_following_waits_without_asking_again_and_again() -> None:
+    daemon = daemon_with(outputs=1)
+
+    async def work(client: Client) -> None:
+        following = asyncio.create_task(collect(client))
+        await asyncio.sleep(200)
+        await daemon.end("s")
+        await following
+
+    with_client(daemon, work)
+    assert len(daemon.requests) <= 2 + 200 / remote.LONG_POLL_SECONDS + 2
+
+
+def test_following_goes_on_when_a_dormant_session_comes_back() -> None:
+    daemon = daemon_with(outputs=1, state="dormant")
+
+    async def work(client: Client) -> list[int]:
+        following = asyncio.create_task(collect(client))
+        await asyncio.sleep(60)
+        daemon.sessions["s"].state = "running"
+        await daemon.print("s", {"type": "x", "n": 1})
+        await daemon.end("s")
+        return await following
+
+    assert with_client(daemon, work) == [0, 1]
+    assert len(daemon.requests) < 60 / remote.POLL_SECONDS + 10
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nothing_is_lost_and_nothing_comes_twice_over_cut_connections(seed: int) -> None:
+    rng = Random(seed)
+    daemon = daemon_with()
+    daemon.page_size = 4
+    dialer = MemoryDialer(daemon)
+
+    async def work(client: Client) -> list[int]:
+        async def live() -> None:
+            for number in range(100):
+                await daemon.print("s", {"type": "x", "n": number})
+                if rng.random() < 0.2:
+                    await asyncio.sleep(rng.random() * 5)
+                if rng.random() < 0.1:
+                    dialer.failures = [OSError("no route")] * rng.randrange(3)
+                    daemon.cut()
+            await daemon.end("s")
+
+        living = asyncio.create_task(live())
+        found = await collect(client)
+        await living
+        return found
+
+    assert with_client(daemon, work, dialer=dialer) == list(range(100)), f"seed {seed}"
+    assert len(dialer.dials) > 5
+
+
+def test_a_session_that_falls_asleep_before_its_answer() -> None:
+    daemon = FakeDaemon()
+
+    async def work(client: Client) -> None:
+        accepted = await remote.spawn(client, text="SILENT", message_id="m")
+        await daemon.end(accepted.session, "dormant")
+        await remote.wait_for_answer(client, accepted)
+
+    with pytest.raises(TryAgain):
+        with_client(daemon, work)
+
+
+@BOTH
+def test_stopping(old: bool) -> None:
+    daemon = daemon_with(old=old)
+    assert with_client(daemon, lambda c: remote.stop(c, "s")) is True
+    assert with_client(daemon, lambda c: remote.stop(c, "nope")) is False
+
+
+KEY = bytes(range(32))
+RECORD = {"sessions": [{"sessionId": "s", "pid": 1}], "updatedAt": 5}
+
+
+@pytest.mark.parametrize(
+    "value", [seal(KEY, RECORD).encode(), b'{"sessions":[{"sessionId":"s","pid":1}],"updatedAt":5}']
+)
+def test_a_session_record_sealed_or_in_clear(value: bytes) -> None:
+    record = decode_record(3, value, KEY)
+    assert (record.seq, record.sessions, record.updated_at) == (3, RECORD["sessions"], 5)
+
+
+@pytest.mark.parametrize(
+    ("value", "status"),
+    [(seal(bytes(32), RECORD).encode(), 77), (b"", 77), (b"\xff\xff", 76), (b"{", 76), (b'{"sessions":1}', 76)],
+)
+def test_a_session_record_that_cannot_be_read(value: bytes, status: int) -> None:
+    with pytest.raises(P2PClaudeError) as caught:
+        decode_record(1, value, KEY)
+    assert caught.value.exit_status == status
