@@ -81,9 +81,13 @@ class Zsh:
     """An interactive zsh on a pseudo terminal; what its completion system adds is written to a file as well."""
 
     SETUP = r"""
-        stty -echo; unsetopt zle_bracketed_paste; PROMPT= RPROMPT= LISTMAX=0
+        stty -echo; PROMPT= RPROMPT= LISTMAX=0
         fpath=($COMPLETIONS $fpath); autoload -Uz compinit; compinit -u -d $HOME/.zcompdump
         bindkey '^I' complete-word
+        # Keys count only when the line editor listens; what it has done is over when the next key is read.
+        zle-line-init() { print -n '<listening>' }
+        finish() { BUFFER=; print -n '<finished>' }
+        zle -N zle-line-init; zle -N finish; bindkey '^U' finish
         compadd() {
             if [[ " $* " != *" -"[OAD]" "* ]]; then
                 local -a found
@@ -104,19 +108,18 @@ class Zsh:
             os.chdir(place)
             environment = {**os.environ, "COMPLETIONS": str(COMPLETIONS / "zsh"), "MATCHES": str(self.matches)}
             os.execve(path, [path, "-f", "-i"], environment)
-        self._run(f"source {setup}")
+        self._send(f"source {setup}\n", "<listening>")
 
     def ask(self, words: Sequence[str]) -> set[str]:
         """Type a command line and a tab; return what zsh offers."""
         self.matches.write_text("")
-        os.write(self.terminal, (" ".join(words) + "\t\x15").encode())
-        self._run(":")
+        self._send(" ".join(words) + "\t\x15", "<finished>")
         return {line.rstrip("/") for line in self.matches.read_text().splitlines() if line}
 
-    def _run(self, command: str) -> None:
-        os.write(self.terminal, f"{command}; print '<rea''dy>'\n".encode())
-        text, deadline = "", time.monotonic() + 30
-        while "<ready>" not in text:
+    def _send(self, keys: str, awaited: str) -> None:
+        os.write(self.terminal, keys.encode())
+        text, deadline = "", time.monotonic() + 60
+        while awaited not in text:
             assert time.monotonic() < deadline, f"zsh did not answer; it printed {text!r}"
             if select.select([self.terminal], [], [], 1.0)[0]:
                 text += os.read(self.terminal, 65536).decode(errors="replace")

@@ -1,13 +1,16 @@
 """The manual: it passes mandoc's checks and says what the programs say."""
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from usages import PERMISSION_MODES, ROOT, TOOLS, module_constants, usage_names, usage_options
+from usages import PERMISSION_MODES, ROOT, TOOLS, usage_names, usage_options
+
+from p2pclaude import claude, wire
 
 MAN = ROOT / "man"
 PAGES = sorted(MAN.iterdir())
@@ -101,7 +104,7 @@ def test_permission_modes() -> None:
         text = section(page(f"p2pclaude-{tool}.1"), "OPTIONS")
         for mode in PERMISSION_MODES:
             assert re.search(rf"^\.Cm {mode}\b", text, re.M), (tool, mode)
-    assert module_constants("p2pclaude/claude.py")["PERMISSION_MODES"] == PERMISSION_MODES
+    assert claude.PERMISSION_MODES == PERMISSION_MODES
 
 
 def test_exit_statuses() -> None:
@@ -146,22 +149,39 @@ def test_session_states() -> None:
 
 
 LIMITS = {  # in p2pclaude-daemon(1): module, constant, unit, and how the page says it
-    ("wire.py", "MAX_REQUEST_LINE", 1 << 20, "{} MiB, on one line"),
-    ("claude.py", "MAX_LINE", 1 << 20, "{} MiB; a longer one ends Claude"),
-    ("session.py", "MAX_QUEUED", 1, "{} a session"),
-    ("sessions.py", "DEFAULT_MAX_SESSIONS", 1, "{}, or what -max-sessions says"),
-    ("sessions.py", "MAX_TEXT_FIELD", 1, "{} characters"),
-    ("sessions.py", "MAX_WAIT_MS", 1000, "{} seconds"),
-    ("journal.py", "PAGE_BYTES", 1 << 20, "{} MiB, but one object at least"),
+    ("wire", "MAX_REQUEST_LINE", 1 << 20, "{} MiB, on one line"),
+    ("claude", "MAX_LINE", 1 << 20, "{} MiB; a longer one ends Claude"),
+    ("session", "MAX_QUEUED", 1, "{} a session"),
+    ("sessions", "DEFAULT_MAX_SESSIONS", 1, "{}, or what -max-sessions says"),
+    ("sessions", "MAX_TEXT_FIELD", 1, "{} characters"),
+    ("sessions", "MAX_WAIT_MS", 1000, "{} seconds"),
+    ("sessions", "MAX_UNMARKED", 1, "{} objects for a client that asks without after"),
+    ("journal", "PAGE_BYTES", 1 << 20, "{} MiB, but one object at least"),
+    ("service", "MAX_CONNECTIONS", 1, "{}; a new one beyond that is broken off"),
+    ("service", "MAX_UNPROVEN", 1, "{}, for"),
+    ("service", "PROVE_SECONDS", 1, "for {} seconds each"),
+    ("service", "MAX_UNPROVEN_ERRORS", 1, "with {} error answers each"),
+    ("service", "MAX_UNPROVEN_BYTES", 1 << 20, "{} MiB of unfinished lines together"),
+    ("service", "MAX_IN_FLIGHT", 1, "{} a connection, and"),
+    ("service", "MAX_IN_FLIGHT_BYTES", 1 << 20, "and {} MiB of them"),
 }
+UNLISTED = {("sessions", "MAX_OPEN_JOURNALS")}  # nobody outside can tell
 
 
 @pytest.mark.parametrize(("module", "name", "unit", "sentence"), sorted(LIMITS))
 def test_limits(module: str, name: str, unit: int, sentence: str) -> None:
     """The limits in the page are those of the code."""
-    value = module_constants(f"p2pclaude/{module}")[name]
-    assert isinstance(value, int | float)
-    assert sentence.format(f"{value / unit:g}") in rendered(section(page("p2pclaude-daemon.1"), "SECURITY"))
+    value = getattr(importlib.import_module(f"p2pclaude.{module}"), name)
+    text = rendered(section(page("p2pclaude-daemon.1"), "SECURITY"))
+    assert re.search(rf"(?<!\d){re.escape(sentence.format(f'{value / unit:g}'))}", text)
+
+
+@pytest.mark.parametrize("module", ["service", "session", "sessions"])
+def test_limits_are_complete(module: str) -> None:
+    """Each cap of the modules that face other people stands in the page."""
+    names = {name for name in vars(importlib.import_module(f"p2pclaude.{module}")) if name.startswith("MAX_")}
+    own = set(re.findall(r"^(MAX_\w+)", (ROOT / "p2pclaude" / f"{module}.py").read_text(encoding="utf-8"), re.M))
+    assert not {(module, name) for name in names & own} - {limit[:2] for limit in LIMITS} - UNLISTED
 
 
 def test_methods() -> None:
@@ -171,9 +191,8 @@ def test_methods() -> None:
     assert methods == {
         "spawn-session", "send-message", "get-output", "stop-session", "list-sessions", "get-session-state", "ping",
     }  # fmt: skip
-    wire = module_constants("p2pclaude/wire.py")
-    for kind in ("OUTPUT", "MESSAGE", "TURN"):
-        assert f".It Ql {wire[kind]}" in text
+    for kind in (wire.OUTPUT, wire.MESSAGE, wire.TURN):
+        assert re.search(rf"^\.It Ql {kind}\b", text, re.M), kind
 
 
 def test_references() -> None:

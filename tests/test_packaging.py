@@ -53,21 +53,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-BUILD = """
-import sys
-from setuptools import build_meta
-print(build_meta.build_sdist(sys.argv[1]))
-print(build_meta.build_wheel(sys.argv[1]))
-"""
-
-
 @pytest.fixture(scope="module")
 def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Build sdist and wheel by the build backend's own hooks; returns their paths."""
     target = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-c", BUILD, str(target)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for hook in ("build_sdist", "build_wheel"):
+        code = f"import sys; from setuptools import build_meta; build_meta.{hook}(sys.argv[1])"
+        command = [sys.executable, "-c", code, str(target)]
+        done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=180, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
     (sdist,) = target.glob("*.tar.gz")
     (wheel,) = target.glob("*.whl")
     return sdist, wheel

@@ -1,6 +1,5 @@
 """The commands' usage texts as data, for the tests that compare manual and completions with them."""
 
-import ast
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,17 +40,3 @@ def usage_options(tool: str) -> list[UsageOption]:
 def usage_names(tool: str) -> set[str]:
     """Give every name of every option of a command: `-h`, `--help`, ..."""
     return {name for option in usage_options(tool) for name in option.names}
-
-
-def module_constants(path: str) -> dict[str, object]:
-    """Read the constants of a module that are plain numbers or texts, arithmetic included, without importing it."""
-    found: dict[str, object] = {}
-    for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        value = getattr(node, "value", None)
-        if isinstance(target, ast.Name) and isinstance(value, ast.expr):
-            try:
-                found[target.id] = eval(compile(ast.Expression(value), path, "eval"), {"__builtins__": {}}, dict(found))
-            except Exception:
-                continue  # not a constant
-    return found
