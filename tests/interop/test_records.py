@@ -65,7 +65,7 @@ def test_a_stale_sequence_number_is_an_error_in_python(group: Peers) -> None:
     writer = group.start("python", "records")
     seed = seed_of("stale")
     writer.ask("mutable-put", seed=seed, value=b"a".hex(), seq=5)
-    for seq, code in ((5, "16"), (4, "17")):
+    for seq, code in ((5, "SEQ_REUSED"), (4, "SEQ_TOO_LOW")):
         writer.tell("mutable-put", seed=seed, value=b"b".hex(), seq=seq)
         error = writer.expect("failed")["error"]
         assert error["code"] == "RemoteError" and code in error["message"]

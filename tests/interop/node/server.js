@@ -7,7 +7,7 @@
 //   source N\n        N bytes of the deterministic body, then the end
 //   stay\n            one newline comes back, then the connection is held open until the client ends it
 //
-// events:   ready {publicKey, address}, connection {id, remoteKey, remoteAddress},
+// events:   ready {publicKey, port}, connection {id, remoteKey, remoteAddress},
 //           closed {id, bytes, error, opened}: opened says that the first line arrived (false: a half-open one)
 // commands: refresh, close (stop listening), abort {id} (destroy one connection), stats -> stats {open, rss}
 
@@ -23,7 +23,7 @@ let lastId = 0
 
 async function main() {
   await server.listen(keyPairOf(config.seed))
-  emit('ready', { publicKey: server.publicKey.toString('hex'), address: server.address(), port: dht.address().port })
+  emit('ready', { publicKey: server.publicKey.toString('hex'), port: dht.address().port })
 }
 
 function onconnection(connection) {

@@ -12,7 +12,6 @@ def new_node(**options: Any) -> HyperDHT:
     host = config.get("host", "127.0.0.1")
     if config.get("persistent"):
         options.setdefault("ephemeral", False)
-        options.setdefault("firewalled", False)
     return HyperDHT(bootstrap=config.get("bootstrap", []), host=host, **options)
 
 

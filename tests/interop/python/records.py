@@ -42,13 +42,13 @@ async def immutable_get(dht: HyperDHT, command: Command) -> Answer:
 
 async def announce(dht: HyperDHT, command: Command) -> Answer:
     """Announce a key pair under a topic."""
-    await dht.announce(_bytes(command, "target")(command["seed"]))
+    await dht.announce(_bytes(command, "target"), key_pair_of(command["seed"]))
     return {}
 
 
 async def unannounce(dht: HyperDHT, command: Command) -> Answer:
     """Take an announcement back."""
-    await dht.unannounce(_bytes(command, "target")(command["seed"]))
+    await dht.unannounce(_bytes(command, "target"), key_pair_of(command["seed"]))
     return {}
 
 

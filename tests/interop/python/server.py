@@ -95,7 +95,7 @@ async def main() -> None:
     """Listen, report, obey."""
     host = config.get("host", "127.0.0.1")
     private = config.get("private")
-    node = HyperDHT.bootstrapper(private, host) if private else new_node()
+    node = HyperDHT.bootstrapper(private, host, bind=host) if private else new_node()
     async with node as dht:
         server = dht.create_server(on_connection)
         await server.listen(key_pair_of(config.get("seed")))
@@ -113,7 +113,7 @@ async def main() -> None:
         async def stats(_: Command) -> None:
             emit("stats", open=len(connections), rss=resident_bytes())
 
-        emit("ready", publicKey=server.public_key.hex(), address=server.address)
+        emit("ready", publicKey=server.public_key.hex(), port=dht.port)
         await serve_commands({"refresh": refresh, "close": close, "abort": abort, "stats": stats})
 
 

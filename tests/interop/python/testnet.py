@@ -24,9 +24,11 @@ async def main() -> None:
     port = free_port()
     bootstrap = [f"{HOST}:{port}"]
     async with AsyncExitStack() as stack:
-        nodes = [await stack.enter_async_context(HyperDHT.bootstrapper(port, HOST))]
+        nodes = [await stack.enter_async_context(HyperDHT.bootstrapper(port, HOST, bind=HOST))]
         while len(nodes) < config.get("size", 6):
-            node = HyperDHT(bootstrap=bootstrap, host=HOST, ephemeral=False, firewalled=False)
+            port = free_port()
+            address = (HOST, port)
+            node = HyperDHT(bootstrap=bootstrap, host=HOST, port=port, ephemeral=False, public_address=address)
             nodes.append(await stack.enter_async_context(node))
             await node.bootstrapped.wait()
         emit("ready", bootstrap=bootstrap, nodes=[f"{HOST}:{node.port}" for node in nodes])
