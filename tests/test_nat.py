@@ -41,6 +41,15 @@ def test_sampler_names_the_host_alone_when_ports_vary() -> None:
     assert (sampler.host, sampler.port) == (HOST, 0)
 
 
+@pytest.mark.parametrize(("between", "hits"), [(0, 2), (3, 2), (4, 1), (5, 1)])
+def test_sampler_joins_equal_samples_that_are_near(between: int, hits: int) -> None:
+    sampler = NatSampler()
+    sampler.add(HOST, 999)
+    for port in range(between):
+        sampler.add(HOST, port)
+    assert sampler.add(HOST, 999) == hits
+
+
 def classified(samples: list[Address], *, firewalled: bool = True) -> NatClassifier:
     """Return a classifier that heard these addresses, each from a node of its own."""
     classifier = NatClassifier(firewalled)

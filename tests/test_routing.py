@@ -115,7 +115,7 @@ def test_nodes_are_ordered_by_last_contact() -> None:
     assert table.latest() == [a, c, b]
     assert table.oldest(2) == [b, c]
     assert table.latest(1) == [a]
-    table.touch(node(1))  # an equal node that is not the table's
+    table.touch(node(2))  # an equal node that is not the table's
     table.touch(node(9))
     assert table.oldest() == [b, c, a]
 

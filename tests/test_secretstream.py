@@ -125,6 +125,15 @@ def test_small_chunks_do_not_move_what_is_buffered() -> None:
     assert time.process_time() - began < 3
 
 
+def test_a_big_frame_leaves_no_memory_behind() -> None:
+    sender, receiver = opened()
+    receiver.receive_data(sender.encrypt_frame(bytes(4 << 20)))
+    # PyNaCl's scratch buffers, which no Python tool can see, would stay with the states.
+    assert sender._push.rawbuf is None
+    assert receiver._pull.rawbuf is None
+    assert receiver.receive_data(sender.encrypt(b"after")) == [b"after"]
+
+
 def test_bulk_arrives_whole() -> None:
     sender, receiver = opened()
     plaintext = random.Random(3).randbytes(8 << 20)
