@@ -29,6 +29,7 @@ from .messages import (
 from .node import Node
 from .persistent import Persistent
 from .query import Query
+from .records import LOOKUP_RECORDS
 from .requests import Reply, Value
 
 
@@ -142,13 +143,26 @@ class Storage:
         await self._commit(self._node.query(Command.LOOKUP, target), Command.ANNOUNCE, target, signed)
 
     async def unannounce(self, target: bytes, key_pair: KeyPair) -> None:
-        """Take an announcement back from the closest nodes."""
+        """Take an announcement back from every node on the way to the topic that shows it."""
         peer = Peer(key_pair.public_key)
-
-        def signed(reply: Reply) -> Value:
-            return _announcement(key_pair, target, reply, peer, NS_UNANNOUNCE, 0)
-
-        await self._commit(self._node.query(Command.LOOKUP, target), Command.UNANNOUNCE, target, signed)
+        holders = [
+            reply
+            async for reply in self._node.query(Command.LOOKUP, target)
+            if reply.token is not None and _may_hold(reply, key_pair.public_key)
+        ]
+        await asyncio.gather(
+            *(
+                self._node.rpc.request(
+                    reply.source,
+                    Command.UNANNOUNCE,
+                    target=target,
+                    token=reply.token,
+                    value=_announcement(key_pair, target, reply, peer, NS_UNANNOUNCE, 0),
+                )
+                for reply in holders
+            ),
+            return_exceptions=True,  # who does not answer now will forget it by itself
+        )
 
     async def _store(self, query: Query, command: Command, target: bytes, value: bytes) -> None:
         try:
@@ -181,6 +195,15 @@ def _announcement(
         return encode_announce(Announce(peer, signature=sign(key_pair, signable), bump=bump))
 
     return sign_for
+
+
+def _may_hold(reply: Reply, public_key: bytes) -> bool:
+    """Tell whether a LOOKUP reply shows the key, or is full and may have left it out."""
+    try:
+        peers = decode_lookup_reply(reply.value).peers if reply.value else ()
+    except DecodeError:
+        return False
+    return len(peers) >= LOOKUP_RECORDS or any(peer.public_key == public_key for peer in peers)
 
 
 def _valid_mutable(public_key: bytes, reply: Reply) -> MutableRecord | None:
