@@ -1,0 +1,67 @@
+"""The README tells the truth: its commands, options and example are real."""
+
+import re
+import shlex
+import socket
+import subprocess
+import sys
+
+from usages import ROOT, TOOLS, usage_names
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def shell_lines() -> list[str]:
+    """Give the lines that a reader is meant to type: the indented blocks that run something."""
+    blocks = re.findall(r"(?:^    .*\n)+", README, re.M)
+    return [line.strip() for block in blocks for line in block.splitlines()]
+
+
+def test_the_two_commands_come_first() -> None:
+    """The first block starts a daemon in a private network, the second passes the tests."""
+    first, second = shell_lines()[:2]
+    assert first == "python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/p2pclaude-daemon --private"
+    assert second == "tests/run"
+    assert (ROOT / second).stat().st_mode & 0o111
+
+
+def test_options_exist() -> None:
+    """Each option of a command in the text is one that the command has."""
+    found = 0
+    for command in re.findall(r"p2pclaude-(?:\w+)[^`|)\n]*", README):
+        words = shlex.split(command.replace("$(", " ").split("#")[0], posix=False)
+        tool = words[0].removeprefix("p2pclaude-")
+        assert tool in TOOLS, command
+        given = {word.rstrip(",.;:") for word in words[1:] if word.startswith("-")}
+        assert given <= usage_names(tool), command
+        found += len(given)
+    assert found > 5
+
+
+def test_layout_names_real_files() -> None:
+    """The way of a datagram leads through modules that exist."""
+    layout = README.partition("## Layout")[2].partition("\n## ")[0]
+    names = re.findall(r"[\w/]+\.py\b", layout)
+    assert len(names) > 10
+    for name in names:
+        places = (ROOT / "p2pclaude" / name, ROOT / "p2pclaude" / "hyperdht" / name, ROOT / name)
+        assert any(place.exists() for place in places) or "MODULE" in name, name
+
+
+def test_exit_statuses_are_those_of_the_errors() -> None:
+    """The table has a row for each status that an error carries."""
+    source = (ROOT / "p2pclaude" / "errors.py").read_text(encoding="utf-8")
+    statuses = set(re.findall(r"exit_status = (\d+)", source))
+    assert statuses <= set(re.findall(r"^\| (\d+) \|", README, re.M))
+
+
+def test_the_example_runs() -> None:
+    """The library's example prints what the text says, on a port that is free."""
+    code, said = re.findall(r"```python\n(.*?)```\n\nIt prints `(.*?)`", README, re.S)[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert code.count("49737") == 2
+    command = [sys.executable, "-W", "error", "-c", code.replace("49737", str(port))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stderr, done.stdout.strip()) == ("", said)
