@@ -1,12 +1,14 @@
 """The DHT's messages against the bytes of dht-rpc and hyperdht."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vectors import address, addresses, load, unhex, unhex_or_none
+from vectors import address, addresses, load, unhex, unhex_or_none, versions
 
 from p2pclaude.hyperdht.encoding import MAX_SAFE_INTEGER, uint
 from p2pclaude.hyperdht.errors import DecodeError
@@ -94,9 +96,16 @@ CODECS: dict[str, Codec] = {
     "plugin_request": (_plugin_request, encode_plugin_request, decode_plugin_request),
     "peer_address": (_peer_address, encode_peer_address, decode_peer_address),
 }
+VECTORS_DIRECTORY = Path(__file__).with_name("vectors")
 VECTORS = load("messages") | load("datagrams")
 # Messages whose end may be missing, and what is left when it is.
 OPTIONAL_END = {"lookup_reply", "peer_address"}
+
+
+@pytest.mark.parametrize("path", sorted(VECTORS_DIRECTORY.glob("*.json")), ids=lambda path: path.stem)
+def test_the_vectors_are_of_the_pinned_release(path: Path) -> None:
+    package = json.loads((VECTORS_DIRECTORY.parent / "interop" / "package.json").read_text())
+    assert versions(path.stem)["hyperdht"] == package["dependencies"]["hyperdht"]
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -14,6 +14,12 @@ def load(name: str) -> dict[str, Any]:
     return vectors
 
 
+def versions(name: str) -> dict[str, str]:
+    """Return the versions of the packages that wrote one file, by their names."""
+    found: dict[str, str] = json.loads(Path(__file__).with_name(f"{name}.json").read_text())["versions"]
+    return found
+
+
 def unhex(text: str) -> bytes:
     """Return the bytes of a hex string."""
     return bytes.fromhex(text)
