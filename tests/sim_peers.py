@@ -56,7 +56,7 @@ async def connect_ends(net: SimNetwork, name: str = "") -> tuple[End, End]:
         socket = await endpoint.bind("0.0.0.0", 0)
         stream = endpoint.streams.create()
         keys = key_pairs[i].public_key, key_pairs[1 - i].public_key
-        connection = Connection(stream, *keys, is_initiator=not i, keep_alive=5.0)
+        connection = Connection(stream, *keys, is_initiator=not i, keep_alive=5.0, rng=net.random(f"stream {name}{i}"))
         connection.start(noise)
         ends.append(End(hosts[i], endpoint, socket, stream, connection))
     for end, other in zip(ends, reversed(ends), strict=True):

@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from .connection import Connection
 from .constants import Command, Firewall, HandshakeError, InternalCommand, Mode
@@ -82,7 +82,12 @@ class ClientConnect:
         self._noise = NoiseIK.initiator(key_pair, public_key, KeyPair.generate(dht.rng))
         self._stream = dht.endpoint.streams.create()
         self._connection = Connection(
-            self._stream, key_pair.public_key, public_key, is_initiator=True, keep_alive=dht.connection_keep_alive
+            self._stream,
+            key_pair.public_key,
+            public_key,
+            is_initiator=True,
+            keep_alive=dht.connection_keep_alive,
+            rng=dht.rng,
         )
         self._remote_id: int | None = None
         self._early_path: tuple[Socket, Address] | None = None
@@ -166,7 +171,7 @@ class ClientConnect:
     ) -> Shaken | None:
         """Shake hands through `known` relays and those a query finds, a few at a time, until one succeeds."""
         waiting: list[Address] = list(known)
-        running: set[asyncio.Task[Shaken]] = set()
+        running: list[asyncio.Task[Shaken]] = []  # in order, so that a simulation replays
         replies = None if query is None else aiter(query)
         search = None if replies is None else asyncio.create_task(_next_relay(replies))
         try:
@@ -175,8 +180,8 @@ class ClientConnect:
                     relay = waiting.pop(0)
                     if relay not in tried:
                         tried.add(relay)
-                        running.add(asyncio.create_task(self._shake_hands_through(relay, message)))
-                pending = running if search is None else {*running, search}
+                        running.append(asyncio.create_task(self._shake_hands_through(relay, message)))
+                pending = [*running] if search is None else [*running, search]
                 if not pending:
                     return None
                 await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -185,7 +190,7 @@ class ClientConnect:
                     search = None if found is None else asyncio.create_task(_next_relay(replies))
                     waiting.extend(() if found is None else (found.source,))
                 for task in [task for task in running if task.done()]:
-                    running.discard(task)
+                    running.remove(task)
                     if (error := task.exception()) is None:
                         return task.result()
                     if not isinstance(error, HyperDHTError):
@@ -194,6 +199,7 @@ class ClientConnect:
         finally:
             for leftover in (*running, *(() if search is None else (search,))):
                 leftover.cancel()
+                leftover.add_done_callback(_ignore_outcome)
 
     async def _shake_hands_through(self, relay: Address, message: bytes) -> Shaken:
         reply = await self._dht.node.rpc.request(
@@ -235,6 +241,7 @@ class ClientConnect:
                 "the peer answered through a DHT node, but no packet of it arrived: a NAT or firewall stands between"
             ) from error
         except ConnectionClosed as error:
+            self._dht.check_usable()  # else we ended it ourselves
             raise PeerConnectionFailed("the peer broke the connection off at once") from error
         finally:
             for probe in probes:
@@ -267,6 +274,12 @@ class ClientConnect:
             return
         if not self._connection.opened and self._stream.core.srtt is None and self._remote_id is not None:
             self._stream.connect(reply.socket, self._remote_id, address)
+
+
+def _ignore_outcome(task: "asyncio.Task[Any]") -> None:
+    """Look at what became of a task that nobody awaits, so that asyncio does not report it as lost."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _next_relay(replies: AsyncIterator[Reply]) -> Reply | None:

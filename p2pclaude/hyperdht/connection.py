@@ -6,6 +6,7 @@ send window shut.
 """
 
 import asyncio
+import random
 from collections import deque
 from typing import Final, Self
 
@@ -35,7 +36,14 @@ class Connection:
     """
 
     def __init__(
-        self, stream: Stream, public_key: bytes, remote_public_key: bytes, *, is_initiator: bool, keep_alive: float
+        self,
+        stream: Stream,
+        public_key: bytes,
+        remote_public_key: bytes,
+        *,
+        is_initiator: bool,
+        keep_alive: float,
+        rng: random.Random,
     ) -> None:
         self.public_key = public_key
         """The own public key, 32 bytes."""
@@ -61,6 +69,7 @@ class Connection:
         self._closed = asyncio.Event()
         self._opened = asyncio.Event()
         self._keep_alive = keep_alive
+        self._rng = rng
         self._keep_alive_timer: asyncio.TimerHandle | None = None
         self._last_write = 0.0
         stream.handler = self
@@ -138,17 +147,28 @@ class Connection:
         return self._messages.popleft() if self._messages else None
 
     async def close(self, timeout: float = CLOSE_TIMEOUT) -> None:
-        """End the connection: everything written is delivered first; breaks it off after `timeout` seconds."""
-        if not self.closed:
-            self._end()
-            try:
-                async with asyncio.timeout(timeout):
-                    await self._closed.wait()
-            except TimeoutError:
-                self.abort()
-            except asyncio.CancelledError:
-                self.abort()
-                raise
+        """End the connection: everything written is delivered first.
+
+        Breaks it off after `timeout` seconds in which the peer acknowledged nothing: a slow path is no dead one.
+        """
+        if self.closed:
+            return
+        self._end()
+        try:
+            while not await self._closes_within(timeout):
+                pass
+        finally:
+            self.abort()
+
+    async def _closes_within(self, timeout: float) -> bool:
+        """Tell whether there is nothing to wait for any longer: the end came, or no progress towards it."""
+        unsent = self._stream.core.buffered
+        try:
+            async with asyncio.timeout(timeout):
+                await self._closed.wait()
+        except TimeoutError:
+            return self._stream.core.buffered >= unsent
+        return True
 
     def abort(self) -> None:
         """Break the connection off at once; what was not delivered is lost."""
@@ -170,12 +190,12 @@ class Connection:
     async def wait_opened(self) -> None:
         """Wait for the peer's first bytes; raises ConnectionClosed if the connection breaks before."""
         await self._opened.wait()
-        if self._error is not None and not self._chunks and not self._eof:
-            raise self._error
+        if self._secret is None or not self._secret.opened:
+            raise self._error or ConnectionClosed("the connection ended before it was open")
 
     def start(self, noise: NoiseIK) -> None:
         """Begin with the keys of a complete handshake: sends the header and opens what came early."""
-        self._secret = SecretStream(self.is_initiator, noise.handshake_hash, noise.tx_key, noise.rx_key)
+        self._secret = SecretStream(self.is_initiator, noise.handshake_hash, noise.tx_key, noise.rx_key, self._rng)
         self._write_raw(self._secret.header())
         early, self._early = self._early, []
         for data in early:

@@ -205,7 +205,7 @@ class HyperDHT:
         The connection is closed when that returns. `allow(public_key, address)` may turn clients away: silently, so
         that a stranger does not learn that there is a server.
         """
-        self._check_usable()
+        self.check_usable()
         return Server(self, on_connection, allow)
 
     async def connect(
@@ -220,11 +220,11 @@ class HyperDHT:
 
         `relay_addresses` are DHT nodes said to know it, tried first. Returns when the server's first bytes have
         arrived. Raises PeerNotFound, PeerConnectionFailed, HandshakeFailed, HolepunchError, Timeout, Suspended,
-        Destroyed: the cause; ValueError for a key of another length than 32 bytes.
+        Destroyed: the cause; ValueError for a key of another length than 32 bytes, DecodeError for 32 that are no key.
         """
         if len(public_key) != KEY_BYTES:
             raise ValueError(f"a public key has {KEY_BYTES} bytes")
-        self._check_usable()
+        self.check_usable()
         attempt = ClientConnect(self, public_key, key_pair or self.key_pair, relay_addresses)
         return await attempt.run(timeout)
 
@@ -287,7 +287,8 @@ class HyperDHT:
         """Iterate over the nodes that lead to the server with that key."""
         return self._storage.find_peer(public_key)
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
+        """Raise Destroyed or Suspended if the node is."""
         if self._destroyed:
             raise Destroyed("the node is destroyed")
         if self._suspended:

@@ -52,7 +52,8 @@ class Server:
         self._key_pair: KeyPair | None = None
         self._announcer: Announcer | None = None
         self._answers: dict[bytes, Answer | None] = {}  # by Noise message: relays and repeats get the same answer
-        self._waiting: set[Connection] = set()
+        self._expiries: dict[bytes, asyncio.TimerHandle] = {}
+        self._waiting: dict[Connection, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.closed = False
         """Whether `close` was called."""
@@ -103,6 +104,8 @@ class Server:
         self._dht.servers.discard(self)
         if self._key_pair is not None:
             self._dht.router.remove_server(self._key_pair.public_key)
+        for expiry in self._expiries.values():
+            expiry.cancel()
         for connection in list(self._waiting):
             connection.abort()
         if self._announcer is not None:
@@ -128,8 +131,12 @@ class Server:
             return None
         answer = self._answer(message, request)
         self._answers[message.noise] = answer
-        asyncio.get_running_loop().call_later(HANDSHAKE_TIMEOUT, self._answers.pop, message.noise, None)
+        loop = asyncio.get_running_loop()
+        self._expiries[message.noise] = loop.call_later(HANDSHAKE_TIMEOUT, self._forget, message.noise)
         return answer
+
+    def _forget(self, noise: bytes) -> None:
+        del self._answers[noise], self._expiries[noise]
 
     async def handle_holepunch(self, message: Holepunch, request: IncomingRequest) -> Answer | None:
         """Stay silent: no handshake of ours offers hole punching."""
@@ -188,6 +195,7 @@ class Server:
             noise.remote_public_key,
             is_initiator=False,
             keep_alive=self._dht.connection_keep_alive,
+            rng=self._dht.rng,
         )
 
         def firewall(socket: Socket, source: Address) -> bool:
@@ -196,7 +204,7 @@ class Server:
 
         stream.firewall = firewall
         connection.start(noise)
-        self._waiting.add(connection)
+        self._waiting[connection] = None
         task = asyncio.create_task(self._hand_out(connection, stream))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -209,9 +217,11 @@ class Server:
             connection.abort()
             return
         finally:
-            self._waiting.discard(connection)
+            self._waiting.pop(connection, None)
         try:
             await self._on_connection(connection)
+        except ConnectionClosed as error:
+            log.debug("a connection ended: %s", error)  # peers vanish: nothing a handler must foresee
         except Exception:
             log.exception("a connection's handler failed")
             connection.abort()
