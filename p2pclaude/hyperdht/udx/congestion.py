@@ -25,6 +25,8 @@ QUANTUM_S: Final = 0.002  # a burst holds what the rate gives in this time: even
 MAX_QUANTUM: Final = 64 * 1024
 MIN_RATE: Final = 10_000.0  # a floor that keeps timers short on nearly dead paths
 OVERSHOOT_LOSS: Final = 0.1  # share of a round trip's bytes whose loss, without growth, ends the start-up
+LOSS_COMPENSATION: Final = 0.6  # see Bbr._set_pacing_rate
+MAX_COMPENSATED_LOSS: Final = 0.4
 
 
 class Mode(Enum):
@@ -77,6 +79,7 @@ class Bbr:
         self._round_end_delivered = 0
         self._round_lost = 0
         self._round_acked = 0
+        self._loss_share = 0.0  # smoothed share of bytes that get lost
         self._full_bandwidth = 0.0
         self._full_rounds = 0
         self._pipe_filled = False
@@ -122,20 +125,21 @@ class Bbr:
     def _check_full_pipe(self, sample: AckSample) -> None:
         """Call the pipe full when the bandwidth has not grown by a quarter in three round trips.
 
-        Or in one that lost a good part of what it sent: a short queue overflows long before the third (departure).
+        Two are enough if a good part of them got lost: a short queue overflows long before the third (departure).
         """
         if not self._round_start:
             return
-        lost, acked = self._round_lost, self._round_acked
+        lost = self._round_lost / max(self._round_lost + self._round_acked, 1)
         self._round_lost = self._round_acked = 0
+        self._loss_share += (lost - self._loss_share) / 4
         if self._pipe_filled or sample.app_limited:
             return
         if self._bandwidth.value >= self._full_bandwidth * 1.25:
             self._full_bandwidth = self._bandwidth.value
             self._full_rounds = 0
             return
-        self._full_rounds += 1
-        self._pipe_filled = self._full_rounds >= 3 or lost > OVERSHOOT_LOSS * (lost + acked)
+        self._full_rounds += 2 if lost > OVERSHOOT_LOSS else 1
+        self._pipe_filled = self._full_rounds >= 3
 
     def _advance_mode(self, sample: AckSample, now: float) -> None:
         if self.mode is Mode.STARTUP and self._pipe_filled:
@@ -206,12 +210,19 @@ class Bbr:
         return int(gain * self._product()) + 3 * self.quantum
 
     def _set_pacing_rate(self) -> None:
+        """Follow the bandwidth, and send more by part of what gets lost (departure).
+
+        Only what arrives counts as bandwidth. At 25 % random loss not even a gain of 5/4 would deliver what was
+        delivered before, and the estimate would sink round by round. The compensation is partial, so that losses of
+        an overloaded path, which it feeds, die away.
+        """
         if self._bandwidth.value:
             rate = self._pacing_gain * self._bandwidth.value
         elif self._min_rtt is not None:
             rate = self._pacing_gain * INITIAL_WINDOW_PACKETS * self.mss / max(self._min_rtt, 0.001)
         else:
             return
+        rate /= 1 - LOSS_COMPENSATION * min(self._loss_share, MAX_COMPENSATED_LOSS)
         if self._pipe_filled or not self._rate_known or rate > self.pacing_rate:
             self.pacing_rate = max(rate, MIN_RATE)
             self._rate_known = True

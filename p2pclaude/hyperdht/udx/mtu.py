@@ -17,7 +17,7 @@ CLOSE_ENOUGH: Final = 16  # the search ends when fewer bytes are in doubt
 class MtuSearch:
     """State of the search on one path: `mtu` is safe to use, `wanted` the size to try, or 0."""
 
-    __slots__ = ("_high", "_max", "_outstanding", "_tries", "mtu", "wanted")
+    __slots__ = ("_base", "_high", "_max", "_outstanding", "_proven_order", "_tries", "mtu", "wanted")
 
     def __init__(self, mtu: int, max_mtu: int) -> None:
         self._max = max(mtu, max_mtu)
@@ -26,6 +26,8 @@ class MtuSearch:
     def restart(self, mtu: int) -> None:
         """Begin again from a safe size (another path)."""
         self.mtu = mtu
+        self._base = mtu
+        self._proven_order = -1  # the latest transmission of more than `BLACK_HOLE_MTU` that arrived
         self._high = self._max  # the largest size not known to fail
         self._tries = 0
         self._outstanding = 0
@@ -66,9 +68,20 @@ class MtuSearch:
             self._high = max(self.mtu, size - 1)
         self.wanted = self._choose()
 
-    def black_hole(self) -> None:
-        """Fall back to a small size and stay there: full packets keep dying though the path lives."""
-        self.mtu = min(self.mtu, BLACK_HOLE_MTU)
-        self._high = self.mtu
-        self._outstanding = 0
-        self.wanted = 0
+    def packet_lost(self, size: int, first_order: int) -> None:
+        """Note that a packet was lost again and again since transmission `first_order`.
+
+        If nothing as large has arrived since, the path swallows that size: fall back to the base, then lower.
+        """
+        if size > BLACK_HOLE_MTU and first_order > self._proven_order:
+            self.mtu = self._base if self.mtu > self._base and size > self._base else min(self.mtu, BLACK_HOLE_MTU)
+            self._high = self.mtu
+            self._outstanding = 0
+            self.wanted = 0
+
+    def packet_arrived(self, size: int, order: int) -> None:
+        """Note that transmission `order`, a large packet, arrived; it also undoes a needless fallback."""
+        self._proven_order = max(self._proven_order, order)
+        if size > self.mtu:
+            self.mtu = size
+            self._high = max(self._high, size)

@@ -31,6 +31,11 @@ class RangeSet:
         """The largest number in the set."""
         return self._ends[-1] - 1 if self._ends else None
 
+    def end_behind(self, value: int) -> int:
+        """Return the end of the range that contains `value`, or `value` itself if none does."""
+        i = bisect_right(self._starts, value) - 1
+        return self._ends[i] if i >= 0 and value < self._ends[i] else value
+
     def add(self, start: int, end: int) -> list[tuple[int, int]]:
         """Add [start, end) and return the parts of it that were missing until now."""
         starts, ends = self._starts, self._ends

@@ -86,7 +86,7 @@ class Receiver:
         """Return the window for the next packet; never takes back what was offered."""
         edge = max(self._advertised_edge, self._received + self.window - self.unread)
         self._advertised_edge = edge
-        return min(edge - self._received, 0xFFFFFFFF)
+        return min(max(edge - self._received, 0), 0xFFFFFFFF)  # the slack in `room` may have overdrawn it
 
     def discard(self) -> None:
         """Drop all data that waits; the numbers stay for final acknowledgements."""

@@ -25,7 +25,7 @@ SACKS_WITHOUT_REORDERING: Final = 3
 class Packet:
     """A packet with a sequence number, from its first departure until its acknowledgement."""
 
-    __slots__ = ("count", "flight", "kind", "order", "padded_mtu", "payload", "seq", "size", "state")
+    __slots__ = ("count", "first_order", "flight", "kind", "order", "padded_mtu", "payload", "seq", "size", "state")
 
     def __init__(self, seq: int, kind: int, payload: bytes, size: int, flight: Flight, order: int) -> None:
         self.seq = seq  # unbounded
@@ -34,6 +34,7 @@ class Packet:
         self.size = size  # bytes on the wire, IP header included
         self.flight = flight  # of the latest transmission
         self.order = order  # number of the latest transmission
+        self.first_order = order
         self.count = 1  # transmissions
         self.state = IN_FLIGHT
         self.padded_mtu = 0  # the size an MTU probe tests, 0 for other packets

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from .congestion import Bbr
-from .mtu import MtuSearch
+from .mtu import BLACK_HOLE_MTU, MtuSearch
 from .pacing import Pacer
 from .packet import DATA, END, HEADER, MAGIC, OVERHEAD_BYTES, SEQ_MASK
 from .ranges import RangeSet
@@ -160,6 +160,8 @@ class Sender:
         if ack > self.next_seq:
             self.stats.bad_acks += 1
             return False
+        if self._sacked:
+            ack = self._sacked.end_behind(ack)  # what is held behind no gap is as good as acknowledged
         packets = self._packets
         for seq in range(self.acked_below, ack):
             packet = packets.pop(seq)
@@ -200,8 +202,10 @@ class Sender:
             rtt = now - packet.flight.sent_at
             if self._batch_rtt is None or rtt < self._batch_rtt:
                 self._batch_rtt = rtt
-        if packet.padded_mtu:
-            self.search.probe_acked(packet.padded_mtu)
+        if packet.size > BLACK_HOLE_MTU:
+            self.search.packet_arrived(packet.size, packet.order)
+            if packet.padded_mtu:
+                self.search.probe_acked(packet.padded_mtu)
             self.congestion.mss = self.search.mtu
 
     def finish_acks(self, now: float) -> None:
@@ -240,18 +244,14 @@ class Sender:
         heapq.heappush(self._lost, packet.seq)
         if packet.padded_mtu:
             self._strip_padding(packet)
-        elif packet.count >= BLACK_HOLE_ATTEMPTS and len(packet.payload) + OVERHEAD_BYTES > self._base_mtu:
-            self._suspect_black_hole()
+        elif packet.count >= BLACK_HOLE_ATTEMPTS:
+            self.search.packet_lost(packet.size, packet.first_order)
+            self.congestion.mss = self.search.mtu
 
     def _strip_padding(self, packet: Packet) -> None:
         """Let a probe travel again as an ordinary packet."""
         self.search.probe_lost(packet.padded_mtu)
         packet.padded_mtu = 0
-
-    def _suspect_black_hole(self) -> None:
-        """Send smaller packets from now on."""
-        self.search.black_hole()
-        self.congestion.mss = self.search.mtu
 
     # -- sending
 
@@ -410,7 +410,7 @@ class Sender:
             self._paced_until = self._pacer.ready_at(congestion.pacing_rate, congestion.quantum)
         elif more and allowance > 0 and self.queued and self.peer_window - self.unacked >= self.search.mtu:
             self._paced_until = now  # the burst's limit of packets was reached
-        if allowance > 0 and not self._lost:
+        if allowance > 0 and not more:
             self._rate.mark_app_limited(self.in_flight)
         self._watch_window(window_closed, now)
 
@@ -447,6 +447,7 @@ class Sender:
                 self.give_up = True
                 return
             self._probe_count += 1
+            self._last_sent_at = now
             self._probes_due = PROBES
             self.stats.probe_timeouts += 1
         if self._window_probe_at is not None and self._window_probe_at <= now:
