@@ -21,7 +21,7 @@ from .health import HealthMonitor
 from .internal import MAX_PING_DELAY_MS, InternalCommands
 from .query import CONCURRENCY, QUERY_RETRIES, Query
 from .reachability import Reachability
-from .requests import DEFAULT_RETRIES, IncomingRequest, Reply, Value
+from .requests import DEFAULT_RETRIES, IncomingRequest, OutgoingRequest, Reply, Value
 from .routing import RoutingTable, node_id
 from .rpc import Rpc
 from .upkeep import Upkeep, is_usable
@@ -241,9 +241,9 @@ class Node:
         """Tell a node that one it named does not answer."""
         self.upkeep.send_down_hint(to, down)
 
-    def forget(self, address: Address) -> None:
-        """Remove a node that did not answer from the table."""
-        self.upkeep.forget(address)
+    def forget(self, call: OutgoingRequest) -> None:
+        """Remove the node that left a request unanswered from the table."""
+        self.upkeep.forget(call)
 
     def suspect(self, address: Address) -> None:
         """Ping a node that is slow to answer, and remove it if it stays silent."""
@@ -381,7 +381,6 @@ class Node:
         self._refresh_if_due()
         if self.health.update(self.rpc.stats.responses, self.rpc.stats.timeouts):
             self._emit(self.on_network_update)
-        self.upkeep.evict = self.health.online
 
     def _refresh_if_due(self) -> None:
         self._refresh_ticks -= 1

@@ -290,6 +290,7 @@ class Query:
         if error is None:
             self._answered(future.result())
         elif isinstance(error, Timeout):
+            self._node.forget(call)
             self._timed_out(call.to)
         elif isinstance(error, Exception):
             self._finish(error)
@@ -320,6 +321,5 @@ class Query:
     def _timed_out(self, address: Address) -> None:
         self.errors += 1
         self._down.add(address)
-        self._node.forget(address)
         for referrer in self._referrers.pop(address, ()):
             self._node.send_down_hint(referrer, address)

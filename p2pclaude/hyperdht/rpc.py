@@ -78,6 +78,7 @@ class Rpc:
         self._queue: deque[OutgoingRequest] = deque()  # may hold forgotten ones: they are skipped
         self._next_tid = rng.randrange(MAX_TIDS)
         self._rotation: asyncio.TimerHandle | None = None
+        self._last_heard = 0.0
         self._closed: Callable[[], HyperDHTError] | None = None
         endpoint.on_message = self.receive
 
@@ -93,6 +94,13 @@ class Rpc:
         if socket is None:
             raise RuntimeError("the node is not started")
         return socket
+
+    def heard_since(self, call: OutgoingRequest) -> bool:
+        """Tell whether anybody said anything since a request was first sent.
+
+        If not, its silence says more about our own network than about the node that was asked.
+        """
+        return self._last_heard >= call.first_sent
 
     def id_on(self, socket: Socket) -> bytes | None:
         """Return the id a datagram leaving from `socket` carries: only persistent nodes' server sockets have one."""
@@ -299,6 +307,7 @@ class Rpc:
         except DecodeError:
             self.stats.garbage += 1
             return
+        self._last_heard = asyncio.get_running_loop().time()
         external = socket is not (self.client_socket if self.firewalled else self.server_socket)
         try:
             if isinstance(message, Request):

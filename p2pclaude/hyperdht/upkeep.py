@@ -13,7 +13,7 @@ from typing import Final
 from .constants import InternalCommand
 from .crypto import hash
 from .encoding import Address, ipv4
-from .errors import HyperDHTError
+from .errors import HyperDHTError, Timeout
 from .nat import NatSampler
 from .requests import OutgoingRequest, Reply
 from .routing import OLD_TICKS, RECENT_TICKS, RoutingTable, TableNode, node_id
@@ -44,7 +44,6 @@ class Upkeep:
         self.nat = NatSampler()
         self.tick = rng.randint(51, 100)
         self.ready = False  # full rows are left alone while the node is still bootstrapping
-        self.evict = True  # False while offline: silence then says nothing about a single node
         self.on_nat_update: Callable[[], None] = _nothing
         self._rpc = rpc
         self._checks = 0
@@ -153,14 +152,14 @@ class Upkeep:
         if node is not None and node.pinged < self.tick and self._checks < MAX_CHECKS:
             self.check(node)
 
-    def forget(self, address: Address) -> None:
-        """Remove the node at an address that gave no answer."""
-        node = self.table.get(node_id(address))
-        if node is not None:
+    def forget(self, call: OutgoingRequest) -> None:
+        """Remove the node that left a request unanswered, unless everybody is silent: that would be our network."""
+        node = self.table.get(node_id(call.to))
+        if node is not None and self._rpc.heard_since(call):
             self._remove(node)
 
     def _remove(self, node: TableNode) -> None:
-        if self.evict and self.table.get(node.id) is node:
+        if self.table.get(node.id) is node:
             self.table.remove(node.id)
 
     def _challenge(self, newcomer: TableNode) -> None:
@@ -196,13 +195,22 @@ class Upkeep:
     def _ask(
         self, to: Address, command: InternalCommand, value: bytes | None, done: Callable[[bool | None], None]
     ) -> None:
-        """Send a request nobody awaits; `done` learns whether it was answered, None if we stopped meanwhile."""
+        """Send a request nobody awaits; `done` learns whether it was answered, None if that cannot be told."""
         try:
             call = self._rpc.start(to, command, internal=True, value=value)
         except HyperDHTError:
             done(None)
             return
-        call.future.add_done_callback(partial(_report, done))
+        call.future.add_done_callback(partial(self._report, call, done))
+
+    def _report(
+        self, call: OutgoingRequest, done: Callable[[bool | None], None], future: "asyncio.Future[Reply]"
+    ) -> None:
+        if not future.cancelled() and future.exception() is None:
+            done(True)
+        else:
+            silent = not future.cancelled() and isinstance(future.exception(), Timeout)
+            done(False if silent and self._rpc.heard_since(call) else None)
 
     def begin_tick(self, *, woken: bool) -> None:
         """Count a tick; after a sleep so many that everything looks old, and pings follow in two ticks."""
@@ -216,15 +224,7 @@ class Upkeep:
     def on_timeout(self, call: OutgoingRequest) -> None:
         """Forget a node that never answered a ping or lookup of ours; relayed commands say nothing about it."""
         if call.internal and call.command != InternalCommand.PING_NAT:
-            self.forget(call.to)
-
-
-def _report(done: Callable[[bool | None], None], future: "asyncio.Future[Reply]") -> None:
-    if future.cancelled():
-        done(None)
-        return
-    error = future.exception()
-    done(True if error is None else False if isinstance(error, TimeoutError) else None)
+            self.forget(call)
 
 
 def _ignore(answered: bool | None) -> None:

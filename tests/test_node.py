@@ -1,0 +1,533 @@
+"""The DHT node on simulated networks: joining, firewalls, persistence, sleep, suspension, the end."""
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+from dht_nodes import PORT, Peer, address_of, dht, make_node, running
+from sim import Link, SimLoop, SimNetwork, run
+
+from p2pclaude.hyperdht.constants import ErrorCode, InternalCommand
+from p2pclaude.hyperdht.encoding import Address, ipv4
+from p2pclaude.hyperdht.errors import Destroyed, Suspended, Timeout
+from p2pclaude.hyperdht.internal import MAX_DELAYED_PINGS
+from p2pclaude.hyperdht.node import TICK_SECONDS, Node
+from p2pclaude.hyperdht.reachability import STABLE_TICKS
+from p2pclaude.hyperdht.routing import TableNode, node_id
+from p2pclaude.hyperdht.upkeep import MAX_CHECKS, MAX_DOWN_HINTS
+
+TWENTY_MINUTES = STABLE_TICKS * TICK_SECONDS
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+# Joining
+
+
+def test_start_returns_at_once_and_a_network_of_one_is_ready() -> None:
+    async def main() -> None:
+        node = make_node(SimNetwork().host("8.8.8.8"), ephemeral=False, firewalled=False, host="8.8.8.8")
+        async with running(node):
+            assert now() == 0
+            await node.bootstrapped.wait()
+            assert now() == 0
+            assert node.id == node_id(("8.8.8.8", PORT)) and not node.ephemeral
+            assert node.remote_address() == ("8.8.8.8", PORT)
+
+    run(main(), check_timers=True)
+
+
+def test_without_a_reachable_bootstrap_node_it_is_bootstrapped_in_bounded_time() -> None:
+    async def main() -> None:
+        node = make_node(SimNetwork().host("8.8.8.8"), bootstrap=["9.9.9.9:1", "no.such.name:2"])
+        async with running(node):
+            await asyncio.wait_for(node.bootstrapped.wait(), 20)
+            assert len(node.table) == 0 and node.host is None and node.remote_address() is None
+
+    run(main(), check_timers=True)
+
+
+def test_it_joins_later_when_the_network_comes_later() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        async with dht(net, 8) as nodes:
+            host = net.host("8.8.8.8")
+            host.up = False
+            forced = make_node(host, bootstrap=[address_of(nodes[0])], ephemeral=False)
+            async with running(forced):
+                await forced.bootstrapped.wait()
+                assert forced.ephemeral and not len(forced.table)
+                host.up = True
+                await asyncio.sleep(60)
+                assert len(forced.table) == 8 and not forced.ephemeral
+                assert forced.remote_address() == ("8.8.8.8", PORT)
+
+    run(main())
+
+
+@pytest.mark.parametrize("taken", [[], [PORT], list(range(PORT, PORT + 5))])
+def test_the_port_is_the_wanted_one_or_one_of_the_next_or_any(taken: list[int]) -> None:
+    async def main() -> None:
+        host = SimNetwork().host("8.8.8.8")
+        sockets = [await host.bind("0.0.0.0", port, lambda batch: None) for port in taken]
+        node = make_node(host)
+        async with running(node):
+            assert node.server_socket is not None and node.client_socket is not None
+            port = node.server_socket.address[1]
+            assert port == PORT + len(taken) if len(taken) < 5 else port > 0
+            assert node.client_socket.address[1] != port
+            assert node.socket is node.client_socket  # until it is known to be open
+        strict = make_node(host, any_port=False)
+        if taken:
+            with pytest.raises(OSError):
+                await strict.start()
+        for socket in sockets:
+            socket.close()
+        assert not host.sockets
+
+    run(main(), check_timers=True)
+
+
+# Firewalls
+
+
+def test_an_open_node_learns_that_it_is_open_and_stays_ephemeral() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        async with dht(net, 8) as nodes:
+            node = make_node(net.host("8.8.8.8"), bootstrap=[address_of(nodes[0])])
+            async with running(node):
+                await node.bootstrapped.wait()
+                assert not node.firewalled and node.ephemeral
+                assert node.remote_address() == ("8.8.8.8", PORT)
+                assert node.socket is node.server_socket
+                assert all(node_id(("8.8.8.8", PORT)) not in other.table for other in nodes)
+
+    run(main())
+
+
+@pytest.mark.parametrize("ephemeral", [None, False])
+def test_a_node_behind_a_nat_stays_firewalled_and_ephemeral(ephemeral: bool | None) -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        async with dht(net, 8) as nodes:
+            nat = net.nat("203.0.113.7")
+            node = make_node(nat.host("192.168.1.2"), bootstrap=[address_of(nodes[0])], ephemeral=ephemeral)
+            async with running(node):
+                await node.bootstrapped.wait()
+                await asyncio.sleep(TWENTY_MINUTES + 60)
+                assert node.firewalled and node.ephemeral and node.remote_address() is None
+                assert node.host == "203.0.113.7" and node.port > 0  # the NAT keeps the port
+
+    run(main())
+
+
+def test_an_adaptive_node_becomes_persistent_after_twenty_quiet_minutes() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        async with dht(net, 12) as nodes:
+            node = make_node(net.host("8.8.8.8"), bootstrap=[address_of(nodes[0])])
+            became: list[float] = []
+            node.on_persistent.append(lambda: became.append(now()))
+            start = now()
+            async with running(node):
+                await asyncio.sleep(TWENTY_MINUTES - 60)
+                assert node.ephemeral
+                await asyncio.sleep(120)
+                assert node.id == node.table.id == node_id(("8.8.8.8", PORT))
+                assert became == [pytest.approx(start + TWENTY_MINUTES, abs=10)]
+                await asyncio.sleep(60)
+                assert sum(node.id in other.table for other in nodes) >= 10
+
+    run(main())
+
+
+def test_a_node_that_shall_be_ephemeral_stays_so() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        async with dht(net, 8) as nodes:
+            node = make_node(net.host("8.8.8.8"), bootstrap=[address_of(nodes[0])], ephemeral=True)
+            async with running(node):
+                await asyncio.sleep(2 * TWENTY_MINUTES)
+                assert node.ephemeral and not node.firewalled
+
+    run(main())
+
+
+def test_a_node_that_moves_behind_a_nat_notices() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        async with dht(net, 8) as nodes:
+            host = net.host("8.8.8.8")
+            node = make_node(host, bootstrap=[address_of(nodes[0])])
+            changes: list[str] = []
+            node.on_network_change.append(lambda: changes.append("network"))
+            node.on_ephemeral.append(lambda: changes.append("ephemeral"))
+            async with running(node):
+                await asyncio.sleep(TWENTY_MINUTES + 60)
+                assert not node.ephemeral and not node.firewalled
+                nat = net.nat("203.0.113.7")
+                host.move(nat.lan, "192.168.1.2")
+                await asyncio.sleep(60)
+                assert node.firewalled and node.ephemeral and node.remote_address() is None
+                assert node.host == "203.0.113.7"
+                assert sorted(changes) == ["ephemeral", "network"]
+                host.move(net.internet, "8.8.4.4")
+                await asyncio.sleep(60)
+                assert node.remote_address() == ("8.8.4.4", PORT) and node.ephemeral
+
+    run(main())
+
+
+# Upkeep
+
+
+def test_dead_nodes_leave_the_tables() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        async with dht(net, 12) as nodes:
+            gone = nodes[5]
+            gone_id = gone.id
+            assert gone_id is not None and sum(gone_id in node.table for node in nodes) >= 8
+            await gone.destroy()
+            await asyncio.sleep(600)
+            assert not any(gone_id in node.table for node in nodes if node is not gone)
+
+    run(main())
+
+
+def test_while_everything_is_silent_nobody_is_forgotten() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        async with dht(net, 12) as nodes:
+            updates: list[bool] = []
+            node = nodes[3]
+            node.on_network_update.append(lambda: updates.append(node.online))
+            await asyncio.sleep(60)
+            host = net.host(node.endpoint.network.interfaces()[-1])
+            host.up = False
+            for _ in range(30):  # traffic, so that the silence is noticed
+                node.find_node(bytes(32)).start()
+                await asyncio.sleep(5)
+            assert not node.online and updates == [False]
+            remembered = len(node.table)
+            assert remembered > 0
+            await asyncio.sleep(300)
+            assert len(node.table) == remembered
+            host.up = True
+            node.find_node(bytes(32)).start()
+            await asyncio.sleep(300)
+            assert node.online and updates == [False, True] and len(node.table) == 11
+
+    run(main())
+
+
+def test_a_full_row_lets_a_newcomer_in_only_for_a_silent_node() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        node = make_node(net.host("8.8.8.8"))
+        async with running(node):
+            await node.bootstrapped.wait()
+            rng = random.Random(4)
+            top = node.table.id[0] & 0x80
+            peers: list[Peer] = []
+            while len(peers) < 22:  # all in the row of those that differ in the first bit
+                address = f"7.{rng.randrange(256)}.0.{rng.randrange(1, 255)}"
+                if node_id((address, PORT))[0] & 0x80 != top:
+                    peer = await Peer(net.host(address)).start()
+                    peer.rpc.identity = node_id(peer.address)
+                    peer.rpc.on_request = lambda request, external: request.reply(None)
+                    peers.append(peer)
+            for peer in peers[:20]:
+                await node.ping(peer.address)
+            assert len(node.table) == 20
+            await asyncio.sleep(TICK_SECONDS)
+            await node.ping(peers[20].address)
+            await asyncio.sleep(TICK_SECONDS)
+            assert node_id(peers[20].address) not in node.table  # everybody answers
+            silent = node.table.oldest(1)[0]
+            net.host(silent.host).up = False
+            await asyncio.sleep(TICK_SECONDS)
+            for _ in range(3):
+                await node.ping(peers[21].address)
+                await asyncio.sleep(TICK_SECONDS)
+            assert silent.id not in node.table and node_id(peers[21].address) in node.table
+
+    run(main())
+
+
+def test_requests_do_not_teach_us_our_address() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        node = make_node(net.host("8.8.8.8"), firewalled=False)
+        async with running(node):
+            peer = await Peer(net.host("7.7.7.7")).start()
+            peer.rpc.identity = node_id(peer.address)
+            await peer.rpc.request(("8.8.8.8", PORT), InternalCommand.PING, internal=True)
+            assert len(node.table) == 1 and node.remote_address() is None
+            peer.rpc.on_request = lambda request, external: request.reply(None)
+            await node.ping(peer.address)
+            assert (node.host, node.port) == ("8.8.8.8", PORT)
+
+    run(main())
+
+
+# Internal commands
+
+
+async def asker(net: SimNetwork) -> tuple[Node, Peer]:
+    """Return a node that knows one other, and a peer to ask it questions."""
+    node = make_node(net.host("8.8.8.8"), ephemeral=False, firewalled=False, host="8.8.8.8")
+    await node.start()
+    await node.bootstrapped.wait()
+    return node, await Peer(net.host("7.7.7.7")).start()
+
+
+async def ask(peer: Peer, command: int, **options: Any) -> Any:
+    return await peer.rpc.request(("8.8.8.8", PORT), command, internal=True, retries=0, **options)
+
+
+def test_internal_commands_are_answered_as_upstream_does() -> None:
+    async def main() -> None:
+        node, peer = await asker(SimNetwork())
+        node.table.add(TableNode.at(("1.2.3.4", 5)))
+        ping = await ask(peer, InternalCommand.PING, value=b"padding", target=bytes(32))
+        assert (ping.token, ping.closer_nodes, ping.value, ping.error) == (None, (), None, 0)
+        assert ping.id == node.id and ping.to == peer.address
+        found = await ask(peer, InternalCommand.FIND_NODE, target=bytes(32))
+        assert (found.token, found.closer_nodes, found.value) == (None, (("1.2.3.4", 5),), None)
+        unknown = await ask(peer, 77, target=bytes(32))
+        assert (unknown.error, unknown.closer_nodes, unknown.token) == (1, (("1.2.3.4", 5),), None)
+        external = await peer.rpc.request(("8.8.8.8", PORT), 77, target=bytes(32))
+        assert (external.error, external.closer_nodes) == (ErrorCode.UNKNOWN_COMMAND, (("1.2.3.4", 5),))
+        await node.destroy()
+
+    run(main())
+
+
+def test_ping_nat_is_answered_to_the_port_it_names() -> None:
+    async def main() -> None:
+        node, peer = await asker(SimNetwork())
+        other = await peer.endpoint.bind("0.0.0.0", 0)
+        reply = await ask(peer, InternalCommand.PING_NAT, value=other.address[1].to_bytes(2, "little"))
+        assert reply.socket is other and reply.to == (peer.address[0], other.address[1])
+        await node.destroy()
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("command", "value"),
+    [
+        (InternalCommand.FIND_NODE, None),
+        (InternalCommand.PING_NAT, None),
+        (InternalCommand.PING_NAT, b"\x01"),
+        (InternalCommand.PING_NAT, b"\x00\x00"),
+        (InternalCommand.DOWN_HINT, b"12345"),
+        (InternalCommand.DELAYED_PING, b"\x00"),
+        (InternalCommand.DELAYED_PING, (10_001).to_bytes(4, "little")),
+    ],
+)
+def test_malformed_internal_requests_get_no_answer(command: int, value: bytes | None) -> None:
+    async def main() -> None:
+        node, peer = await asker(SimNetwork())
+        with pytest.raises(Timeout):
+            await ask(peer, command, value=value, timeout=12)
+        assert node.rpc.stats.handler_errors == 0
+        await node.destroy()
+
+    run(main(), check_timers=False)
+
+
+def test_delayed_pings_come_late_and_their_number_is_bounded() -> None:
+    async def main() -> None:
+        node, peer = await asker(SimNetwork())
+        start = now()
+        assert peer.host.up
+        await ask(peer, InternalCommand.DELAYED_PING, value=(2000).to_bytes(4, "little"), timeout=3)
+        assert now() - start == pytest.approx(2, abs=0.1)
+        delay = (10_000).to_bytes(4, "little")
+        calls = [
+            peer.rpc.start(("8.8.8.8", PORT), InternalCommand.DELAYED_PING, internal=True, value=delay, retries=0)
+            for _ in range(MAX_DELAYED_PINGS + 300)
+        ]
+        await asyncio.sleep(9.9)
+        assert len(node._internal._delayed) <= MAX_DELAYED_PINGS
+        for call in calls:
+            call.cancel()
+        await node.destroy()
+        assert not node._internal._delayed
+
+    run(main(), check_timers=False)
+
+
+def test_down_hints_make_it_look_within_limits() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        node, peer = await asker(net)
+        dead = [(f"6.6.6.{i}", PORT) for i in range(1, 16)]
+        for address in dead:
+            node.table.add(TableNode.at(address, node.upkeep.tick))
+        await ask(peer, InternalCommand.DOWN_HINT, value=ipv4(("1.2.3.4", 5)))
+        assert node.rpc.in_flight == 0
+        for address in dead:
+            await ask(peer, InternalCommand.DOWN_HINT, value=ipv4(address))
+            await ask(peer, InternalCommand.DOWN_HINT, value=ipv4(address))  # in the same tick: no second look
+        assert node.rpc.in_flight == MAX_CHECKS
+        await asyncio.sleep(TICK_SECONDS)
+        assert len(node.table) == 5
+        await node.destroy()
+
+    run(main())
+
+
+def test_down_hints_sent_are_bounded_by_tick() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        node, peer = await asker(net)
+        peer.rpc.on_request = lambda request, external: request.reply(None)
+        for i in range(200):
+            node.send_down_hint(peer.address, ("6.6.6.6", i + 1))
+        assert node.rpc.stats.commands_sent[InternalCommand.DOWN_HINT] == MAX_DOWN_HINTS
+        await asyncio.sleep(TICK_SECONDS)
+        node.send_down_hint(peer.address, ("6.6.6.6", 1))
+        assert node.rpc.stats.commands_sent[InternalCommand.DOWN_HINT] == MAX_DOWN_HINTS + 1
+        await node.destroy()
+
+    run(main())
+
+
+# Sleep, suspension, the end
+
+
+def test_waking_up_is_noticed_and_the_table_is_looked_through() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        async with dht(net, 12) as nodes:
+            node = make_node(net.host("8.8.8.8"), bootstrap=[address_of(nodes[0])])
+            async with running(node):
+                await asyncio.sleep(TWENTY_MINUTES + 60)
+                assert not node.ephemeral
+                woken: list[float] = []
+                node.on_wakeup.append(lambda: woken.append(now()))
+                loop = asyncio.get_running_loop()
+                assert isinstance(loop, SimLoop)
+                asked = node.rpc.stats.requests
+                loop.jump(3600)
+                await asyncio.sleep(20)
+                assert len(woken) == 1 and node.ephemeral
+                assert node.rpc.stats.requests > asked + 5
+                assert not node.firewalled and node.remote_address() == ("8.8.8.8", PORT)
+
+    run(main())
+
+
+def test_a_sleep_that_the_loops_clock_did_not_see_is_noticed_too() -> None:
+    async def main() -> None:
+        clock = [1000.0]
+        node = make_node(SimNetwork().host("8.8.8.8"), wall=lambda: clock[0])
+        async with running(node):
+            woken: list[float] = []
+            node.on_wakeup.append(lambda: woken.append(now()))
+            await asyncio.sleep(12)
+            clock[0] += 60
+            await asyncio.sleep(12)
+            assert woken == [15]
+
+    run(main())
+
+
+def test_suspension_fails_what_is_under_way_and_resuming_takes_the_same_ports() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        async with dht(net, 8) as nodes:
+            host = net.host("8.8.8.8")
+            node = make_node(host, bootstrap=[address_of(nodes[0])])
+            async with running(node):
+                await node.bootstrapped.wait()
+                ports = sorted(port for _, port in host.sockets)
+                pending = [asyncio.create_task(node.ping(("9.9.9.9", 9))) for _ in range(200)]
+                await asyncio.sleep(0)
+                await node.suspend()
+                outcomes = await asyncio.gather(*pending, return_exceptions=True)
+                assert all(isinstance(outcome, Suspended) for outcome in outcomes)
+                assert not host.sockets
+                with pytest.raises(Suspended):
+                    await node.ping(address_of(nodes[0]))
+                node.refresh()
+                await node.suspend()
+                await asyncio.sleep(3600)
+                await node.resume()
+                await node.resume()
+                assert sorted(port for _, port in host.sockets) == ports
+                await node.ping(address_of(nodes[0]))
+                await asyncio.sleep(30)
+                assert node.remote_address() == ("8.8.8.8", PORT) and len(node.table) == 8
+
+    run(main(), check_timers=False)
+
+
+def test_suspended_while_bootstrapping_it_bootstraps_after_resuming() -> None:
+    async def main() -> None:
+        net = SimNetwork(link=Link(latency=(0.2, 0.2)))
+        async with dht(net, 8) as nodes:
+            node = make_node(net.host("8.8.8.8"), bootstrap=[address_of(nodes[0])])
+            async with running(node):
+                await asyncio.sleep(0.3)
+                await node.suspend()
+                assert not node.bootstrapped.is_set()
+                await node.resume()
+                await asyncio.wait_for(node.bootstrapped.wait(), 20)
+                assert len(node.table) == 8
+
+    run(main())
+
+
+def test_the_end_settles_everything_and_leaves_nothing() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        host = net.host("8.8.8.8")
+        node = make_node(host, bootstrap=["9.9.9.9:1", "slow.name:1"])
+        await node.start()
+        pending = [asyncio.create_task(node.ping(("9.9.9.9", 9))) for _ in range(200)]
+        query = node.find_node(bytes(32))
+        walking = asyncio.create_task(query.finished())
+        await asyncio.sleep(0.1)
+        await node.destroy()
+        await node.destroy()
+        outcomes = await asyncio.gather(*pending, walking, return_exceptions=True)
+        assert all(isinstance(outcome, Destroyed) for outcome in outcomes)
+        assert node.bootstrapped.is_set()  # who waits for it learns from the next request
+        assert not host.sockets
+        for action in (node.suspend, node.resume):
+            await action()
+        node.refresh()
+        with pytest.raises(Destroyed):
+            await node.ping(("9.9.9.9", 9))
+
+    run(main(), check_timers=True)
+
+
+def test_a_listener_that_fails_does_not_stop_the_node(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        node = make_node(SimNetwork().host("8.8.8.8"), ephemeral=False, firewalled=False, host="8.8.8.8")
+        called: list[Address] = []
+
+        def fail() -> None:
+            raise RuntimeError("a bug")
+
+        node.on_persistent += [fail, lambda: called.append(("8.8.8.8", 1))]
+        node._watch_interfaces = fail  # type: ignore[method-assign]
+        await node.start()
+        await asyncio.sleep(12)
+        assert called and node._ticker is not None and "a tick failed" in caplog.text
+        await node.destroy()
+
+    loop = SimLoop()
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
