@@ -173,9 +173,12 @@ class ClaudeProcess:
         """Tell whether a line of stdout has come."""
         return self._pipes.printed.done()
 
-    async def wait(self) -> int:
-        """Wait for the exit and give its status; a negative one is a signal's number."""
-        return await asyncio.shield(self._pipes.exited)
+    async def finish(self) -> int:
+        """Wait for the exit, close the pipes and give the status; a negative one is a signal's number."""
+        status = await asyncio.shield(self._pipes.exited)
+        await asyncio.wait([self._pipes.closed], timeout=_LINGER_SECONDS)
+        self._transport.close()
+        return status
 
     async def settle(self, timeout: float) -> bool:
         """Wait until it printed a line, exited, or `timeout` seconds passed; tell whether it still runs."""
@@ -190,7 +193,7 @@ class ClaudeProcess:
         """Give the end of what it wrote to stderr, at most 4 KiB."""
         return bytes(self._pipes.stderr).decode("utf-8", "replace").strip()
 
-    async def stop(self, steps: tuple[tuple[signal.Signals | None, float], ...] = STOP_STEPS) -> int | None:
+    async def stop(self) -> int | None:
         """End the process as `STOP_STEPS` says, and give its exit status; None if even SIGKILL did not end it.
 
         Somebody must go on iterating meanwhile, or a full pipe holds the process up.
@@ -198,7 +201,7 @@ class ClaudeProcess:
         stdin = self._stdin()
         if stdin is not None:
             stdin.close()
-        for step, seconds in steps:
+        for step, seconds in STOP_STEPS:
             if step is not None:
                 self._signal(step)
             done, _ = await asyncio.wait([self._pipes.exited], timeout=seconds)

@@ -190,9 +190,7 @@ class Session:
             seq = None if text is None else self.accept(text, message_id)
             runs = await process.settle(SETTLE_SECONDS)
         except BaseException:
-            process.kill()
-            self._pump.cancel()
-            await asyncio.wait([self._pump], timeout=1.0)
+            await self._give_up(process, self._pump)
             raise
         if not runs:
             await self._pump
@@ -258,16 +256,26 @@ class Session:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def remove(self) -> None:
+    async def remove(self) -> None:
         """Delete a session that never came to be."""
+        await self.settle_writes()
         if self.journal is not None:
             self.journal.close()
             self.journal = None
-        shutil.rmtree(self.path, ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, self.path, ignore_errors=True)
+
+    async def _give_up(self, process: ClaudeProcess, pump: asyncio.Task[None]) -> None:
+        process.kill()
+        pump.cancel()  # maybe before its first step, and then it cleans nothing up
+        await asyncio.wait([pump], timeout=1.0)
+        status = await process.finish()
+        if self.is_live:
+            self._over(status, process.last_words(), None)
 
     async def settle_writes(self) -> None:
         """Wait for what `save_soon` began."""
-        await asyncio.gather(*self._tasks)
+        while self._tasks:
+            await asyncio.gather(*self._tasks)
 
     async def _run(self, process: ClaudeProcess, journal: Journal) -> None:
         """Journal claude's output until it ends, while the queue is fed to it."""
@@ -287,7 +295,7 @@ class Session:
             process.kill()
         finally:
             feeder.cancel()
-            self._over(await process.wait(), process.last_words(), error)
+            self._over(await process.finish(), process.last_words(), error)
 
     async def _feed(self, process: ClaudeProcess, journal: Journal) -> None:
         """Hand claude one message whenever it is idle, so that answers pair with messages."""

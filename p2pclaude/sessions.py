@@ -135,7 +135,9 @@ class SessionTable:
             try:
                 seq = await self._start(session, launch, Event.SPAWNED, spawn)
             except BaseException:
-                self._discard(session)
+                await session.remove()
+                del self._sessions[session_id]
+                self._changed()
                 raise
         return session, seq
 
@@ -345,11 +347,6 @@ class SessionTable:
             raise
         session = self._sessions[info.session_id] = Session(path, info, self._log, self._changed)
         return session
-
-    def _discard(self, session: Session) -> None:
-        del self._sessions[session.info.session_id]
-        session.remove()
-        self._changed()
 
     def _get(self, session_id: str) -> Session:
         session = self._sessions.get(session_id)

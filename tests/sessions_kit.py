@@ -1,0 +1,135 @@
+"""What the tests of sessions share: a fake claude to start, a table over it, a log that is kept."""
+
+import asyncio
+import io
+import json
+import shlex
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from p2pclaude.log import Log
+from p2pclaude.sessions import SessionTable, Settings
+from p2pclaude.wire import OUTPUT
+
+FAKE = Path(__file__).with_name("fake_claude.py")
+
+
+def install_fake_claude(directory: Path) -> Path:
+    """Put a program `claude` into a directory and give its path."""
+    path = directory / "claude"
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S -E {shlex.quote(str(FAKE))} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+class KeptLog(Log):
+    """A log whose lines can be looked at."""
+
+    def __init__(self) -> None:
+        self.stream = io.StringIO()
+        super().__init__(self.stream, debug=True)
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Give every line so far."""
+        return [json.loads(line) for line in self.stream.getvalue().splitlines()]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Give the lines of one event."""
+        return [line for line in self.lines if line["event"] == name]
+
+
+class Place:
+    """A directory to work in, with a fake claude, a root directory and a data directory for sessions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.claude = install_fake_claude(self.path)
+        self.root = self.path / "root"
+        self.sessions = self.path / "sessions"
+        self.notes = self.path / "fake.log"
+        self.log = KeptLog()
+        self.root.mkdir()
+        self.sessions.mkdir()
+
+    def told(self) -> list[dict[str, Any]]:
+        """Give what the fake claudes noted: their starts, and the messages they got."""
+        return [json.loads(line) for line in self.notes.read_text().splitlines()] if self.notes.exists() else []
+
+    def messages(self) -> list[str]:
+        """Give the texts that the fake claudes got."""
+        return [entry["message"]["message"]["content"] for entry in self.told() if "message" in entry]
+
+    def settings(self, **changes: Any) -> Settings:
+        """Give settings for this place."""
+        return replace(Settings(find_claude=lambda: self.claude, default_dir=self.root), **changes)
+
+    @asynccontextmanager
+    async def table(
+        self, *, on_change: Callable[[], None] = lambda: None, **changes: Any
+    ) -> AsyncIterator[SessionTable]:
+        """Give a loaded session table, and close it in the end."""
+        table = SessionTable(self.sessions, self.settings(**changes), self.log, on_change)
+        await table.load()
+        try:
+            yield table
+        finally:
+            await table.close()
+
+
+def run(main: Awaitable[None], seconds: float = 30.0) -> None:
+    """Run a test's coroutine, bounded in time."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(seconds):
+            await main
+
+    asyncio.run(bounded())
+
+
+async def read_all(table: SessionTable, session: str, after: int = 0) -> list[dict[str, Any]]:
+    """Give every envelope after a seq."""
+    found: list[dict[str, Any]] = []
+    while True:
+        output = await table.read(session, after=after, limit=None, clear=False, wait_ms=0)
+        found += [json.loads(line) for line in output.page.lines]
+        if not output.page.lines:
+            return found
+        after = output.page.next
+
+
+async def read_until(
+    table: SessionTable, session: str, done: Callable[[dict[str, Any]], bool], after: int = 0
+) -> list[dict[str, Any]]:
+    """Follow a session until an envelope is the one; give all up to it."""
+    found: list[dict[str, Any]] = []
+    while True:
+        output = await table.read(session, after=after, limit=None, clear=False, wait_ms=20_000)
+        for line in output.page.lines:
+            found.append(json.loads(line))
+            if done(found[-1]):
+                return found
+        if not output.page.lines:
+            raise AssertionError(f"state {output.state}, {output.error} after {found}")
+        after = output.page.next
+
+
+async def read_results(table: SessionTable, session: str, count: int = 1, after: int = 0) -> list[dict[str, Any]]:
+    """Follow a session until so many results have come; give all envelopes up to there."""
+    left = count
+
+    def is_last(envelope: dict[str, Any]) -> bool:
+        nonlocal left
+        left -= envelope["type"] == OUTPUT and envelope["data"]["type"] == "result"
+        return not left
+
+    return await read_until(table, session, is_last, after)
+
+
+def outputs(envelopes: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Give claude's objects of one type."""
+    return [e["data"] for e in envelopes if e["type"] == OUTPUT and e["data"].get("type") == kind]

@@ -1,0 +1,572 @@
+"""Sessions against a child that behaves like claude: spawning, refusing, queueing, reading, stopping, coming back."""
+
+import asyncio
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sessions_kit import Place, outputs, read_all, read_results, read_until, run
+
+from p2pclaude import claude as claude_module
+from p2pclaude import session as session_module
+from p2pclaude import sessions as sessions_module
+from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, Unavailable
+from p2pclaude.journal import DiskFull, Journal
+from p2pclaude.session import Session, State
+from p2pclaude.sessions import SessionTable, Spawn
+from p2pclaude.wire import dump_json
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Give a place whose fake claudes write to its log."""
+    here = Place(tmp_path)
+    monkeypatch.setenv("FAKE_CLAUDE_LOG", str(here.notes))
+    monkeypatch.setenv("CLAUDECODE", "1")
+    monkeypatch.setattr(session_module, "SETTLE_SECONDS", 0.15)
+    return here
+
+
+def spawn(**fields: Any) -> Spawn:
+    return Spawn(**{"session_id": "s"} | fields)
+
+
+async def wait_for_state(table: SessionTable, session_id: str, *states: State) -> None:
+    while next(s["state"] for s in table.listing(everything=True) if s["sessionId"] == session_id) not in states:
+        await asyncio.sleep(0.01)
+
+
+def test_a_message_makes_a_turn(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            session, seq = await table.spawn(spawn(text="hällo", message_id="m1", model="opus"))
+            envelopes = await read_results(table, "s")
+            assert seq == 1
+            assert [e["seq"] for e in envelopes] == [1, 2, 3, 4]
+            assert [e["type"] for e in envelopes] == ["message", "turn", "session-output", "session-output"]
+            assert envelopes[0]["messageId"] == "m1"
+            assert envelopes[1]["message"] == 1
+            assert envelopes[3]["data"]["result"] == "echo: hällo"
+            await wait_for_state(table, "s", State.IDLE)
+            (listed,) = table.listing()
+            assert listed["pid"] == session.pid == place.told()[0]["pid"]
+            assert (listed["directory"], listed["model"], listed["lastSeq"]) == (str(place.root), "opus", 4)
+
+    run(main())
+
+
+def test_what_claude_is_started_with(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            of_ours = str(uuid.uuid4())
+            await table.spawn(Spawn(session_id=of_ours, text="x"))
+            await table.spawn(Spawn(session_id="not-a-uuid", text="x", permission_mode="plan", model="--help"))
+            await read_results(table, of_ours)
+            await read_results(table, "not-a-uuid")
+
+    run(main())
+    starts = [entry for entry in place.told() if "argv" in entry]
+    first, second = sorted(starts, key=lambda entry: "plan" in entry["argv"])
+    assert first["argv"][:4] == ["--output-format", "stream-json", "--input-format", "stream-json"]
+    assert first["argv"][4:7] == ["--verbose", "--permission-mode", "acceptEdits"]
+    assert first["argv"][7].startswith("--session-id=")
+    assert "--model=--help" in second["argv"]
+    uuid.UUID(second["argv"][7].removeprefix("--session-id="))
+    assert first["cwd"] == str(place.root)
+    assert first["env"]["CLAUDE_CODE_ENTRYPOINT"] == "p2p-daemon"
+    assert "CLAUDECODE" not in first["env"]
+
+
+def test_a_child_that_dies_at_once_is_an_error_and_no_session(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_CLAUDE", "die")
+
+    async def main() -> None:
+        async with place.table() as table:
+            for text in (None, "hello"):
+                with pytest.raises(Unavailable, match="something is wrong\nand more of it"):
+                    await table.spawn(spawn(text=text))
+            assert table.listing(everything=True) == []
+            assert list(place.sessions.iterdir()) == []
+            monkeypatch.delenv("FAKE_CLAUDE")
+            await table.spawn(spawn(text="now it works"))
+            await read_results(table, "s")
+
+    run(main())
+
+
+def test_no_claude_is_an_error_and_no_session(place: Place) -> None:
+    def missing() -> Path:
+        raise Unavailable("claude was not found", hint="install it")
+
+    async def main() -> None:
+        async with place.table(find_claude=missing) as table:
+            with pytest.raises(Unavailable, match="not found"):
+                await table.spawn(spawn())
+        async with place.table(find_claude=lambda: place.path / "gone") as table:
+            with pytest.raises(Unavailable, match="could not be started"):
+                await table.spawn(spawn())
+            assert table.listing(everything=True) == []
+        assert list(place.sessions.iterdir()) == []
+
+    run(main())
+
+
+@pytest.mark.parametrize("session_id", ["", "..", "../x", "a/b", ".hidden", "-x", "a b", "x" * 129, "a\n", "ü"])
+def test_a_session_id_is_no_path(place: Place, session_id: str) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            with pytest.raises(DataError, match="sessionId"):
+                await table.spawn(Spawn(session_id=session_id))
+            assert table.listing(everything=True) == []
+
+    run(main())
+
+
+def test_a_session_id_is_taken_once(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            both = await asyncio.gather(
+                table.spawn(spawn(text="one")), table.spawn(spawn(text="two")), return_exceptions=True
+            )
+            assert [type(one) for one in both].count(Refused) == 1
+            await table.stop("s")
+            with pytest.raises(Refused, match="taken"):
+                await table.spawn(spawn())
+        (place.sessions / "left").mkdir()
+        async with place.table() as table:
+            with pytest.raises(Refused, match="taken"):
+                await table.spawn(Spawn(session_id="left"))
+
+    run(main())
+
+
+def test_a_repeated_spawn_gives_the_first_ones_session(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            wanted = spawn(text="once", message_id="m")
+            both = await asyncio.gather(table.spawn(wanted), table.spawn(wanted))
+            assert both[0] == both[1]
+            await read_results(table, "s")
+            assert await table.spawn(wanted) == both[0]
+        assert place.messages() == ["once"]
+
+    run(main())
+
+
+def test_directories_are_checked_on_real_paths(place: Place) -> None:
+    inside = place.root / "proj"
+    evil = place.path / "root-evil"
+    for directory in (inside, evil):
+        directory.mkdir()
+    (place.root / "out").symlink_to(evil)
+    (place.root / "in").symlink_to(inside)
+    (place.root / "file").touch()
+
+    async def attempt(table: SessionTable, directory: str) -> str:
+        session, _ = await table.spawn(Spawn(directory=directory))
+        return session.info.directory
+
+    async def main() -> None:
+        async with place.table(root_dir=place.root) as table:
+            for good in ("proj", str(inside), "in", "proj/../proj"):
+                assert await attempt(table, good) == str(inside)
+            assert (await table.spawn(Spawn()))[0].info.directory == str(place.root)
+            for bad in (str(evil), "../root-evil", "out", "/", "..", str(place.path / "nowhere")):
+                with pytest.raises(Refused, match="outside"):
+                    await attempt(table, bad)
+            with pytest.raises(DataError, match="does not exist"):
+                await attempt(table, "proj/none")
+            with pytest.raises(DataError, match="Not a directory"):
+                await attempt(table, "file")
+
+    run(main())
+
+
+def test_bad_permission_mode_and_too_many_sessions(place: Place) -> None:
+    async def main() -> None:
+        async with place.table(max_sessions=1) as table:
+            with pytest.raises(DataError, match="permissionMode"):
+                await table.spawn(spawn(permission_mode="yolo"))
+            await table.spawn(Spawn(session_id="a", text="x"))
+            with pytest.raises(TryAgain, match="1 sessions run"):
+                await table.spawn(Spawn(session_id="b"))
+            await table.stop("a")
+            await table.spawn(Spawn(session_id="b", text="x"))
+            assert [s["sessionId"] for s in table.listing()] == ["b"]
+
+    run(main())
+
+
+def test_messages_queue_and_answers_pair_with_them(place: Place) -> None:
+    gate = place.path / "gate"
+
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text=f"HOLD:{gate}"))
+            seqs = [await table.send("s", f"number {n}", f"m{n}") for n in range(5)]
+            assert await table.send("s", "again", "m3") == seqs[3]
+            assert place.messages() in ([], [f"HOLD:{gate}"])
+            gate.touch()
+            envelopes = await read_results(table, "s", 6)
+        turns = [e["message"] for e in envelopes if e["type"] == "turn"]
+        assert turns == [1, *seqs]
+        order = [e["type"] if e["type"] == "turn" else "result" for e in envelopes if is_turn_or_result(e)]
+        assert order == ["turn", "result"] * 6
+        assert place.messages()[1:] == [f"number {n}" for n in range(5)]
+
+    run(main())
+
+
+def is_turn_or_result(envelope: dict[str, Any]) -> bool:
+    return bool(envelope["type"] == "turn" or envelope.get("data", {}).get("type") == "result")
+
+
+def test_too_long_a_queue_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "MAX_QUEUED", 2)
+
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text=f"HOLD:{place.path / 'never'}"))
+            await wait_for_state(table, "s", State.RUNNING)
+            for _ in range(2):
+                await table.send("s", "x")
+            with pytest.raises(TryAgain, match="wait already"):
+                await table.send("s", "x")
+
+    run(main())
+
+
+def test_three_readers_see_everything_and_wait_for_nobody(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text="x"))
+            readers = [asyncio.create_task(read_results(table, "s", 3)) for _ in range(3)]
+            for _ in range(2):
+                await table.send("s", "MANY:50")
+            first, *others = await asyncio.gather(*readers)
+            assert all(other == first for other in others)
+            assert [e["seq"] for e in first] == list(range(1, len(first) + 1))
+            assert len(outputs(first, "assistant")) == 100
+
+    run(main())
+
+
+def test_long_lines_and_garbage_come_through(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text=f"BIG:{16 * 1024 * 1024}"))
+            await table.send("s", "GARBAGE")
+            envelopes = await read_results(table, "s", 2)
+        assert len(outputs(envelopes, "assistant")[0]["text"]) == 16 * 1024 * 1024
+        assert [o["text"] for o in outputs(envelopes, "unparsed")] == ["not json", "\ufffd\ufffd", "[1]"]
+
+    run(main())
+
+
+def test_clear_moves_a_mark_and_deletes_nothing(place: Place) -> None:
+    async def read(table: SessionTable, *, clear: bool, limit: int | None = None) -> list[str]:
+        output = await table.read("s", after=None, limit=limit, clear=clear, wait_ms=0)
+        envelopes = [json.loads(line) for line in output.page.lines]
+        assert all(e["type"] == "session-output" for e in envelopes)
+        return [e["data"]["type"] for e in envelopes]
+
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text="x"))
+            await read_results(table, "s")
+            assert await read(table, clear=False) == ["system", "result"]
+            assert await read(table, clear=False, limit=1) == ["result"]
+            assert await read(table, clear=True, limit=1) == ["system"]
+            assert await read(table, clear=False) == ["result"]
+            assert await read(table, clear=True) == ["result"]
+            assert await read(table, clear=True) == []
+            assert len(await read_all(table, "s")) == 4
+        async with place.table() as table:
+            assert await read(table, clear=False) == []
+
+    run(main())
+
+
+def test_pages_are_bounded_and_the_newest_can_be_asked_for(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text="MANY:30"))
+            await read_results(table, "s")
+            output = await table.read("s", after=2, limit=7, clear=False, wait_ms=0)
+            assert [json.loads(line)["seq"] for line in output.page.lines] == list(range(3, 10))
+            assert output.page.next == 9
+            last = await table.read("s", after=-3, limit=None, clear=False, wait_ms=0)
+            assert [json.loads(line)["seq"] for line in last.page.lines] == [32, 33, 34]
+            beyond = await table.read("s", after=2**53 - 1, limit=0, clear=False, wait_ms=0)
+            assert (beyond.page.lines, beyond.page.next) == ([], 34)
+
+    run(main())
+
+
+def test_unknown_sessions(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            with pytest.raises(NoSession, match=r"^Session not found$"):
+                await table.send("none", "x")
+            assert not await table.stop("none")
+            output = await table.read("none", after=5, limit=None, clear=True, wait_ms=60_000)
+            assert (output.page.lines, output.page.next, output.state) == ([], 5, None)
+
+    run(main())
+
+
+def test_stop_ends_a_turn_and_the_session(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            session, _ = await table.spawn(spawn(text=f"HOLD:{place.path / 'never'}"))
+            await wait_for_state(table, "s", State.RUNNING)
+            await read_until(table, "s", lambda e: bool(e["type"] == "session-output"))
+            pid = session.pid
+            assert pid is not None
+            assert await table.stop("s")
+            assert_gone(pid)
+            assert outputs(await read_all(table, "s"), "result")[0]["result"] == "interrupted"
+            assert table.listing() == []
+            assert table.listing(everything=True)[0]["state"] == "ended"
+            assert await table.stop("s")
+            with pytest.raises(Refused, match="ended"):
+                await table.send("s", "more")
+
+    run(main())
+
+
+def test_stop_ends_a_child_that_ignores_everything(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CLAUDE", "deaf")
+    steps = tuple((number, 0.1 if number != 9 else 5.0) for number, _ in claude_module.STOP_STEPS)
+    monkeypatch.setattr(claude_module, "STOP_STEPS", steps)
+
+    async def main() -> None:
+        async with place.table() as table:
+            session, _ = await table.spawn(spawn(text="x"))
+            await read_results(table, "s")
+            pid = session.pid
+            assert pid is not None
+            assert await table.stop("s")
+            assert_gone(pid)
+            assert session.info.exit_status == -9
+
+    run(main())
+
+
+def assert_gone(pid: int) -> None:
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_child_that_dies_in_a_turn_fails_the_session_and_comes_back(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text="EXIT:7"))
+            await wait_for_state(table, "s", State.FAILED)
+            output = await table.read("s", after=0, limit=None, clear=False, wait_ms=20_000)
+            assert (output.state, output.error) == (State.FAILED, "last words")
+            half = {"type": "unparsed", "text": '{"type":"assistant","half'}
+            assert json.loads(output.page.lines[-1])["data"] == half
+            seq = await table.send("s", "are you there")
+            envelopes = await read_results(table, "s", after=seq)
+            assert outputs(envelopes, "result")[0]["result"] == "echo: are you there"
+        assert [entry["argv"][7].split("=")[0] for entry in place.told() if "argv" in entry] == [
+            "--session-id",
+            "--resume",
+        ]
+
+    run(main())
+
+
+def test_sessions_outlive_the_daemon(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text="CLEAR:", permission_mode="bypassPermissions", directory=str(place.root)))
+            await read_results(table, "s")
+            before = await read_all(table, "s")
+            await table.spawn(Spawn(session_id="stopped", text="x"))
+            await table.stop("stopped")
+        async with place.table() as table:
+            assert table.listing() == []
+            listed = {s["sessionId"]: (s["state"], s["lastSeq"]) for s in table.listing(everything=True)}
+            assert listed["s"] == ("dormant", 4)
+            assert listed["stopped"][0] == "ended"
+            assert await read_all(table, "s") == before
+            assert await table.send("s", "still there?") == 5
+            await read_results(table, "s", after=5)
+            assert table.listing()[0]["state"] in ("running", "idle")
+        last = [entry["argv"] for entry in place.told() if "argv" in entry][-1]
+        assert last[7] == "--resume=cleared"  # `/clear` was followed
+        assert last[6] == "default"  # and nobody asked for bypassPermissions again
+
+    run(main())
+
+
+def test_a_crash_loses_no_accepted_message(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text="first", message_id="m1"))
+            await read_results(table, "s")
+        path = place.sessions / "s"
+        info = json.loads((path / "session.json").read_text())
+        (path / "session.json").write_text(json.dumps(info | {"state": "running"}))  # as a crash leaves it
+        with (path / "journal.jsonl").open("ab") as journal:
+            data = {"type": "user", "message": {"role": "user", "content": "second"}, "uuid": str(uuid.uuid4())}
+            journal.write(dump_json({"type": "message", "seq": 5, "messageId": "m2", "data": data}))
+            journal.write(b'\n{"type":"session-output","seq":6,"da')
+        async with place.table() as table:
+            assert table.listing(everything=True)[0]["lastSeq"] == 5
+            await table.send("s", "third", "m3")
+            assert await table.send("s", "second", "m2") == 5
+            await read_results(table, "s", 2, after=5)
+        assert place.messages() == ["first", "second", "third"]
+
+    run(main())
+
+
+def test_damaged_sessions_are_left_out_and_said(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text="x"))
+        for name, content in (("a", b"{"), ("b", b"[]"), ("c", b'{"session_id": "c"}')):
+            (place.sessions / name).mkdir()
+            (place.sessions / name / "session.json").write_bytes(content)
+        async with place.table() as table:
+            assert [s["sessionId"] for s in table.listing(everything=True)] == ["s"]
+        assert {line["session"] for line in place.log.events("warning")} == {"a", "b", "c"}
+
+    run(main())
+
+
+def test_resuming_keeps_to_the_root_directory(place: Place) -> None:
+    async def main() -> None:
+        elsewhere = place.path / "elsewhere"
+        elsewhere.mkdir()
+        async with place.table() as table:
+            await table.spawn(spawn(text="x", directory=str(elsewhere)))
+            await read_results(table, "s")
+        async with place.table(root_dir=place.root) as table:
+            with pytest.raises(Refused, match="outside"):
+                await table.send("s", "x")
+            assert table.listing(everything=True)[0]["state"] == "dormant"
+
+    run(main())
+
+
+def test_a_full_disk_pauses_the_session_and_loses_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "RETRY_SECONDS", 0.01)
+    full = False
+    append = Journal._write
+
+    def write(journal: Journal, line: bytes) -> None:
+        if full:
+            raise DiskFull("no space left on the disk")
+        append(journal, line)
+
+    monkeypatch.setattr(Journal, "_write", write)
+    gate = place.path / "gate"
+
+    async def main() -> None:
+        nonlocal full
+        async with place.table() as table:
+            await table.spawn(spawn(text="x"))
+            await read_results(table, "s")
+            await table.send("s", f"HOLD:{gate}")
+            await read_until(table, "s", lambda e: bool(e["seq"] == 7))
+            full = True
+            gate.touch()
+            await wait_for_state(table, "s", State.PAUSED)
+            with pytest.raises(DiskFull):
+                await table.send("s", "no room for this", "m")
+            output = await table.read("s", after=7, limit=None, clear=False, wait_ms=0)
+            assert (output.page.lines, output.state, output.error) == ([], State.PAUSED, "no space left on the disk")
+            full = False
+            await read_results(table, "s", after=7)
+            await table.send("s", "now there is", "m")
+            envelopes = await read_results(table, "s", 3)
+            assert [e["seq"] for e in envelopes] == list(range(1, len(envelopes) + 1))
+        assert place.log.events("session-paused")
+        assert place.log.events("session-continued")
+
+    run(main())
+
+
+def test_a_spawn_on_a_full_disk_leaves_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(journal: Journal, line: bytes) -> None:
+        raise DiskFull("no space left on the disk")
+
+    monkeypatch.setattr(Journal, "_write", write)
+
+    async def main() -> None:
+        async with place.table() as table:
+            with pytest.raises(DiskFull):
+                await table.spawn(spawn(text="x"))
+            assert table.listing(everything=True) == []
+            assert list(place.sessions.iterdir()) == []
+
+    run(main())
+
+
+def test_idle_journals_are_closed_but_for_a_few(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions_module, "MAX_OPEN_JOURNALS", 2)
+    names = [f"s{n}" for n in range(5)]
+
+    async def main() -> None:
+        async with place.table() as table:
+            for name in names:
+                await table.spawn(Spawn(session_id=name, text="x"))
+                await read_results(table, name)
+        async with place.table() as table:
+            for name in names * 2:
+                assert len(await read_all(table, name)) == 4
+            open_ones = [s for s in all_sessions(table) if s.journal is not None]
+            assert len(open_ones) <= 3
+
+    run(main())
+
+
+def all_sessions(table: SessionTable) -> list[Session]:
+    return list(table._sessions.values())
+
+
+def test_snapshot_is_nothing_until_something_changes(place: Place) -> None:
+    changes = 0
+
+    def changed() -> None:
+        nonlocal changes
+        changes += 1
+
+    async def main() -> None:
+        async with place.table(on_change=changed) as table:
+            assert table.snapshot() is None
+            session, _ = await table.spawn(spawn(text="x"))
+            snapshot = table.snapshot()
+            assert snapshot is not None
+            (entry,) = snapshot["sessions"]
+            assert set(entry) == {"sessionId", "pid", "createdAt", "directory"}
+            assert entry["pid"] == session.pid
+            assert isinstance(snapshot["updatedAt"], int)
+            await table.stop("s")
+            after = table.snapshot()
+            assert after is not None
+            assert after["sessions"] == []
+        assert changes >= 2
+
+    run(main())
+
+
+def test_nothing_starts_while_the_table_closes(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text="x"))
+            await table.close()
+            with pytest.raises(P2PClaudeError, match="stopping"):
+                await table.spawn(Spawn(session_id="late"))
+            assert [s["sessionId"] for s in table.listing(everything=True)] == ["s"]
+
+    run(main())
