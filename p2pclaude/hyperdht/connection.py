@@ -13,7 +13,7 @@ from typing import Final, Self
 from .encoding import Address
 from .errors import ConnectionClosed, DecodeError
 from .noise import NoiseIK
-from .secretstream import SecretStream
+from .secretstream import MAX_FRAME_BYTES, SecretStream
 from .streams import Stream
 
 READ_BYTES: Final = 65536
@@ -125,11 +125,30 @@ class Connection:
         async with self._write_lock:
             for start in range(0, len(data), WRITE_CHUNK):
                 self._send(data[start : start + WRITE_CHUNK])
-                while self._stream.core.buffered > WRITE_HIGH_WATER and not self.closed:
-                    self._drained.clear()
-                    await self._drained.wait()
-                if self.closed:
-                    raise self._error or ConnectionClosed("the connection is closed")
+                await self._drain()
+
+    async def _drain(self) -> None:
+        """Wait until the send buffer has room again."""
+        while self._stream.core.buffered > WRITE_HIGH_WATER and not self.closed:
+            self._drained.clear()
+            await self._drained.wait()
+        if self.closed:
+            raise self._error or ConnectionClosed("the connection is closed")
+
+    async def read_frame(self) -> bytes:
+        """Return the next message as the peer framed it, b"" at its end: for protocols that keep those borders.
+
+        A peer of this library frames what `write_frame` sends, and cuts what `write` sends anywhere.
+        """
+        return await self.read(MAX_FRAME_BYTES)
+
+    async def write_frame(self, data: bytes) -> None:
+        """Send bytes as one message; returns when the send window has room for more."""
+        async with self._write_lock:
+            if self.closed or self._ended or self._secret is None:
+                raise self._error or ConnectionClosed("the connection is closed")
+            self._write_raw(self._secret.encrypt_frame(data))
+            await self._drain()
 
     async def write_eof(self) -> None:
         """End the own side: the peer reads to the end, and may go on writing."""
