@@ -1,0 +1,177 @@
+"""Lines and sealing: the contract's forms, strangers' bytes, chunks that end anywhere."""
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pclaude.errors import WireError
+from p2pclaude.wire import (
+    UNKNOWN_ID,
+    LineBuffer,
+    LineTooLong,
+    Request,
+    Response,
+    SealError,
+    decode_request,
+    decode_response,
+    dump_json,
+    encode_request,
+    encode_response,
+    id_of_line,
+    load_json,
+    seal,
+    seal_json,
+    unseal,
+)
+
+KEY = bytes(range(32))
+# Made by Node 20.20.2: createCipheriv("aes-256-gcm", key, nonce) over {"text":"grüße"}, then
+# Buffer.concat([Buffer.from([0]), nonce, ciphertext, tag]).toString("base64").
+SEALED = "AGRlZmdoaWprbG1ubzM5qgMBnXSkHAUtK2am9Zhgv7ixOz+kOt3aDZ2Ws3zYG78="
+NONCE = bytes(range(100, 112))
+TEXT = '{"text":"grüße"}'.encode()
+
+
+def test_sealing_has_the_contracts_form() -> None:
+    assert seal_json(KEY, TEXT, nonce=NONCE) == SEALED
+    assert unseal(KEY, SEALED) == {"text": "grüße"}
+
+
+def test_each_sealing_differs() -> None:
+    assert seal(KEY, {}) != seal(KEY, {})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: b"\1" + raw[1:],
+        lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]),
+        lambda raw: raw[:20] + bytes([raw[20] ^ 1]) + raw[21:],
+        lambda raw: raw[:28],
+        lambda raw: b"",
+        lambda raw: raw + b"\0",
+    ],
+)
+def test_damaged_sealed_text_does_not_open(damage: Any) -> None:
+    raw = base64.b64decode(seal(KEY, {"a": 1}))
+    with pytest.raises(SealError):
+        unseal(KEY, base64.b64encode(damage(raw)).decode())
+
+
+def test_another_key_does_not_open() -> None:
+    with pytest.raises(SealError) as caught:
+        unseal(bytes(32), seal(KEY, {"secret": "text"}))
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["not base64!", "é", " " + "A" * 44, "AAAA\n" * 10])
+def test_what_is_not_base64_does_not_open(text: str) -> None:
+    with pytest.raises(SealError):
+        unseal(KEY, text)
+
+
+def test_sealed_text_that_is_no_json() -> None:
+    for plain in (b"{", b"\xff", b"NaN", b"[" * 100_000):
+        with pytest.raises(WireError):
+            unseal(KEY, seal_json(KEY, plain))
+
+
+def test_lines() -> None:
+    assert encode_request(Request("7", "ping", "x")) == b'{"id":"7","method":"ping","params":"x"}\n'
+    assert encode_response(Response("7", True, "x")) == b'{"id":"7","ok":true,"result":"x"}\n'
+    assert encode_response(Response(7, False, error="no")) == b'{"id":7,"ok":false,"error":"no"}\n'
+    assert decode_response(b'{"id":"7","ok":true}') == Response("7", True)
+    assert decode_request(b'{"id":1,"method":"ping","more":[]}\r') == Request(1, "ping", None)
+
+
+@pytest.mark.parametrize(
+    ("line", "answer_to"),
+    [
+        (b"not json", UNKNOWN_ID),
+        (b"", UNKNOWN_ID),
+        (b"\xff\xfe", UNKNOWN_ID),
+        (b'"text"', UNKNOWN_ID),
+        (b"[" * 100_000, UNKNOWN_ID),
+        (b'{"method":"ping"}', UNKNOWN_ID),
+        (b'{"id":null,"method":"ping"}', UNKNOWN_ID),
+        (b'{"id":true,"method":"ping"}', UNKNOWN_ID),
+        (b'{"id":1.5,"method":"ping"}', UNKNOWN_ID),
+        (b'{"id":1' + b"0" * 5000 + b',"method":"ping"}', UNKNOWN_ID),
+        (b'{"id":"' + b"x" * 300 + b'","method":"ping"}', UNKNOWN_ID),
+        (b'{"id":"a"}', "a"),
+        (b'{"id":"a","method":7}', "a"),
+        (b'{"id":5,"method":"ping","params":{}}', 5),
+    ],
+)
+def test_bad_requests(line: bytes, answer_to: str | int) -> None:
+    with pytest.raises(WireError):
+        decode_request(line)
+    assert id_of_line(line) == answer_to
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"[]", b'{"id":1}', b'{"id":1,"ok":1}', b'{"id":1,"ok":true,"result":{}}', b'{"ok":true}']
+)
+def test_bad_responses(line: bytes) -> None:
+    with pytest.raises(WireError):
+        decode_response(line)
+
+
+@given(st.binary())
+def test_any_bytes_are_a_value_or_a_wire_error(data: bytes) -> None:
+    for decode in (decode_request, decode_response, load_json):
+        try:
+            decode(data)
+        except WireError:
+            pass
+    id_of_line(data)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@given(json_values)
+def test_any_value_comes_back(value: object) -> None:
+    assert unseal(KEY, seal(KEY, value)) == value
+
+
+def test_lone_surrogates_survive() -> None:
+    value = json.loads('"\\ud800"')
+    assert load_json(dump_json({"a": value})) == {"a": value}
+
+
+@given(st.lists(st.binary().map(lambda b: b.replace(b"\n", b""))), st.data())
+def test_lines_come_whole_however_they_are_cut(lines: list[bytes], data: st.DataObject) -> None:
+    stream = b"".join(line + b"\n" for line in lines) + b"rest"
+    buffer, found, at = LineBuffer(), [], 0
+    while at < len(stream):
+        size = data.draw(st.integers(1, len(stream) - at))
+        found += buffer.feed(stream[at : at + size])
+        at += size
+    assert found == lines
+    assert buffer.pending == len(b"rest")
+
+
+def test_a_character_cut_in_two_chunks_is_whole_again() -> None:
+    line = '{"id":"ü"}\n'.encode()
+    buffer = LineBuffer()
+    assert buffer.feed(line[:8]) == []
+    assert load_json(buffer.feed(line[8:])[0]) == {"id": "ü"}
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_a_line_over_the_cap_is_refused_and_lines_before_it_are_not_lost(chunk: int) -> None:
+    stream = b"ok\n" + b"x" * 10 + b"\n" + b"y" * 11
+    buffer, found = LineBuffer(10), []
+    with pytest.raises(LineTooLong) as caught:
+        for at in range(0, len(stream), chunk):
+            found += buffer.feed(stream[at : at + chunk])
+    assert found + caught.value.lines == [b"ok", b"x" * 10]
