@@ -162,7 +162,7 @@ class Daemon:
         url = format_url(_pairing(self._options, identity))
         table = self._table = SessionTable(data_dir.sessions_dir, self._settings(), self._log, self._on_change)
         await table.load()
-        service = Service(identity.data_key, Methods(table), self._log)
+        service = Service(identity.data_key, Methods(table).call, self._log)
         async with AsyncExitStack() as stack:
             dht = self._make_dht(self._options)
             stack.push_async_callback(self._gently, dht.destroy, _DESTROY_SECONDS)

@@ -6,12 +6,12 @@ one connection; they are answered as they are done. Nothing here waits for a slo
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from p2pclaude.errors import WireError
 from p2pclaude.log import Event, Log, short
-from p2pclaude.methods import MethodError, Methods
+from p2pclaude.methods import MethodError
 from p2pclaude.wire import (
     MAX_REQUEST_LINE,
     WRONG_KEY,
@@ -46,6 +46,9 @@ EOF_SECONDS = 5.0
 
 _INTERRUPTIBLE = "get-output"
 
+Call = Callable[[str, object], Coroutine[Any, Any, bytes]]
+"""`Methods.call`: runs a method and gives its result as JSON text; raises MethodError."""
+
 
 class PeerConnection(Protocol):
     """What the service needs of a connection: the face of `hyperdht.Connection`."""
@@ -71,11 +74,11 @@ class PeerConnection(Protocol):
 
 
 class Service:
-    """Serves the methods to every connection that is handed to `serve`."""
+    """Serves `call` to every connection that is handed to `serve`."""
 
-    def __init__(self, data_key: bytes, methods: Methods, log: Log) -> None:
+    def __init__(self, data_key: bytes, call: Call, log: Log) -> None:
         self._data_key = data_key
-        self._methods = methods
+        self._run = call
         self._log = log
         self._peers: dict[int, _Peer] = {}
         self._unproven: dict[int, _Peer] = {}  # in order of arrival
@@ -89,6 +92,7 @@ class Service:
             return
         try:
             reason = await self._converse(peer)
+            await connection.close()  # unlike abort, it delivers the last answers
         except OSError as error:  # ConnectionError and TimeoutError, the library's ones included
             reason = peer.reason or str(error)
         finally:
@@ -154,7 +158,6 @@ class Service:
         # It has said all it wants to say, and may still be listening.
         if peer.tasks:
             await asyncio.wait(peer.tasks, timeout=EOF_SECONDS)
-        await peer.connection.close()
         return "the peer closed it"
 
     def _check_unproven_bytes(self) -> None:
@@ -225,7 +228,7 @@ class Service:
 
     async def _call(self, method: str, params: Any) -> bytes:
         """Run a method; a lost connection interrupts the waiting for output, and nothing else half-way."""
-        call = asyncio.ensure_future(self._methods.call(method, params))
+        call = asyncio.get_running_loop().create_task(self._run(method, params))
         if method == _INTERRUPTIBLE:
             return await call
         self._calls.add(call)
