@@ -80,6 +80,7 @@ class Peer:
         self.name = name
         self.ready: Event = {}
         self.said: list[str] = []
+        self._lines_read = 0
         self._events: list[Event] = []
         self._changed = threading.Condition()
         self._ended = False
@@ -110,9 +111,7 @@ class Peer:
 
     def tell(self, cmd: str, **fields: Any) -> None:
         """Send one command."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"cmd": cmd, **fields}) + "\n")
-        self.process.stdin.flush()
+        self.write(json.dumps({"cmd": cmd, **fields}) + "\n")
 
     def expect(self, event: str, timeout: float = DEFAULT_TIMEOUT, **fields: Any) -> Event:
         """Return (and take) the first event of that name whose fields have these values; others stay for later."""
@@ -134,6 +133,29 @@ class Peer:
         """Send a command and return the event of the same name."""
         self.tell(cmd, **fields)
         return self.expect(cmd, timeout)
+
+    def write(self, text: str) -> None:
+        """Write to the process's stdin."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(text)
+        self.process.stdin.flush()
+
+    def line(self, timeout: float = DEFAULT_TIMEOUT) -> str:
+        """Return (and step over) the next line of stdout."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self.said) > self._lines_read or self._ended, timeout):
+                raise PeerError(f"{self.name} was silent for {timeout:g} s\n{self.transcript()}")
+            if len(self.said) <= self._lines_read:
+                raise PeerError(f"{self.name} ended\n{self.transcript()}")
+            self._lines_read += 1
+            return self.said[self._lines_read - 1].removesuffix("\n")
+
+    def finish(self, timeout: float = DEFAULT_TIMEOUT) -> int:
+        """Wait for the process to end by itself; return its exit status."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise PeerError(f"{self.name} did not end in {timeout:g} s\n{self.transcript()}") from None
 
     def events(self, event: str) -> list[Event]:
         """Take every event of that name that has come so far."""
@@ -267,18 +289,6 @@ class Tools:
         assert (done.status, done.err) == (0, ""), (name, done)
         return done.out.removesuffix("\n")
 
-    @contextlib.contextmanager
-    def running(self, name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-        """Run a tool beside the test, with pipes for stdin and stdout; it is ended at exit."""
-        with subprocess.Popen(
-            tool_command(name, *arguments),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=self.env,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            try:
-                yield process
-            finally:
-                process.kill()
+    def start(self, name: str, *arguments: str) -> Peer:
+        """Run a tool beside the test: speak to it by `write` and `line`, close it in the end."""
+        return Peer(f"p2pclaude-{name}", tool_command(name, *arguments), self.env)

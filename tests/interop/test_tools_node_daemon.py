@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from interop.harness import HERE, Peer, Tools, peers_on
@@ -38,30 +39,40 @@ def test_ping(tools: Tools, url: str) -> None:
     assert len(tools.succeed("ping", "-c", "2", url).splitlines()) == 2
 
 
-def test_send_starts_a_session_and_tail_prints_it(tools: Tools, url: str, root: Path) -> None:
-    session = tools.succeed("send", "-C", str(root), url, text="grüß dich\n")
+def printed(tools: Tools, url: str, session: str) -> list[dict[str, Any]]:
+    """Return the objects of a session's first turn, as soon as they are all there."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         objects = [json.loads(line) for line in tools.succeed("tail", url, session).splitlines()]
         if len(objects) == 3:
-            break
+            return objects
+    raise AssertionError(f"only {len(objects)} objects of the turn")
+
+
+def test_send_starts_a_session_and_tail_prints_it(tools: Tools, url: str, root: Path) -> None:
+    session = tools.succeed("send", "-C", str(root), url, text="grüß dich\n")
+    objects = printed(tools, url, session)
     assert [one["type"] for one in objects] == ["system", "assistant", "result"]
     assert objects[2]["result"] == "echo: grüß dich" and objects[0]["cwd"] == str(root)
     assert tools.succeed("tail", "--text", url, session).strip().endswith("echo: grüß dich")
     assert json.loads(tools.succeed("tail", "-n", "1", url, session))["type"] == "result"
 
 
-def test_send_waits_for_the_answer(tools: Tools, url: str, root: Path) -> None:
-    assert tools.succeed("send", "-w", "-C", str(root), url, "one", "two") == "echo: one two"
+def test_options_reach_claude(tools: Tools, url: str, root: Path) -> None:
     session = tools.succeed("send", "-C", str(root), "--permission-mode", "plan", "--model", "m", url, "first")
-    assert tools.succeed("send", "-w", "-s", session, url, text="second") == "echo: second"
-    argv = json.loads(tools.succeed("tail", url, session).splitlines()[0])["argv"]
+    argv = printed(tools, url, session)[0]["argv"]
     assert argv[argv.index("--permission-mode") + 1] == "plan" and argv[argv.index("--model") + 1] == "m"
 
 
+def test_send_waits_for_the_answer(tools: Tools, url: str, root: Path) -> None:
+    assert tools.succeed("send", "-w", "-C", str(root), url, "one", "two") == "echo: one two"
+    session = tools.succeed("send", "-C", str(root), url, "first")
+    assert tools.succeed("send", "-w", "-s", session, url, text="second") == "echo: second"
+
+
 def test_lines_make_a_chat(tools: Tools, url: str, root: Path) -> None:
-    answers = tools.succeed("send", "--lines", "-C", str(root), url, text="a\nb\nc\n")
-    assert answers.splitlines() == ["echo: a", "echo: b", "echo: c"]
+    chat = tools("send", "--lines", "-C", str(root), url, text="a\nb\nc\n")
+    assert (chat.status, chat.lines) == (0, ["echo: a", "echo: b", "echo: c"]), chat
 
 
 def test_a_line_of_three_megabytes(tools: Tools, url: str, root: Path) -> None:
@@ -71,14 +82,13 @@ def test_a_line_of_three_megabytes(tools: Tools, url: str, root: Path) -> None:
 
 def test_tail_follows_until_the_session_ends(tools: Tools, url: str, root: Path) -> None:
     session = tools.succeed("send", "-C", str(root), url, "hello")
-    with tools.running("tail", "-f", url, session) as follower:
-        assert follower.stdout is not None
-        first = [json.loads(follower.stdout.readline())["type"] for _ in range(3)]
-        tools.succeed("send", "-w", "-s", session, url, "more")
-        second = [json.loads(follower.stdout.readline())["type"] for _ in range(3)]
+    with tools.start("tail", "-f", url, session) as follower:
+        first = [json.loads(follower.line())["type"] for _ in range(3)]
+        assert tools.succeed("send", "-s", session, url, "more") == session
+        second = [json.loads(follower.line())["type"] for _ in range(3)]
         assert first == second == ["system", "assistant", "result"]
         assert tools.succeed("stop", url, session) == session
-        assert follower.wait(30) == 0 and follower.stdout.read() == ""
+        assert follower.finish() == 0 and len(follower.said) == 6
 
 
 def test_ls_and_stop(tools: Tools, url: str, root: Path) -> None:
