@@ -20,15 +20,10 @@ if TYPE_CHECKING:
 PORT = 49737
 
 
-def wall() -> float:
-    """Stand still: simulated hosts sleep by the loop's clock."""
-    return 0.0
-
-
 def make_node(machine: Host, *, seed: object = 0, **options: Any) -> Node:
     """Return a node on a simulated host that was not started yet."""
     rng = random.Random(f"{seed} {machine.addresses[0]}")
-    return Node(Endpoint(machine, rng), rng, **{"port": PORT, "wall": wall, **options})
+    return Node(Endpoint(machine, rng), rng, **{"port": PORT, **options})
 
 
 @asynccontextmanager

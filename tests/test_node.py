@@ -300,7 +300,7 @@ def test_waking_up_is_noticed_and_the_table_is_looked_through() -> None:
 def test_a_sleep_that_the_loops_clock_did_not_see_is_noticed_too() -> None:
     async def main() -> None:
         clock = [1000.0]
-        node = make_node(SimNetwork().host("8.8.8.8"), wall=lambda: clock[0])
+        node = make_node(SimNetwork().host("8.8.8.8"), slept=lambda: clock[0])
         async with running(node):
             woken: list[float] = []
             node.on_wakeup.append(lambda: woken.append(now()))

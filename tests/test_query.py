@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from dht_nodes import PORT, Peer, address_of, dht, make_node, running, sorted_by_distance
-from sim import Link, SimNetwork, run
+from sim import Link, SimLoop, SimNetwork, run
 from sim.realm import Packet
 
 from p2pclaude.hyperdht.constants import Command, ErrorCode, InternalCommand, K
@@ -319,6 +319,31 @@ def test_commit_counts_successes_and_keeps_the_errors() -> None:
         assert caught.value.code == ErrorCode.SEQ_REUSED
 
     scripted(body)
+
+
+def test_a_listener_that_fails_does_not_stall_the_walk(caplog: pytest.LogCaptureFixture) -> None:
+    async def body(script: Script) -> None:
+        peers = [await script.peer() for _ in range(3)]
+        _, query = await script.query(*peers)
+
+        def fail(reply: Reply) -> None:
+            raise RuntimeError("a bug")
+
+        query.on_reply = fail
+        await query.finished()
+        assert query.successes == 3
+        _, query = await script.query(*peers)
+        query._node.accepts = fail  # type: ignore[method-assign, assignment]
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                await query.finished()
+
+    loop = SimLoop()
+    try:
+        loop.run_until_complete(body(Script(SimNetwork())))
+    finally:
+        loop.close()
+    assert "a bug" in caplog.text
 
 
 def test_many_queries_at_once_all_end() -> None:

@@ -8,7 +8,7 @@ from dht_nodes import Peer
 from sim import Link, SimNetwork, run
 from sim.realm import Packet
 
-from p2pclaude.hyperdht.constants import ErrorCode
+from p2pclaude.hyperdht.constants import Command, ErrorCode
 from p2pclaude.hyperdht.errors import Destroyed, Suspended, Timeout
 from p2pclaude.hyperdht.messages import Response, encode_response
 from p2pclaude.hyperdht.requests import IncomingRequest, Reply
@@ -114,6 +114,21 @@ def test_a_near_network_settles_a_dead_node_fast_and_a_far_one_is_waited_for() -
 
     assert run(time_out(0.001)) < 2.7
     assert run(time_out(0.4)) > 3.2
+
+
+def test_a_relayed_command_waits_for_more_than_the_relay() -> None:
+    async def main() -> None:
+        ask, serve = await pair(
+            SimNetwork(link=Link(latency=(0.001, 0.001))),
+            lambda request: asyncio.get_running_loop().call_later(2.5 * (request.command < 2), request.reply),
+        )
+        for _ in range(20):
+            await ask.rpc.request(serve.address, Command.FIND_PEER)
+        reply = await ask.rpc.request(serve.address, Command.PEER_HANDSHAKE)
+        assert reply.rtt > 2.4
+        assert ask.rpc.timeouts.get(serve.address, 1, 0) < 0.3  # which says nothing about the relay itself
+
+    run(main())
 
 
 def test_requests_get_through_loss() -> None:

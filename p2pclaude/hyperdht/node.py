@@ -36,13 +36,22 @@ PORT_TRIES: Final = 5  # ports after the wanted one, if that is taken
 BACKGROUND_CONCURRENCY: Final = 2
 
 
+def host_sleep() -> float:
+    """Return the seconds this host has slept since it booted, which the event loop's clock leaves out."""
+    if hasattr(time, "CLOCK_BOOTTIME"):  # Linux
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+    if hasattr(time, "CLOCK_UPTIME_RAW"):  # macOS, whose CLOCK_MONOTONIC goes on
+        return time.clock_gettime(time.CLOCK_MONOTONIC) - time.clock_gettime(time.CLOCK_UPTIME_RAW)
+    return 0.0
+
+
 class Node:
     """A DHT node on two sockets of `endpoint`.
 
     `bootstrap` are "HOST:PORT" or "IP@HOST:PORT" strings or pairs; with none the node is a network of its own.
     `port` 0 is any port; else one of the next five is taken if it is in use, and any other if they all are, unless
     `any_port` is False. `ephemeral` None lets the node decide. `public_address` is for a node that knows where it is
-    reached, as a bootstrap node does. `wall` is a clock that runs on while the host sleeps.
+    reached, as a bootstrap node does. `slept` tells how long the host has slept in all.
     """
 
     def __init__(
@@ -57,7 +66,7 @@ class Node:
         firewalled: bool = True,
         any_port: bool = True,
         public_address: Address | None = None,
-        wall: Callable[[], float] = time.time,
+        slept: Callable[[], float] = host_sleep,
     ) -> None:
         self.endpoint = endpoint
         self.rpc = Rpc(endpoint, rng)
@@ -81,7 +90,7 @@ class Node:
         self._rng = rng
         self._host, self._port, self._any_port = host, port, any_port
         self._public_address = public_address
-        self._wall = wall
+        self._slept = slept
         self._bound_ports = (0, 0)
         self._refresh_ticks = rng.randint(REFRESH_TICKS // 2 + 1, REFRESH_TICKS)
         self._interfaces: frozenset[str] | None = None
@@ -106,6 +115,11 @@ class Node:
     def client_socket(self) -> Socket | None:
         """The socket on a port of chance, which our requests leave from while we are firewalled."""
         return self.rpc.client_socket
+
+    @property
+    def bind_host(self) -> str:
+        """The local host all sockets are bound to."""
+        return self._host
 
     @property
     def socket(self) -> Socket:
@@ -353,15 +367,14 @@ class Node:
 
     def _begin_ticks(self) -> None:
         loop = asyncio.get_running_loop()
-        self._last_tick = loop.time(), self._wall()
+        self._last_tick = loop.time(), self._slept()
         self._ticker = loop.call_later(TICK_SECONDS, self._on_timer)
 
     def _on_timer(self) -> None:
         loop = asyncio.get_running_loop()
-        last, self._last_tick = self._last_tick, (loop.time(), self._wall())
+        last, self._last_tick = self._last_tick, (loop.time(), self._slept())
         self._ticker = loop.call_later(TICK_SECONDS, self._on_timer)
-        # A loop's clock may stand still while the host sleeps.
-        slept = max(now - before for now, before in zip(self._last_tick, last, strict=True)) > SLEEP_SECONDS
+        slept = sum(self._last_tick) - sum(last) > SLEEP_SECONDS
         try:
             self._tick(slept)
         except Exception:

@@ -7,6 +7,7 @@ node can make us visit is bounded.
 """
 
 import asyncio
+import logging
 from bisect import insort
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -23,6 +24,8 @@ from .routing import node_id
 
 if TYPE_CHECKING:
     from .node import Node
+
+logger = logging.getLogger(__name__)
 
 CONCURRENCY: Final = 10
 CAREFUL_CONCURRENCY: Final = 3  # while only remembered nodes were asked, and few of them answered
@@ -149,6 +152,9 @@ class Query:
         if self._started:
             return
         self._started = True
+        self._guard(self._begin)
+
+    def _begin(self) -> None:
         if self._initial:
             self._add(self._initial, None)
             self._advance()
@@ -156,6 +162,14 @@ class Query:
         else:
             self._add_from_table()
             self._advance()
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        """Take one step; from a callback nobody would see its exception, so that ends the walk and is its outcome."""
+        try:
+            step()
+        except Exception as error:
+            logger.exception("a query failed")
+            self._finish(error)
 
     def _add_from_table(self) -> None:
         self._from_table = True
@@ -174,6 +188,9 @@ class Query:
 
     def _bootstrap_resolved(self, lookup: asyncio.Task[None]) -> None:
         self._resolving = False
+        self._guard(self._take_bootstrap)
+
+    def _take_bootstrap(self) -> None:
         self._add(self._node.bootstrap.known(), None)
         self._advance()
 
@@ -237,7 +254,7 @@ class Query:
     def _on_resend(self, call: OutgoingRequest) -> None:
         if call in self._calls:
             self._straggling[call] = call.sends
-            self._advance()
+            self._guard(self._advance)
 
     def _is_over(self) -> bool:
         if not self._calls:
@@ -284,9 +301,13 @@ class Query:
         self._straggling.pop(call, None)
         if future.cancelled():
             return
-        error = future.exception()
-        if self._ended.is_set():
-            return
+        error = future.exception()  # looked at in any case, so that asyncio does not complain
+        if not self._ended.is_set():
+            self._guard(partial(self._learn, call, future, error))
+
+    def _learn(
+        self, call: OutgoingRequest, future: "asyncio.Future[Reply]", error: BaseException | None
+    ) -> None:
         if error is None:
             self._answered(future.result())
         elif isinstance(error, Timeout):
@@ -316,7 +337,13 @@ class Query:
         self._results.append(reply)
         self._arrived.set()
         if self.on_reply is not None:
-            self.on_reply(reply)
+            self._tell(self.on_reply, reply)
+
+    def _tell(self, listener: Callable[[Reply], None], reply: Reply) -> None:
+        try:
+            listener(reply)
+        except Exception:
+            logger.exception("a query's listener failed")
 
     def _timed_out(self, address: Address) -> None:
         self.errors += 1

@@ -65,7 +65,12 @@ class Reachability:
         if not self._probe_due:
             return
         self._probe_due = False
-        call = self._node.rpc.start(reply.source, InternalCommand.PING_NAT, internal=True, value=self._port_value())
+        try:
+            call = self._node.rpc.start(
+                reply.source, InternalCommand.PING_NAT, internal=True, value=self._port_value()
+            )
+        except HyperDHTError:
+            return  # suspended since the reply came
         call.future.add_done_callback(self._probed)
 
     def _probed(self, future: "asyncio.Future[Reply]") -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from .constants import ErrorCode
+from .constants import Command, ErrorCode
 from .encoding import Address
 from .endpoint import Socket
 from .messages import Request, Response, encode_request, encode_response
@@ -162,6 +162,11 @@ class OutgoingRequest:
         self.first_sent = 0.0
         self.token_retried = False
         self.use_token(token)
+
+    @property
+    def relayed(self) -> bool:
+        """Whether the node asked passes the request on: then the answer takes longer than the way to that node."""
+        return not self.internal and self.command in (Command.PEER_HANDSHAKE, Command.PEER_HOLEPUNCH)
 
     def use_token(self, token: bytes | None) -> None:
         """Carry this token from now on, with the value that belongs to it."""

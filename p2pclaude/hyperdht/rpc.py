@@ -142,9 +142,9 @@ class Rpc:
         """Ask a node and return its reply, whose `error` may be set.
 
         `timeout` is in seconds for each of the 1 + `retries` sends (default: learnt); pass one when the answer takes
-        longer than the node's round trip, as with relayed commands. The reply must come from `to`, on any of our
-        sockets. A refused token is replaced by the one that came with the refusal, once: `value` may be a function
-        of the token. Raises Timeout, Suspended or Destroyed. Cancelling the task forgets the request at once.
+        longer than the node's round trip (handshakes and hole punching are known to). The reply must come from `to`,
+        on any of our sockets. A refused token is replaced by the one that came with the refusal, once: `value` may be
+        a function of the token. Raises Timeout, Suspended or Destroyed. A cancelled task's request is forgotten.
         """
         call = self.start(
             to,
@@ -237,12 +237,16 @@ class Rpc:
         self._in_flight[call.tid] = call
         call.sends += 1
         self._count_send(call)
-        wait = call.timeout
-        if wait is None:
-            wait = self.timeouts.get(call.to, call.sends, now)
-        call.timer = loop.call_later(wait, self._on_timer, call)
+        call.timer = loop.call_later(self._wait_for(call, now), self._on_timer, call)
         out = call.socket if call.socket is not None and not call.socket.closed else self.socket
         self.send_datagram(out, call.encode(call.tid, self.id_on(out)), call.to)
+
+    def _wait_for(self, call: OutgoingRequest, now: float) -> float:
+        if call.timeout is not None:
+            return call.timeout
+        if call.relayed:
+            return self.timeouts.get_relayed(call.sends)
+        return self.timeouts.get(call.to, call.sends, now)
 
     def _count_send(self, call: OutgoingRequest) -> None:
         self._window.sent()
@@ -348,7 +352,7 @@ class Rpc:
     def _make_reply(self, call: OutgoingRequest, socket: Socket, source: Address, message: Response) -> Reply:
         now = asyncio.get_running_loop().time()
         rtt = now - call.first_sent
-        if call.timeout is None:  # else the answer may have waited for something: no measure of the path
+        if call.timeout is None and not call.relayed:  # else the answer may have waited for something
             self.timeouts.put(source, rtt, call.sends, now)
         return Reply(
             source,

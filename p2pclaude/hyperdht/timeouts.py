@@ -68,6 +68,10 @@ class AdaptiveTimeouts:
         else:
             self._all.add(rtt, now)
 
+    def get_relayed(self, attempt: int) -> float:
+        """Return the seconds to wait for an answer that a node fetches from another one, whose distance is unknown."""
+        return self._backed_off(UNKNOWN_TIMEOUT, attempt)
+
     def get(self, address: Address, attempt: int, now: float) -> float:
         """Return the seconds to wait after send number `attempt` (from 1) to `address`."""
         known = self._fresh(address, now)
@@ -77,6 +81,9 @@ class AdaptiveTimeouts:
             base = min(max(self._all.timeout, 1.5 * MIN_TIMEOUT), 1.0)
         else:
             base = UNKNOWN_TIMEOUT
+        return self._backed_off(base, attempt)
+
+    def _backed_off(self, base: float, attempt: int) -> float:
         timeout = min(base * BACKOFF ** (attempt - 1), MAX_TIMEOUT)
         return timeout * (1 + JITTER * self._rng.random())
 
