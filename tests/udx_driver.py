@@ -135,8 +135,8 @@ class NodeDriver:
         times = [self.stream.get_timer(), self._out.due, self._in.due, now + 0.1]
         pause = max(min(t for t in times if t is not None) - now, 0.0)
         assert self._node.stdout is not None
-        readable, _, _ = select.select([self._socket, self._node.stdout], [], [], pause)
-        if self._node.stdout in readable:
+        readable, _, _ = select.select([self._socket.fileno(), self._node.stdout.fileno()], [], [], pause)
+        if self._node.stdout.fileno() in readable:
             self._read_lines()
 
     def _read_lines(self) -> None:

@@ -21,13 +21,13 @@ class MtuSearch:
 
     def __init__(self, mtu: int, max_mtu: int) -> None:
         self._max = max(mtu, max_mtu)
-        self.restart(mtu)
+        self.restart(mtu, 0)
 
-    def restart(self, mtu: int) -> None:
-        """Begin again from a safe size (another path)."""
+    def restart(self, mtu: int, order: int) -> None:
+        """Begin again from a safe size: transmissions from `order` on take another path."""
         self.mtu = mtu
         self._base = mtu
-        self._proven_order = -1  # the latest transmission of more than `BLACK_HOLE_MTU` that arrived
+        self._proven_order = order - 1  # the latest transmission of more than `BLACK_HOLE_MTU` that arrived
         self._high = self._max  # the largest size not known to fail
         self._tries = 0
         self._outstanding = 0
@@ -81,7 +81,10 @@ class MtuSearch:
 
     def packet_arrived(self, size: int, order: int) -> None:
         """Note that transmission `order`, a large packet, arrived; it also undoes a needless fallback."""
-        self._proven_order = max(self._proven_order, order)
+        if order <= self._proven_order:
+            return
+        self._proven_order = order
         if size > self.mtu:
             self.mtu = size
             self._high = max(self._high, size)
+            self.wanted = self._choose()

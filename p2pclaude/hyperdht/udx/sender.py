@@ -137,7 +137,9 @@ class Sender:
     def reset_path(self, now: float) -> None:
         """Begin anew with another path: its round-trip time, bandwidth and packet size are unknown."""
         self.rtt.reset()
-        self.search.restart(self._base_mtu)
+        self.search.restart(self._base_mtu, self._order)
+        for packet in self._packets.values():
+            packet.padded_mtu = 0
         self.congestion = Bbr(self._base_mtu)
         self._pacer = Pacer()
         self._loss.forget_path()
@@ -147,12 +149,14 @@ class Sender:
 
     # -- acknowledgements
 
-    def update_window(self, window: int, seq: int, ack: int) -> None:
+    def update_window(self, window: int, seq: int, ack: int, now: float) -> None:
         """Take the peer's window unless an older packet brought it (the rule of RFC 9293 3.10.7.4)."""
         if ack < self.acked_below:
             return
         if self._window_from[0] < seq or (self._window_from[0] == seq and self._window_from[1] <= ack):
             self._window_from = (seq, ack)
+            if self.peer_window < self.search.mtu <= window:
+                self._progress_at = now  # what the peer had no room for gets its full time again
             self.peer_window = min(window, MAX_UNDER_WAY)
 
     def receive_ack(self, ack: int, now: float) -> bool:
@@ -204,7 +208,7 @@ class Sender:
                 self._batch_rtt = rtt
         if packet.size > BLACK_HOLE_MTU:
             self.search.packet_arrived(packet.size, packet.order)
-            if packet.padded_mtu:
+            if packet.padded_mtu and packet.count == 1:
                 self.search.probe_acked(packet.padded_mtu)
             self.congestion.mss = self.search.mtu
 
@@ -437,13 +441,18 @@ class Sender:
             return None
         return max(self._last_sent_at, self._progress_at) + self.rtt.probe_timeout(self._probe_count)
 
+    def _alive_at(self, last_heard: float) -> float:
+        """Return the last sign of a path that works; mere answers count while the peer has no room for data."""
+        no_room = self.peer_window < self.search.mtu
+        return max(self._progress_at, last_heard) if no_room else self._progress_at
+
     def handle_timer(self, now: float, last_heard: float) -> None:
         """Act on what is due; `last_heard` is when the peer's last packet came."""
         if self._loss.deadline is not None and self._loss.deadline <= now:
             self._detect_losses(now)
         probe_at = self._probe_at()
         if probe_at is not None and probe_at <= now:
-            if now - self._progress_at >= GIVE_UP_S:
+            if now - self._alive_at(last_heard) >= GIVE_UP_S:
                 self.give_up = True
                 return
             self._probe_count += 1

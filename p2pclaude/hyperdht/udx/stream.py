@@ -271,7 +271,7 @@ class UdxStream:
     def _receive_ack(self, data: bytes, kind: int, window: int, seq: int, wire_ack: int, now: float) -> None:
         sender = self._sender
         ack = unwrap(wire_ack, sender.acked_below)
-        sender.update_window(window, seq, ack)
+        sender.update_window(window, seq, ack, now)
         if not sender.receive_ack(ack, now):
             return
         if kind & SACK:
