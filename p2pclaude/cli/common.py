@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from docopt import DocoptExit, Option, docopt
+from docopt import DocoptExit, docopt
 
 from p2pclaude import __version__
 from p2pclaude.errors import DataError, P2PClaudeError, UsageError
@@ -78,6 +78,11 @@ class Console:
         """Say what is going on, with -v only."""
         if self.verbose:
             self._say(text)
+
+    def prompt(self, wanted: bool) -> None:
+        """Ask for input if it is wanted and stderr is a terminal."""
+        if wanted and sys.stderr is not None and sys.stderr.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
 
     def usage(self, text: str) -> None:
         """Print the short form of the usage text."""
@@ -154,8 +159,8 @@ def _forget_stdout() -> None:
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, sys.stdout.fileno())
         os.close(nothing)
-    except (OSError, ValueError):
-        pass
+    except (AttributeError, OSError, ValueError):
+        pass  # it was closed from the start, or is no real file
 
 
 def parse_arguments(usage: str, argv: list[str]) -> Arguments | int:
@@ -163,12 +168,22 @@ def parse_arguments(usage: str, argv: list[str]) -> Arguments | int:
 
     Raises UsageError. Its text repeats no argument's value, which may be a pairing URL.
     """
+    # docopt would count the `--` itself as an argument; words after it are marked with a NUL, which none can hold
+    end = argv.index("--") if "--" in argv else len(argv)
+    words = [*argv[:end], *("\0" + word for word in argv[end + 1 :])]
     try:
-        return dict(docopt(usage, argv, version=f"p2pclaude {__version__}"))
+        parsed = docopt(usage, words, version=f"p2pclaude {__version__}")
     except DocoptExit:
-        raise UsageError(_usage_error(usage, argv)) from None
+        raise UsageError(_usage_error(usage, words)) from None
     except SystemExit:
         return 0
+    return {name: _unmark(value) for name, value in parsed.items()}
+
+
+def _unmark(value: object) -> object:
+    if isinstance(value, list):
+        return [_unmark(item) for item in value]
+    return value.removeprefix("\0") if isinstance(value, str) else value
 
 
 def _usage_error(usage: str, argv: list[str]) -> str:
@@ -185,12 +200,16 @@ def _usage_error(usage: str, argv: list[str]) -> str:
 
 def _option_error(usage: str, error: DocoptExit) -> str:
     message = str(error.code).partition("\n")[0]
-    if match := re.match(r"(-\S+) (requires|must not have)", message):
-        return f"{match[1]} {'needs' if match[2] == 'requires' else 'takes no'} argument"
+    if match := re.match(r"(-\S+) requires argument", message):
+        return f"{match[1]} needs an argument"
+    if match := re.match(r"(-\S+) must not have an argument", message):
+        return f"{match[1]} takes no argument"
+    # docopt gives the options it could not place as text only: Option('-s', '--long', ...)
+    unplaced = re.findall(r"Option\((?:None|'([^']*)'), (?:None|'([^']*)')", message)
+    names = [long or short for short, long in unplaced]
     known = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", usage))
-    names = [item.name or "" for item in error.left if isinstance(item, Option)]
     unknown = next((name for name in names if name not in known), None)
-    return f"unknown option {unknown}" if unknown else f"{names[0]} is given twice"
+    return f"unknown option {unknown}" if unknown else f"{names[0] if names else 'an option'} is given twice"
 
 
 def short_usage(usage: str) -> str:
@@ -242,7 +261,7 @@ def parse_bootstrap(option: str | None, environ: Mapping[str, str]) -> tuple[str
         text, source = environ.get(BOOTSTRAP_VARIABLE, ""), BOOTSTRAP_VARIABLE
     nodes = tuple(node for part in text.split(",") if (node := part.strip()))
     if not all(is_host_port(node) for node in nodes) or (option is not None and not nodes):
-        raise UsageError(f"{source} is not HOST:PORT,...")
+        raise UsageError(f"the nodes in {source} are not HOST:PORT with commas between")
     return nodes
 
 

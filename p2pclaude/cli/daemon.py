@@ -33,13 +33,15 @@ Options:
   --private                    be a DHT of one's own, whose address the pairing
                                URL carries; no other network is needed
   --bootstrap NODES            HOST:PORT,... of the DHT's nodes to start from;
-                               else P2P_CLAUDE_BOOTSTRAP or the public network's
+                               else P2P_CLAUDE_BOOTSTRAP, or the public
+                               network's
   --host HOST                  address to bind
   --port PORT                  UDP port to bind (--private: 49737)
   --claude PATH                the claude program; else the one on PATH or in
                                one of the usual places
   --permission-mode MODE       default, acceptEdits, bypassPermissions or plan,
-                               unless the client asks for one [default: acceptEdits]
+                               unless the client asks for one
+                               [default: acceptEdits]
   --model MODEL                the model, unless the client asks for one
   --refresh-interval SECONDS   how often to announce the daemon [default: 60]
   --max-sessions N             how many sessions may run at once [default: 64]

@@ -39,8 +39,8 @@ Options:
   -a, --all                ended sessions too
   -q, --quiet              ids only
   --json                   a JSON object a line, with all that the daemon tells
-  --dht                    read the daemon's record in the DHT, without reaching
-                           the daemon
+  --dht                    read the daemon's record in the DHT, without
+                           reaching the daemon
 {COMMON_OPTIONS}
 Exit status: 0 done, 64 usage, 65 malformed URL, 69 daemon not found or not
 reachable, 75 timed out, 76 not a p2pclaude daemon, 77 wrong key, 130

@@ -10,8 +10,8 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from typing import Self
 
 from p2pclaude.cli.common import Console, Target
 from p2pclaude.client import Client, open_client
@@ -27,9 +27,10 @@ def run_with_client(target: Target, console: Console, work: Callable[[Client], A
         async with open_client(
             target.pairing, bootstrap=target.bootstrap, timeout=target.timeout, note=console.note
         ) as client:
-            return await work(client)
+            # Within, so that closing the connection is not interrupted.
+            return await _until_interrupted(lambda: work(client))
 
-    return run_until_interrupted(use_client)
+    return asyncio.run(use_client())
 
 
 def run_until_interrupted(work: Callable[[], Awaitable[int]]) -> int:
@@ -39,42 +40,48 @@ def run_until_interrupted(work: Callable[[], Awaitable[int]]) -> int:
 
 async def _until_interrupted(work: Callable[[], Awaitable[int]]) -> int:
     """Run `work` until it ends, SIGTERM or SIGHUP arrives, or stdout's reader is gone."""
-    with _cancelled_by_world() as why:
+    with _Interruption() as interruption:
         try:
             return await work()
         except asyncio.CancelledError:
-            if not why:
+            if interruption.reason is None:
                 raise
-            if isinstance(why[0], BrokenPipeError):
-                raise why[0] from None
-            return why[0]
+            if isinstance(interruption.reason, BrokenPipeError):
+                raise interruption.reason from None
+            return interruption.reason
 
 
-@contextmanager
-def _cancelled_by_world() -> Iterator[list[int | BrokenPipeError]]:
-    """Cancel the current task on what ends a command from outside, and note which it was."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    why: list[int | BrokenPipeError] = []
+class _Interruption:
+    """Cancels the current task, once, on what ends a command from outside; `reason` is an exit status or an error."""
 
-    def cancel(reason: int | BrokenPipeError) -> None:
-        if pipe is not None:
-            loop.remove_reader(pipe)
-        why.append(reason)
-        if task is not None:
-            task.cancel()
+    def __init__(self) -> None:
+        self.reason: int | BrokenPipeError | None = None
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._pipe = _stdout_pipe()
+        # nohup ignores SIGHUP, and so it must stay
+        self._signals = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
 
-    pipe = _stdout_pipe()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP, and so it must stay
-            loop.add_signal_handler(number, cancel, 128 + number)
-    if pipe is not None:
-        # the end that is written to becomes readable only when the other one is closed
-        loop.add_reader(pipe, cancel, BrokenPipeError())
-    try:
-        yield why
-    finally:
-        if pipe is not None:
-            loop.remove_reader(pipe)
+    def __enter__(self) -> Self:
+        for number in self._signals:
+            self._loop.add_signal_handler(number, self._interrupt, 128 + number)
+        if self._pipe is not None:
+            # the end that is written to becomes readable only when the other one is closed
+            self._loop.add_reader(self._pipe, self._interrupt, BrokenPipeError())
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._pipe is not None:
+            self._loop.remove_reader(self._pipe)
+        for number in self._signals:
+            self._loop.remove_signal_handler(number)
+
+    def _interrupt(self, reason: int | BrokenPipeError) -> None:
+        if self._pipe is not None:
+            self._loop.remove_reader(self._pipe)  # it stays readable, and once is enough
+        if self.reason is None and self._task is not None:
+            self.reason = reason
+            self._task.cancel()
 
 
 def _stdout_pipe() -> int | None:

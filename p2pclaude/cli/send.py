@@ -42,9 +42,9 @@ the session's id; with --wait or --lines, the answer.
 
 Options:
   -s, --session SESSION    send to this session
-  -C, --directory DIR      start the session in DIR on the daemon's host; else in
-                           the daemon's own default, to which a relative DIR
-                           is relative too
+  -C, --directory DIR      start the session in DIR on the daemon's host; else
+                           in the daemon's own default, to which a relative
+                           DIR is relative too
   --model MODEL            the model of the new session
   --permission-mode MODE   default, acceptEdits, bypassPermissions or plan
   -w, --wait               wait for the answer and print it instead of the id
@@ -179,12 +179,15 @@ async def _chat(client: Client, options: Options, console: Console) -> int:
 
 
 async def _messages(console: Console) -> AsyncIterator[str]:
-    """Yield the lines of standard input that are not blank."""
+    """Yield the lines of standard input that are not blank; on a terminal, ask for them."""
     from p2pclaude.cli.stdin import read_lines
 
+    is_chat = sys.stdin is not None and sys.stdin.isatty()
+    console.prompt(is_chat)
     async for data in read_lines(MAX_MESSAGE_BYTES):
         if data.strip():
             yield _checked(data)
+        console.prompt(is_chat)
 
 
 async def _deliver(client: Client, options: Options, session: str | None, text: str) -> Accepted:

@@ -1,0 +1,114 @@
+"""The commands before daemons that behave otherwise than ours: the TypeScript one, a stranger, one that vanishes."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.harness import Shell, eventually, free_port
+from fake_daemon import DATA_KEY, FakeDaemon, FakeSession
+
+from p2pclaude.hyperdht import HyperDHT, KeyPair
+from p2pclaude.pairing import Pairing, format_url
+
+
+@contextmanager
+def serving(daemon: FakeDaemon, work: Path) -> Iterator[tuple[Shell, Callable[[Callable[[], object]], None]]]:
+    """Serve a stand-in over HyperDHT in a thread; yields a shell before it and a way to call into the thread."""
+    started = threading.Event()
+    control: list[Any] = []
+
+    async def main() -> None:
+        port, key_pair = free_port(), KeyPair.generate()
+        async with HyperDHT.bootstrapper(port, "127.0.0.1") as dht:
+            server = dht.create_server(daemon.serve)
+            await server.listen(key_pair)
+            ended = asyncio.Event()
+            url = format_url(Pairing(key_pair.public_key, DATA_KEY, {"bootstrap": [f"127.0.0.1:{port}"]}))
+            control.extend([asyncio.get_running_loop(), ended, url])
+            started.set()
+            await ended.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    thread.start()
+    try:
+        assert started.wait(20)
+        loop, _, url = control
+        yield Shell(work, url), loop.call_soon_threadsafe
+    finally:
+        control[0].call_soon_threadsafe(control[1].set)
+        thread.join(20)
+
+
+def test_a_typescript_daemon(tmp_path: Path) -> None:
+    with serving(FakeDaemon(old=True), tmp_path) as (shell, _):
+        assert len(shell.succeed("ping", "@")) == 1
+        err = shell.fail(65, "send", "@", "hi")
+        assert "hint: name a directory with -C" in err
+        [session] = shell.succeed("send", "-C", "/srv", "@", "one")
+        lines = shell.succeed("tail", "@", session)
+        assert len(lines) == 2
+        assert shell.succeed("tail", "-n", "1", "@", session) == lines[1:]
+        assert shell.succeed("send", "-w", "-s", session, "@", "two") == ["echo: two"]
+        assert shell.succeed("send", "-w", "-C", "/srv", "@", "three") == ["echo: three"]
+        chat = shell.run("send", "--lines", "-C", "/srv", "@", text="four\nfive\n")
+        assert chat.lines() == ["echo: four", "echo: five"]
+        assert shell.succeed("ls", "@")[0] == f"{session}\t-\t7\t2023-11-14T22:13:20Z\t-"
+        assert "no such session" in shell.fail(66, "tail", "-f", "@", "nope")
+        assert shell.succeed("stop", "@", session) == [session]
+        assert "no such session" in shell.fail(66, "stop", "@", session)
+
+
+def test_control_characters_stay_out_of_the_list(tmp_path: Path) -> None:
+    daemon = FakeDaemon()
+    daemon.sessions["s"] = FakeSession()
+    with serving(daemon, tmp_path) as (shell, _):
+        assert shell.succeed("ls", "@") == ["s\tidle\t7\t2023-11-14T22:13:20Z\t/srv/ab[31m"]
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.6\r\n", b'{"id":"1","ok":false,"error":"Unknown method"}\n'])
+def test_something_else_answers(tmp_path: Path, answer: bytes) -> None:
+    daemon = FakeDaemon()
+    daemon.raw_answer = answer
+    with serving(daemon, tmp_path) as (shell, _):
+        for words in (["ping", "@"], ["send", "@", "x"], ["tail", "-f", "@", "s"], ["ls", "@"], ["stop", "@", "s"]):
+            shell.fail(76, *words)
+
+
+def test_a_daemon_that_does_not_answer(tmp_path: Path) -> None:
+    daemon = FakeDaemon()
+    daemon.mute = True
+    with serving(daemon, tmp_path) as (shell, _):
+        assert "no answer" in shell.fail(75, "ping", "-t", "1", "@")
+        err = shell.fail(75, "send", "-t", "1", "@", "x")
+        assert "hint: the message may have arrived all the same" in err
+
+
+def test_a_daemon_that_vanishes_in_mid_call(tmp_path: Path) -> None:
+    daemon = FakeDaemon()
+
+    async def cut(method: str, params: dict[str, Any]) -> None:
+        daemon.cut()
+
+    daemon.before_answer = cut
+    with serving(daemon, tmp_path) as (shell, _):
+        assert "connection to the daemon was lost" in shell.fail(75, "ls", "@")
+        assert "may have arrived" in shell.fail(75, "send", "@", "x")
+
+
+def test_waiting_outlives_a_lost_connection(tmp_path: Path) -> None:
+    daemon = FakeDaemon()
+    with serving(daemon, tmp_path) as (shell, call):
+        waiting = shell.start("send", "-w", "-v", "@", "SILENT")
+        eventually(lambda: any(method == "get-output" for method, _ in daemon.requests))
+        [session] = daemon.sessions
+        call(daemon.cut)
+        result = {"type": "result", "subtype": "success", "is_error": False, "result": "late"}
+        call(lambda: asyncio.ensure_future(daemon.print(session, result)))
+        out, err = waiting.communicate(timeout=30)
+        assert (waiting.returncode, out) == (0, b"late\n")
+        assert b"trying again in 1 s" in err
+        assert [method for method, _ in daemon.requests].count("spawn-session") == 1
