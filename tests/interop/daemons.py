@@ -32,6 +32,6 @@ def start_daemon(
     if "--private" not in options:
         arguments += ["--bootstrap", ",".join(peers.bootstrap)]
     argv = tool_command("daemon", *arguments, *options)
-    peer = peers.run("python daemon", argv, env={"HOME": str(home), **(env or {})}, ready=False)
-    peer.ready = peer.expect("daemon-started")
+    env = {"HOME": str(home), **(env or {})}
+    peer = peers.run("python daemon", argv, env=env, ready="daemon-started", heeds_stdin=False)
     return Daemon(peer, data, root)

@@ -76,8 +76,11 @@ def command(side: Side, script: str, config: Mapping[str, Any]) -> list[str]:
 class Peer:
     """One process that speaks JSON lines."""
 
-    def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None, *, heeds_stdin: bool = True
+    ) -> None:
         self.name = name
+        self.heeds_stdin = heeds_stdin  # False: it is ended by SIGTERM at once
         self.ready: Event = {}
         self.said: list[str] = []
         self._lines_read = 0
@@ -177,7 +180,7 @@ class Peer:
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
-        end_process(self.process)
+        end_process(self.process, patient=self.heeds_stdin)
         self._reader.join(GOODBYE)
         self.process.stdout.close()
         self._errors.close()
@@ -197,9 +200,9 @@ class Peer:
         self.close()
 
 
-def end_process(process: subprocess.Popen[str]) -> None:
-    """Wait for a process that was told to leave, helping it along, and clear whatever is left of its group."""
-    for step in (None, signal.SIGTERM, signal.SIGKILL):
+def end_process(process: subprocess.Popen[str], *, patient: bool) -> None:
+    """End a process, if `patient` by waiting first, and clear whatever is left of its group."""
+    for step in (*([None] if patient else []), signal.SIGTERM, signal.SIGKILL):
         if step is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, step)
@@ -218,20 +221,25 @@ class Peers:
         self.running: list[Peer] = []
 
     def start(
-        self, side: Side, script: str, *, env: Mapping[str, str] | None = None, ready: bool = True, **config: Any
+        self, side: Side, script: str, *, env: Mapping[str, str] | None = None, **config: Any
     ) -> Peer:
         """Start a peer script on our network unless its configuration says otherwise; wait until it is ready."""
         config.setdefault("bootstrap", self.bootstrap)
-        return self.run(f"{side} {script}", command(side, script, config), env=env, ready=ready)
+        return self.run(f"{side} {script}", command(side, script, config), env=env)
 
     def run(
-        self, name: str, argv: Sequence[str], *, env: Mapping[str, str] | None = None, ready: bool = True
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        ready: str = "ready",
+        heeds_stdin: bool = True,
     ) -> Peer:
-        """Start any command that speaks JSON lines; its ready event, if awaited, stays in `peer.ready`."""
-        peer = Peer(name, argv, env)
+        """Start any command that speaks JSON lines, and await its `ready` event, which stays in `peer.ready`."""
+        peer = Peer(name, argv, env, heeds_stdin=heeds_stdin)
         self.running.append(peer)
-        if ready:
-            peer.ready = peer.expect("ready")
+        peer.ready = peer.expect(ready)
         return peer
 
     def close(self) -> None:
@@ -291,4 +299,4 @@ class Tools:
 
     def start(self, name: str, *arguments: str) -> Peer:
         """Run a tool beside the test: speak to it by `write` and `line`, close it in the end."""
-        return Peer(f"p2pclaude-{name}", tool_command(name, *arguments), self.env)
+        return Peer(f"p2pclaude-{name}", tool_command(name, *arguments), self.env, heeds_stdin=False)

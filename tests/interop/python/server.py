@@ -71,7 +71,7 @@ async def on_connection(connection: Connection) -> None:
     """Serve one connection from its first line to its end."""
     number = next(numbers)
     connections[number] = connection
-    key, address = connection.remote_public_key.hex(), list(connection.remote_address)
+    key, address = connection.remote_public_key.hex(), connection.remote_address
     emit("connection", id=number, remoteKey=key, remoteAddress=address, how=connection.how)
     count, error, head = 0, None, b""
     try:
