@@ -22,7 +22,7 @@ from .errors import DecodeError, HyperDHTError, Timeout
 from .messages import Request, Response, decode_message
 from .records import TokenJar
 from .requests import DEFAULT_RETRIES, IncomingRequest, OutgoingRequest, Reply, Value, checked_id
-from .timeouts import AdaptiveTimeouts
+from .timeouts import LAST_TIMEOUT, AdaptiveTimeouts
 from .window import SLOT_SECONDS, CongestionWindow
 
 __all__ = ["IncomingRequest", "OutgoingRequest", "Reply", "Rpc", "RpcStats"]
@@ -245,8 +245,10 @@ class Rpc:
         if call.timeout is not None:
             return call.timeout
         if call.relayed:
-            return self.timeouts.get_relayed(call.sends)
-        return self.timeouts.get(call.to, call.sends, now)
+            wait = self.timeouts.get_relayed(call.sends)
+        else:
+            wait = self.timeouts.get(call.to, call.sends, now)
+        return wait if call.sends <= call.retries else max(wait, LAST_TIMEOUT)
 
     def _count_send(self, call: OutgoingRequest) -> None:
         self._window.sent()

@@ -11,10 +11,12 @@ from typing import Final
 
 from .encoding import Address
 
-MIN_TIMEOUT: Final = 0.2
+MIN_TIMEOUT: Final = 0.25
 MAX_TIMEOUT: Final = 4.0
 UNKNOWN_TIMEOUT: Final = 0.5  # the first send, before anybody answered
-BACKOFF: Final = 1.5
+LAST_TIMEOUT: Final = 1.0  # after the last send at least: a near node may be busy
+BACKOFF: Final = 1.4
+BACKOFF_LIMIT: Final = 1.0  # or twice what the host needs: in loss, patience between sends gains nothing
 JITTER: Final = 0.1  # of the timeout: a burst's resends shall not leave as a burst
 MAX_HOSTS: Final = 4096
 MAX_AGE: Final = 600.0
@@ -63,6 +65,8 @@ class AdaptiveTimeouts:
             self._remember(address, RttEstimator(rtt, now))
         else:
             known.add(rtt, now)
+        if sends > 1:
+            return
         if self._all is None:
             self._all = RttEstimator(rtt, now)
         else:
@@ -78,13 +82,14 @@ class AdaptiveTimeouts:
         if known is not None:
             base = max(known.timeout, MIN_TIMEOUT)
         elif self._all is not None:
-            base = min(max(self._all.timeout, 1.5 * MIN_TIMEOUT), 1.0)
+            base = min(max(self._all.timeout, MIN_TIMEOUT), 1.0)
         else:
             base = UNKNOWN_TIMEOUT
         return self._backed_off(base, attempt)
 
     def _backed_off(self, base: float, attempt: int) -> float:
-        timeout = min(base * BACKOFF ** (attempt - 1), MAX_TIMEOUT)
+        limit = min(max(BACKOFF_LIMIT, 2 * base), MAX_TIMEOUT)
+        timeout = min(base * BACKOFF ** (attempt - 1), limit)
         return timeout * (1 + JITTER * self._rng.random())
 
     def _fresh(self, address: Address, now: float) -> RttEstimator | None:
