@@ -244,10 +244,8 @@ class Rpc:
     def _wait_for(self, call: OutgoingRequest, now: float) -> float:
         if call.timeout is not None:
             return call.timeout
-        if call.relayed:
-            wait = self.timeouts.get_relayed(call.sends)
-        else:
-            wait = self.timeouts.get(call.to, call.sends, now)
+        timeouts = self.timeouts
+        wait = timeouts.get_relayed(call.sends) if call.relayed else timeouts.get(call.to, call.sends, now)
         return wait if call.sends <= call.retries else max(wait, LAST_TIMEOUT)
 
     def _count_send(self, call: OutgoingRequest) -> None:
