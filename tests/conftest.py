@@ -1,13 +1,16 @@
-"""What every test shares: under CI a skipped test fails, unless the machine has no way to run it.
+"""What every test shares: a time limit, and under CI a skipped test fails unless the machine has no way to run it.
 
 `tests/run` names what cannot be had here in P2PCLAUDE_TESTS_WITHOUT (words such as `node` or `root`); a skip is
 accepted when its reason contains one of them.
 """
 
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
+
+TEST_SECONDS = 100  # a test that waits for what never comes must not hold up the others
 
 
 def _forbidden(reason: str) -> bool:
@@ -35,3 +38,19 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _judge(report)
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """End a test that takes too long: the signal interrupts whatever it waits for."""
+
+    def give_up(*_: object) -> None:
+        pytest.fail(f"the test took longer than {TEST_SECONDS} s")
+
+    former = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, TEST_SECONDS, 5.0)  # and again, should a callback have swallowed it
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
