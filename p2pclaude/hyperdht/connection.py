@@ -11,6 +11,7 @@ from collections import deque
 from typing import Final, Self
 
 from .encoding import Address
+from .endpoint import Socket
 from .errors import ConnectionClosed, DecodeError
 from .noise import NoiseIK
 from .secretstream import MAX_FRAME_BYTES, SecretStream
@@ -145,10 +146,14 @@ class Connection:
     async def write_frame(self, data: bytes) -> None:
         """Send bytes as one message; returns when the send window has room for more."""
         async with self._write_lock:
-            if self.closed or self._ended or self._secret is None:
-                raise self._error or ConnectionClosed("the connection is closed")
-            self._write_raw(self._secret.encrypt_frame(data))
+            self.send_frame(data)
             await self._drain()
+
+    def send_frame(self, data: bytes) -> None:
+        """Queue bytes as one message at once, for control messages: mind `unsent`. Raises ConnectionClosed."""
+        if self.closed or self._ended or self._secret is None:
+            raise self._error or ConnectionClosed("the connection is closed")
+        self._write_raw(self._secret.encrypt_frame(data))
 
     async def write_eof(self) -> None:
         """End the own side: the peer reads to the end, and may go on writing."""
@@ -199,7 +204,25 @@ class Connection:
         """Wait until the connection has ended or broken."""
         await self._closed.wait()
 
-    # For connect and server
+    # For connect, server and relay
+
+    @property
+    def socket(self) -> Socket | None:
+        """The socket packets leave from at present; None before the first."""
+        return self._stream.socket
+
+    @property
+    def unsent(self) -> int:
+        """The bytes written that have not left yet."""
+        return self._stream.core.buffered
+
+    def set_keep_alive(self, seconds: float) -> None:
+        """Send an empty message whenever nothing was written for so long; 0 for never."""
+        self._keep_alive = seconds
+        if self._keep_alive_timer is not None:
+            self._keep_alive_timer.cancel()
+        if self._secret is not None:
+            self._arm_keep_alive()
 
     @property
     def opened(self) -> bool:
