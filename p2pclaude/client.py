@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from p2pclaude.errors import P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable, WireError
+from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable, WireError
 from p2pclaude.hyperdht import (
     HolepunchError,
     HyperDHT,
@@ -25,6 +25,7 @@ from p2pclaude.hyperdht import (
     TooFewNodes,
 )
 from p2pclaude.wire import (
+    MAX_REQUEST_LINE,
     MAX_RESPONSE_LINE,
     UNKNOWN_ID,
     UNKNOWN_METHOD,
@@ -127,10 +128,12 @@ class _Channel:
     async def call(self, method: str, params: Mapping[str, object], timeout: float) -> object:
         """Make one call; `timeout` is the silence in seconds, so that a long answer may take its time."""
         request_id = str(next(self._ids))
+        line = encode_request(Request(request_id, method, seal(self._data_key, params)))
+        if len(line) > MAX_REQUEST_LINE:
+            raise DataError(f"the request is longer than {MAX_REQUEST_LINE >> 20} MiB")
         answer = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = answer
         try:
-            line = encode_request(Request(request_id, method, seal(self._data_key, params)))
             async with asyncio.timeout(timeout):
                 await self.stream.write(line)
             return self._open(await self._wait(answer, timeout))

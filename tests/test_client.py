@@ -11,7 +11,7 @@ from fake_daemon import DATA_KEY, FakeDaemon, MemoryDialer
 from sim import run
 
 from p2pclaude.client import RECONNECT_DELAYS, Client
-from p2pclaude.errors import P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable
+from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable
 from p2pclaude.hyperdht import (
     ConnectionClosed,
     HandshakeFailed,
@@ -193,6 +193,13 @@ def test_an_endless_line_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     daemon.raw_answer = b"x" * 20_000
     with pytest.raises(ProtocolError):
         call(daemon)
+
+
+def test_a_request_that_the_daemon_would_not_read_is_not_sent() -> None:
+    daemon = FakeDaemon()
+    with pytest.raises(DataError, match="longer than 8 MiB"):
+        with_client(daemon, lambda client: client.call("ping", {"text": '"' * (4 << 20)}))
+    assert daemon.requests == []
 
 
 def test_a_lost_connection_fails_every_call_on_it() -> None:

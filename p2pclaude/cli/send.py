@@ -182,7 +182,9 @@ async def _messages(console: Console) -> AsyncIterator[str]:
     """Yield the lines of standard input that are not blank; on a terminal, ask for them."""
     from p2pclaude.cli.stdin import read_lines
 
-    is_chat = sys.stdin is not None and sys.stdin.isatty()
+    if sys.stdin is None:
+        raise DataError("no message: there is no standard input", hint=_EMPTY_HINT)
+    is_chat = sys.stdin.isatty()
     console.prompt(is_chat)
     async for data in read_lines(MAX_MESSAGE_BYTES):
         if data.strip():
