@@ -211,19 +211,17 @@ class ClaudeProcess:
 
     def kill(self) -> None:
         """End it at once, with whatever it started in its own process group."""
-        self._signal(signal.SIGKILL)
+        self._pipes.kill()
 
     def _signal(self, number: signal.Signals) -> None:
-        if self.has_exited:
-            return
-        try:
-            # Only the last step goes to the whole group: on SIGINT claude ends its commands by itself.
-            if number == signal.SIGKILL:
-                os.killpg(self.pid, number)
-            else:
+        # Only the last step goes to the whole group: on SIGINT claude ends its commands by itself.
+        if number == signal.SIGKILL:
+            self._pipes.kill()
+        elif not self.has_exited:
+            try:
                 self._transport.send_signal(number)
-        except (ProcessLookupError, PermissionError):
-            pass
+            except (ProcessLookupError, PermissionError):
+                pass
 
     def _stdin(self) -> asyncio.WriteTransport | None:
         return cast("asyncio.WriteTransport | None", self._transport.get_pipe_transport(0))
@@ -247,6 +245,7 @@ class _Pipes(asyncio.SubprocessProtocol):
         self._news = asyncio.Event()
         self._open = {1, 2}
         self._paused = False
+        self._overflown = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.SubprocessTransport, transport)
@@ -256,16 +255,18 @@ class _Pipes(asyncio.SubprocessProtocol):
             self.stderr += data
             del self.stderr[:-_LAST_WORDS_BYTES]
             return
+        if self._overflown:
+            return
         try:
             self._queue(self._buffer.feed(data))
         except LineTooLong as error:
+            self._overflown = True
             self._queue(error.lines)
             self.stderr += f"\n{error}".encode()
-            self._buffer = LineBuffer(MAX_LINE)
-            os.killpg(self._transport.get_pid(), signal.SIGKILL)
+            self.kill()
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
-        if fd == 1 and self._buffer.pending:
+        if fd == 1 and self._buffer.pending and not self._overflown:
             self._queue(self._buffer.feed(b"\n"))
         self._open.discard(fd)
         self._news.set()
@@ -289,6 +290,14 @@ class _Pipes(asyncio.SubprocessProtocol):
         if self._paused and self._queued < _HIGH_WATER:
             self._pause(False)
         return line
+
+    def kill(self) -> None:
+        """End the process and its group, unless it is gone."""
+        if not self.exited.done():
+            try:
+                os.killpg(self._transport.get_pid(), signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
 
     def _queue(self, lines: list[bytes]) -> None:
         lines = [line for line in lines if line.strip()]

@@ -1,0 +1,316 @@
+"""The child process: finding it, its command line, its pipes, its end; then the contract with the real CLI."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import sys
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sessions_kit import Place, outputs, read_all, read_results, read_until, run
+from stub_api import StubApi, environment, stub_api
+
+from p2pclaude import claude as claude_module
+from p2pclaude.claude import (
+    ClaudeGone,
+    ClaudeProcess,
+    Launch,
+    child_environment,
+    decode_line,
+    find_claude,
+    user_message,
+)
+from p2pclaude.errors import Unavailable
+from p2pclaude.session import State
+from p2pclaude.sessions import SessionTable, Spawn
+
+# Finding it
+
+
+def program(path: Path, mode: int = 0o755) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(mode)
+    return path
+
+
+def test_claude_is_found_where_it_is(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    environ = {"PATH": str(tmp_path / "bin"), "HOME": str(home)}
+    for place in ("node_modules/.bin", ".npm-global/bin"):
+        usual = program(home / place / "claude")
+        assert find_claude(None, environ) == usual
+    on_path = program(tmp_path / "bin" / "claude")
+    assert find_claude(None, environ) == on_path
+    other = program(tmp_path / "bin" / "claude-beta")
+    assert find_claude("claude-beta", environ) == other
+    assert find_claude(str(other), environ) == other
+
+
+def test_no_claude_is_an_error_with_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claude_module, "_USUAL_PLACES", ("~/.claude/local",))
+    program(tmp_path / ".claude" / "local" / "claude", mode=0o644)
+    environ = {"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path)}
+    with pytest.raises(Unavailable, match="not found") as caught:
+        find_claude(None, environ)
+    assert caught.value.hint is not None
+    assert "npm install" in caught.value.hint
+    with pytest.raises(Unavailable, match="not found"):
+        find_claude(None, {"PATH": ""})
+    with pytest.raises(Unavailable, match="not a program") as caught:
+        find_claude(str(tmp_path / "none"), environ)
+    assert caught.value.hint == "check --claude"
+
+
+# Its words
+
+
+def test_the_command_line() -> None:
+    launch = Launch(Path("/c"), Path("/d"), "plan", "ID", model="m")
+    words = "/c --output-format stream-json --input-format stream-json --verbose --permission-mode plan"
+    assert launch.command() == [*words.split(), "--session-id=ID", "--model=m"]
+    assert Launch(Path("/c"), Path("/d"), "plan", "ID", resume=True).command() == [*words.split(), "--resume=ID"]
+
+
+def test_the_environment() -> None:
+    child = child_environment({"CLAUDECODE": "1", "A": "b", "CLAUDE_CODE_ENTRYPOINT": "cli"})
+    assert child == {"A": "b", "CLAUDE_CODE_ENTRYPOINT": "p2p-daemon"}
+
+
+def test_a_message_id_always_gives_the_same_uuid() -> None:
+    known = str(uuid.uuid4())
+    assert user_message("x", known)["uuid"] == known
+    assert user_message("x", "m1")["uuid"] == user_message("y", "m1")["uuid"] != user_message("x", "m2")["uuid"]
+    uuid.UUID(user_message("x", "\ud800 any text")["uuid"])
+    assert user_message("hé", known)["message"] == {"role": "user", "content": "hé"}
+
+
+def test_objects_stay_as_they_are_and_anything_else_is_kept() -> None:
+    line = b' {"a": 1.0, "b":"\\u00e9"}\r'
+    assert decode_line(line) == (line.strip(), {"a": 1.0, "b": "é"})
+    for bad in (b"text", b"[1]", b'{"half', b"\xff", b'{"a":NaN}', b"[" * 100_000):
+        data, value = decode_line(bad)
+        assert value == {"type": "unparsed", "text": bad.decode("utf-8", "replace")}
+        assert json.loads(data) == value
+
+
+# Its pipes
+
+
+async def start(tmp_path: Path, script: str) -> ClaudeProcess:
+    """Start a Python script in claude's stead."""
+    (tmp_path / "script.py").write_text(script)
+    path = tmp_path / "child"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {tmp_path / "script.py"} "$@"\n')
+    path.chmod(0o755)
+    return await ClaudeProcess.start(Launch(path, tmp_path, "plan", "ID"))
+
+
+async def lines_of(process: ClaudeProcess) -> list[bytes]:
+    return [line async for line in process]
+
+
+def test_lines_and_last_words(tmp_path: Path) -> None:
+    async def main() -> None:
+        script = "import sys; print('one'); print(); sys.stdout.write('half'); sys.stderr.write('x' * 9999 + 'end')"
+        process = await start(tmp_path, script + "; sys.exit(4)")
+        assert await lines_of(process) == [b"one", b"half"]
+        assert await process.finish() == 4
+        assert process.last_words() == "x" * 4093 + "end"
+        with pytest.raises(ClaudeGone):
+            process.write({})
+        process.kill()
+        assert await process.stop() == 4
+
+    run(main())
+
+
+def test_a_reader_that_waits_holds_the_child_up_and_loses_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        script = "for n in range(3000):\n print('%05d' % n + 'x' * 10_000, flush=True)"
+        process = await start(tmp_path, script)
+        await process.settle(20)
+        await asyncio.sleep(0.1)
+        assert process._pipes._queued < 4 * 1024 * 1024
+        lines = await lines_of(process)
+        assert [int(line[:5]) for line in lines] == list(range(3000))
+        assert await process.finish() == 0
+
+    run(main())
+
+
+def test_a_grandchild_that_holds_the_pipes_holds_up_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        script = "import subprocess; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True)"
+        process = await start(tmp_path, script)
+        (line,) = await lines_of(process)
+        os.kill(int(line), signal.SIGKILL)
+        assert await process.finish() == 0
+
+    run(main())
+
+
+def test_a_line_without_end_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claude_module, "MAX_LINE", 100_000)
+
+    async def main() -> None:
+        script = "import sys\nprint('first')\nwhile True: sys.stdout.write('x' * 10_000)"
+        process = await start(tmp_path, script)
+        assert await lines_of(process) == [b"first"]
+        assert await process.finish() == -signal.SIGKILL
+        assert "longer than 100000 bytes" in process.last_words()
+
+    run(main())
+
+
+def test_what_cannot_be_started_is_an_error(tmp_path: Path) -> None:
+    async def main() -> None:
+        broken = program(tmp_path / "broken")
+        broken.write_text("#!/nowhere/at/all\n")
+        for launch in (
+            Launch(tmp_path / "none", tmp_path, "plan", "ID"),
+            Launch(broken, tmp_path, "plan", "ID"),
+            Launch(Path("/bin/true"), tmp_path / "none", "plan", "ID"),
+            Launch(Path("/bin/true"), tmp_path, "plan", "ID", model="a\0b"),
+        ):
+            with pytest.raises(Unavailable, match="could not be started"):
+                await ClaudeProcess.start(launch)
+
+    run(main())
+
+
+# The contract with the real CLI, against a stub of the Messages API
+
+
+MODULES = Path(os.environ.get("P2PCLAUDE_NODE_MODULES", Path(__file__).parent / "interop" / "node_modules"))
+REAL = MODULES / ".bin" / "claude"
+needs_claude = pytest.mark.skipif(
+    not REAL.exists(), reason=f"the real claude is not installed: no {REAL} (node: npm ci in tests/interop)"
+)
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[StubApi]:
+    """Serve the stub of the Messages API."""
+    with stub_api() as server:
+        yield server
+
+
+@pytest.fixture
+def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: StubApi) -> Place:
+    """Give a place where sessions run the real claude, with an empty HOME, talking to the stub."""
+    place = Place(tmp_path)
+    place.claude = REAL.resolve()
+    (tmp_path / "home").mkdir()
+    for name in list(os.environ):
+        if name.startswith(("ANTHROPIC", "CLAUDE", "P2P_")):
+            monkeypatch.delenv(name)
+    for name, value in environment(api.url, str(tmp_path / "home"), os.environ["PATH"]).items():
+        monkeypatch.setenv(name, value)
+    return place
+
+
+def with_real(place: Place, work: Callable[[SessionTable], Awaitable[None]]) -> None:
+    """Run a test's coroutine with a table over the real claude."""
+
+    async def main() -> None:
+        async with place.table(permission_mode="bypassPermissions") as table:
+            await work(table)
+
+    os.environ["IS_SANDBOX"] = "1"  # bypassPermissions as root
+    try:
+        run(main(), 90)
+    finally:
+        del os.environ["IS_SANDBOX"]
+
+
+def results(envelopes: list[dict[str, Any]]) -> list[str]:
+    return [one["result"].strip() for one in outputs(envelopes, "result")]
+
+
+@needs_claude
+def test_real_turns_and_three_readers(real: Place) -> None:
+    async def work(table: SessionTable) -> None:
+        session_id = str(uuid.uuid4())
+        await table.spawn(Spawn(session_id=session_id, text="hello"))
+        readers = [asyncio.create_task(read_results(table, session_id, 3)) for _ in range(3)]
+        for text in (f"WRITE:{real.root / 'file'}", "again"):
+            await table.send(session_id, text)
+        first, *others = await asyncio.gather(*readers)
+        assert all(other == first for other in others)
+        assert [e["seq"] for e in first] == list(range(1, len(first) + 1))
+        said = results(first)
+        assert (said[0], said[2]) == ("echo: hello", "echo: again")
+        assert said[1].startswith("tool said:")
+        assert (real.root / "file").read_text() == "hello\n"
+        init = next(one for one in outputs(first, "system") if one["subtype"] == "init")
+        assert (init["session_id"], init["cwd"]) == (session_id, str(real.root))
+
+    with_real(real, work)
+
+
+@needs_claude
+def test_real_long_line_and_two_sessions_at_once(real: Place) -> None:
+    async def work(table: SessionTable) -> None:
+        size = 3_000_000
+        (one, _), (two, _) = await asyncio.gather(
+            table.spawn(Spawn(session_id="not-a-uuid", text=f"BIG:{size}")), table.spawn(Spawn(text="meanwhile"))
+        )
+        big, small = await asyncio.gather(
+            read_results(table, one.info.session_id), read_results(table, two.info.session_id)
+        )
+        text = outputs(big, "assistant")[0]["message"]["content"][0]["text"]
+        assert text.strip() == "z" * size
+        assert results(small) == ["echo: meanwhile"]
+        assert one.pid != two.pid
+
+    with_real(real, work)
+
+
+@needs_claude
+def test_real_stop_in_a_turn_then_an_error_and_resume(real: Place) -> None:
+    async def work(table: SessionTable) -> None:
+        await table.spawn(Spawn(session_id="slow", text="SLOW:100"))
+        session, _ = await table.spawn(Spawn(session_id="s", text="remember me"))
+        await read_until(table, "slow", lambda e: bool(e["type"] == "session-output"))
+        await table.stop("slow")
+        assert [s["sessionId"] for s in table.listing()] == ["s"]
+        assert outputs(await read_all(table, "slow"), "result")
+        await table.send("s", "ERR:400")
+        failed = outputs(await read_results(table, "s", 2), "result")[1]
+        assert failed["is_error"] is True
+        await session.stop(State.DORMANT)  # as when the daemon ends
+        seq = await table.send("s", "and now?")
+        await read_results(table, "s", after=seq)
+        init = outputs(await read_all(table, "s"), "system")[-1]
+        assert session.info.claude_id == init["session_id"]
+        assert session.info.permission_mode == init["permissionMode"] == "default"
+
+    with_real(real, work)
+
+
+@needs_claude
+def test_real_claude_that_refuses_to_start_tells_why(real: Place) -> None:
+    async def work(table: SessionTable) -> None:
+        session_id = str(uuid.uuid4())
+        await table.spawn(Spawn(session_id=session_id, text="x"))
+        await read_results(table, session_id)
+        await table.stop(session_id)
+        shutil.rmtree(real.sessions / session_id)
+        del table._sessions[session_id]
+        # The id is free here, but not in Claude's own memory: it dies, later than "at once".
+        try:
+            await table.spawn(Spawn(session_id=session_id, text="y"))
+            output = await table.read(session_id, after=2, limit=None, clear=False, wait_ms=20_000)
+            assert (output.page.lines, output.state) == ([], State.FAILED)
+            reason = output.error or ""
+        except Unavailable as error:
+            reason = str(error)
+        assert "already in use" in reason
+
+    with_real(real, work)
