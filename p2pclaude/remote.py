@@ -9,7 +9,6 @@ apart by their shape (no `accepted`, no `state`), and following then means askin
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -80,8 +79,10 @@ async def spawn(
 
     With `persist` a lost connection is opened again. Raises a P2PClaudeError that says why there is no session.
     """
+    from uuid import uuid4  # here, because only this needs it and it takes its time
+
     # The id is made here so that a second attempt finds the session that the first one started.
-    params: dict[str, object] = {"sessionId": str(uuid.uuid4()), "text": text, "messageId": message_id}
+    params: dict[str, object] = {"sessionId": str(uuid4()), "text": text, "messageId": message_id}
     options = {"directory": directory, "model": model, "permissionMode": permission_mode}
     params |= {name: value for name, value in options.items() if value is not None}
     result = await _submit(client, "spawn-session", params, persist=persist)

@@ -15,7 +15,8 @@ import signal
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,6 +60,12 @@ _CONTROL = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)))
 _CONTROL_IN_TEXT = dict.fromkeys(_CONTROL.keys() - {0x09, 0x0A})
 
 
+class OutputError(P2PClaudeError):
+    """Standard output cannot be written (EX_IOERR)."""
+
+    exit_status = EXIT_IOERR
+
+
 class Console:
     """A command's words on stderr; its data goes to stdout through `write_line`."""
 
@@ -84,8 +91,8 @@ class Console:
         if wanted and sys.stderr is not None and sys.stderr.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
 
-    def usage(self, text: str) -> None:
-        """Print the short form of the usage text."""
+    def show(self, text: str) -> None:
+        """Print lines as they are, such as the short form of the usage text."""
         self._print(text)
 
     def report(self, error: P2PClaudeError) -> int:
@@ -127,7 +134,10 @@ def run(
             console.verbose = bool(arguments.get("--verbose"))
             return _flushed(execute(parse(arguments, console), console))
         except UsageError as error:
-            console.usage(short_usage(usage))
+            console.show(short_usage(usage))
+            return console.report(error)
+        except OutputError as error:
+            _forget_stdout()
             return console.report(error)
         except P2PClaudeError as error:
             return _flushed(console.report(error))
@@ -138,19 +148,32 @@ def run(
         return 0
     except OSError as error:
         _forget_stdout()
-        console.error(f"cannot write: {(error.strerror or str(error)).lower()}")
+        console.error(f"input or output failed: {(error.strerror or str(error)).lower()}")
         return EXIT_IOERR
     except Exception as error:
         # The text may hold anything, a key too; the way there holds only our own code.
         console.error(f"this is a defect in the tool ({type(error).__name__})")
-        console.note("".join(traceback.format_tb(error.__traceback__)))
+        if console.verbose:
+            console.show("".join(traceback.format_tb(error.__traceback__)).rstrip())
         return EXIT_SOFTWARE
 
 
 def _flushed(status: int) -> int:
     if sys.stdout is not None:
-        sys.stdout.flush()
+        with _writing():
+            sys.stdout.flush()
     return status
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Tell a failure of stdout from all others; a closed pipe is none of them."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write: {(error.strerror or str(error)).lower()}") from error
 
 
 def _forget_stdout() -> None:
@@ -298,11 +321,12 @@ def printable_text(text: str) -> str:
 
 def write_line(line: str | bytes) -> None:
     """Write one line of data to stdout, as UTF-8 whatever the locale, and flush it."""
-    if sys.stdout is None:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     data = line if isinstance(line, bytes) else line.encode("utf-8", "replace")
-    sys.stdout.buffer.write(data + b"\n")
-    sys.stdout.buffer.flush()
+    with _writing():
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        sys.stdout.buffer.write(data + b"\n")
+        sys.stdout.buffer.flush()
 
 
 def is_terminal() -> bool:
