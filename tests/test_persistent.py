@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim import SimNetwork, run
 
-from p2pclaude.hyperdht import budget
+from p2pclaude.hyperdht.budget import BURST_SECONDS, VerifyBudget
 from p2pclaude.hyperdht.constants import Command, ErrorCode
 from p2pclaude.hyperdht.crypto import (
     NS_ANNOUNCE,
@@ -221,7 +221,7 @@ def test_bad_announcements_get_no_answer_and_leave_nothing() -> None:
         await shop.silent(Command.ANNOUNCE, TOPIC, None, shop.token)
         await shop.silent(Command.ANNOUNCE, TOPIC, value[:-1], shop.token)
         assert await shop.lookup() is None
-        await shop.announce(TOPIC, good)
+        await shop.announce(TOPIC, shop.signed(TOPIC))  # by now the token is another one
         for keys in OTHERS[:2]:
             forged = replace(shop.signed(TOPIC, keys, namespace=NS_UNANNOUNCE), peer=PeerRecord(KEYS.public_key))
             await shop.silent(Command.UNANNOUNCE, TOPIC, encode_announce(forged), shop.token)
@@ -318,16 +318,18 @@ def test_an_ephemeral_node_stores_nothing_and_says_who_is_closer() -> None:
     in_shop(body)
 
 
-def test_verifying_for_strangers_has_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "HOST_BURST", 3.0)
-    monkeypatch.setattr(budget, "HOST_RATE", 0.1)
-
+def test_verifying_for_strangers_has_its_limit() -> None:
     async def body(shop: Shop) -> None:
+        shop.storage._budget = VerifyBudget(host_rate=3 / BURST_SECONDS)
         forged = encode_announce(replace(shop.signed(TOPIC), signature=b"\x01" * 64))
+        token, good = shop.token, encode_announce(shop.signed(TOPIC))
+        peer = shop.peer.rpc
         for _ in range(3):
-            await shop.silent(Command.ANNOUNCE, TOPIC, forged, shop.token)
-        good = encode_announce(shop.signed(TOPIC))
-        await shop.silent(Command.ANNOUNCE, TOPIC, good, shop.token)
+            peer.start(STORE, Command.ANNOUNCE, target=TOPIC, value=forged, token=token)
+        await asyncio.sleep(0.1)
+        for call in list(peer._calls):
+            call.cancel()
+        await shop.silent(Command.ANNOUNCE, TOPIC, good, token)
         await asyncio.sleep(20)
         assert (await shop.announce(TOPIC, shop.signed(TOPIC))).error == 0
 

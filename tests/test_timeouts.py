@@ -153,12 +153,13 @@ def test_offline_is_not_degraded_and_reset_forgets() -> None:
 
 def test_one_host_cannot_spend_more_than_its_share() -> None:
     allowed = VerifyBudget()
-    assert sum(allowed.take("10.0.0.1", 5.0) for _ in range(5000)) == budget.HOST_BURST
+    assert sum(allowed.take("10.0.0.1", 5.0) for _ in range(5000)) == budget.HOST_RATE * budget.BURST_SECONDS
     assert allowed.take("10.0.0.2", 5.0)
     assert sum(allowed.take("10.0.0.1", 6.0) for _ in range(5000)) == budget.HOST_RATE
 
 
 def test_all_hosts_together_are_bounded_in_cost_and_in_memory() -> None:
     allowed = VerifyBudget()
-    assert sum(allowed.take(f"10.1.{i >> 8}.{i & 255}", 5.0) for i in range(9000)) == budget.TOTAL_BURST
+    taken = sum(allowed.take(f"10.1.{i >> 8}.{i & 255}", 5.0) for i in range(9000))
+    assert taken == budget.TOTAL_RATE * budget.BURST_SECONDS
     assert len(allowed._hosts) == budget.MAX_HOSTS

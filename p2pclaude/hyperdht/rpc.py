@@ -182,10 +182,13 @@ class Rpc:
         call = OutgoingRequest(self, to, command, value, token)
         call.internal, call.target, call.socket = internal, target, socket
         call.retries, call.timeout, call.on_resend = retries, timeout, on_resend
-        call.encode(0, self.identity)  # a malformed argument is the caller's error, not the network's
         self._calls.add(call)
+        try:
+            self._submit(call)
+        except BaseException:  # a malformed argument: the caller's error, not the network's
+            self._calls.discard(call)
+            raise
         self.stats.requests += 1
-        self._submit(call)
         return call
 
     def forget(self, call: OutgoingRequest) -> None:
@@ -223,6 +226,8 @@ class Rpc:
 
     def _submit(self, call: OutgoingRequest) -> None:
         if self._window.full or self._queue:
+            if not call.sends:
+                call.encode(0, self.identity)  # raises now what it would raise later
             self._queue.append(call)
             self._watch_window()
         else:
@@ -231,15 +236,16 @@ class Rpc:
     def _send(self, call: OutgoingRequest) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
+        out = call.socket if call.socket is not None and not call.socket.closed else self.socket
+        tid = self._take_tid() if call.tid is None else call.tid
+        datagram = call.encode(tid, self.id_on(out))
         if call.tid is None:
-            call.tid = self._take_tid()
-            call.first_sent = now
-        self._in_flight[call.tid] = call
+            call.tid, call.first_sent = tid, now
+            self._in_flight[tid] = call
         call.sends += 1
         self._count_send(call)
         call.timer = loop.call_later(self._wait_for(call, now), self._on_timer, call)
-        out = call.socket if call.socket is not None and not call.socket.closed else self.socket
-        self.send_datagram(out, call.encode(call.tid, self.id_on(out)), call.to)
+        self.send_datagram(out, datagram, call.to)
 
     def _wait_for(self, call: OutgoingRequest, now: float) -> float:
         if call.timeout is not None:
