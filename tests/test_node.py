@@ -10,7 +10,7 @@ from sim import Link, SimLoop, SimNetwork, run
 from p2pclaude.hyperdht.constants import InternalCommand
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import Destroyed, Suspended
-from p2pclaude.hyperdht.node import TICK_SECONDS
+from p2pclaude.hyperdht.node import TICK_SECONDS, host_sleep
 from p2pclaude.hyperdht.reachability import STABLE_TICKS
 from p2pclaude.hyperdht.routing import node_id
 
@@ -104,6 +104,23 @@ def test_an_open_node_learns_that_it_is_open_and_stays_ephemeral() -> None:
                 assert all(node_id(("8.8.8.8", PORT)) not in other.table for other in nodes)
 
     run(main())
+
+
+def test_in_the_smallest_network_it_is_known_when_the_walk_ends() -> None:
+    async def main() -> None:
+        net = SimNetwork(link=Link(latency=(0.1, 0.1)))
+        async with dht(net, 1) as [first]:
+            node = make_node(net.host("8.8.8.8"), bootstrap=[address_of(first)])
+            async with running(node):
+                await node.bootstrapped.wait()
+                assert now() < 1.5 and node.remote_address() == ("8.8.8.8", PORT)
+
+    run(main())
+
+
+def test_the_hosts_own_account_of_its_sleep() -> None:
+    slept = host_sleep()
+    assert slept > -0.001 and host_sleep() - slept < 1
 
 
 @pytest.mark.parametrize("ephemeral", [None, False])

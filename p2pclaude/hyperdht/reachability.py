@@ -14,7 +14,7 @@ from .encoding import Address
 from .errors import HyperDHTError
 from .nat import NatSampler
 from .query import Query
-from .requests import Reply
+from .requests import OutgoingRequest, Reply
 from .routing import node_id
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 STABLE_TICKS: Final = 240  # 20 min without a sleep: worth a look whether we can be persistent
 MORE_STABLE_TICKS: Final = 3 * STABLE_TICKS
 FORCED_RETRY_TICKS: Final = 2  # for who insists; the first attempt may have come before the network
+PROBE_GRACE: Final = 0.05
 CHECKED_NODES: Final = 5
 NEEDED_OF_MANY: Final = 3
 NEEDED_OF_FEW: Final = 1
@@ -38,6 +39,8 @@ class Reachability:
         self._assume_open = not firewalled
         self._probe_due = firewalled and not self._forced
         self._probe_answered = False
+        self._probe_call: OutgoingRequest | None = None
+        self._probe_rtt = 0.0
         self._ticks_left = STABLE_TICKS if self._adaptive else FORCED_RETRY_TICKS
         self._last_host: str | None = None
         self._busy = False
@@ -50,10 +53,18 @@ class Reachability:
             query = self._node.background_query(self._node.table.id, concurrency=10)
             self.watch(query)
             await query.finished()
+            await self._await_probe()
             if not self._probe_answered and not self._forced:
                 return
             if not await self.update(only_firewall=not self._forced):
                 return
+
+    async def _await_probe(self) -> None:
+        # A small network is walked through before the probe can be back. If it is let in, it takes one round trip.
+        probe, self._probe_call = self._probe_call, None
+        if probe is not None:
+            await asyncio.wait([probe.future], timeout=PROBE_GRACE + 2 * self._probe_rtt)
+            await asyncio.sleep(0)  # `_probed` runs
 
     def watch(self, query: Query) -> None:
         """Let the first node that answers a query probe our server socket, if that was not done yet."""
@@ -71,6 +82,7 @@ class Reachability:
             )
         except HyperDHTError:
             return  # suspended since the reply came
+        self._probe_call, self._probe_rtt = call, reply.rtt
         call.future.add_done_callback(self._probed)
 
     def _probed(self, future: "asyncio.Future[Reply]") -> None:
