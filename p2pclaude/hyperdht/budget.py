@@ -1,25 +1,24 @@
-"""How many signatures strangers may have us verify (ring 1).
+"""How much work with public keys strangers may make us do (ring 1).
 
-`persistent` asks before each verification. Whoever announces has shown with a token that it receives at its host, so
-counting by host means something; the total bounds what many hosts together can cost.
+`persistent` asks before it verifies a signature, `server` before it answers a handshake. Counting by host means
+something where a token or a relay vouches for the address; the total bounds what many hosts together can cost.
 """
 
 from collections import OrderedDict
 from typing import Final
 
 HOST_RATE: Final = 200.0  # a second; one verification takes about 0.1 ms
-HOST_BURST: Final = 400.0
 TOTAL_RATE: Final = 2000.0
-TOTAL_BURST: Final = 2000.0
+BURST_SECONDS: Final = 2.0
 MAX_HOSTS: Final = 4096
 
 
 class _Bucket:
     __slots__ = ("_burst", "_level", "_rate", "_updated")
 
-    def __init__(self, rate: float, burst: float, now: float) -> None:
-        self._rate, self._burst = rate, burst
-        self._level, self._updated = burst, now
+    def __init__(self, rate: float, now: float) -> None:
+        self._rate, self._burst = rate, rate * BURST_SECONDS
+        self._level, self._updated = self._burst, now
 
     def take(self, now: float) -> bool:
         self._level = min(self._burst, self._level + (now - self._updated) * self._rate)
@@ -31,9 +30,11 @@ class _Bucket:
 
 
 class VerifyBudget:
-    """Token buckets: one a host, one for all."""
+    """Token buckets: one a host, one for all; rates are a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, host_rate: float = HOST_RATE, total_rate: float = TOTAL_RATE) -> None:
+        self._host_rate = host_rate
+        self._total_rate = total_rate
         self._hosts: OrderedDict[str, _Bucket] = OrderedDict()
         self._total: _Bucket | None = None
 
@@ -41,11 +42,11 @@ class VerifyBudget:
         """Spend one verification on `host`; False if it has had its share, or everybody together."""
         bucket = self._hosts.get(host)
         if bucket is None:
-            bucket = self._hosts[host] = _Bucket(HOST_RATE, HOST_BURST, now)
+            bucket = self._hosts[host] = _Bucket(self._host_rate, now)
             if len(self._hosts) > MAX_HOSTS:
                 self._hosts.popitem(last=False)
         else:
             self._hosts.move_to_end(host)
         if self._total is None:
-            self._total = _Bucket(TOTAL_RATE, TOTAL_BURST, now)
+            self._total = _Bucket(self._total_rate, now)
         return bucket.take(now) and self._total.take(now)

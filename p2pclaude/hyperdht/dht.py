@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Final, Self
 
 from .bootstrap import PUBLIC_NODES
-from .connect import ClientConnect
+from .connect import connect
 from .connection import Connection
 from .constants import DEFAULT_PORT, KEY_BYTES
 from .crypto import KeyPair
@@ -22,6 +22,7 @@ from .endpoint import Endpoint, Network
 from .errors import Destroyed, Suspended
 from .node import Node
 from .persistent import Persistent
+from .puncher import PunchThrottle
 from .records import ForwardStore
 from .requests import IncomingRequest, Reply
 from .router import Router
@@ -31,6 +32,7 @@ from .udp import UdpNetwork
 
 CONNECT_TIMEOUT: Final = 20.0
 DESTROY_TIMEOUT: Final = 5.0
+HANDLER_GRACE: Final = 1.0
 KEEP_ALIVE: Final = 5.0
 MAX_REMEMBERED_PEERS: Final = 512
 
@@ -77,8 +79,12 @@ class HyperDHT:
             firewalled=public_address is None,
             public_address=public_address,
         )
+        self.throttle = PunchThrottle()
+        """Keeps random hole punching rare."""
         self.servers: set[Server] = set()
         """The servers that listen on this node."""
+        self.handlers: set[asyncio.Task[None]] = set()
+        """The tasks that serve connections, those of closed servers included."""
         self._persistent = Persistent(self.node, self.router, self.rng)
         self._storage = Storage(self.node, self._persistent)
         self._relays: OrderedDict[bytes, tuple[Address, ...]] = OrderedDict()
@@ -138,8 +144,17 @@ class HyperDHT:
         finally:
             self.router.close()
             self.endpoint.streams.close()
+            await self._end_handlers()
             await self.node.destroy()
             self.endpoint.close()
+
+    async def _end_handlers(self) -> None:
+        """Let handlers, whose connections are over, finish; cancel those that wait for something else."""
+        handlers = self.handlers - {asyncio.current_task()}
+        if handlers:
+            _, hanging = await asyncio.wait(handlers, timeout=HANDLER_GRACE)
+            for handler in hanging:
+                handler.cancel()
 
     async def suspend(self) -> None:
         """Go quiet, as before the machine sleeps: announcements are taken back, connections broken off."""
@@ -225,8 +240,7 @@ class HyperDHT:
         if len(public_key) != KEY_BYTES:
             raise ValueError(f"a public key has {KEY_BYTES} bytes")
         self.check_usable()
-        attempt = ClientConnect(self, public_key, key_pair or self.key_pair, relay_addresses)
-        return await attempt.run(timeout)
+        return await connect(self, public_key, key_pair or self.key_pair, relay_addresses, timeout)
 
     def remember_relays(self, public_key: bytes, relays: Sequence[Address]) -> None:
         """Keep the nodes that led to a server, for the next time."""

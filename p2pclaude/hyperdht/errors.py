@@ -44,8 +44,16 @@ class HolepunchError(HyperDHTError):
     """No path through the NATs between was found."""
 
 
+class TryLater(HolepunchError):
+    """The peer punches too many holes at present; a new attempt in some seconds may succeed."""
+
+
 class ConnectionClosed(HyperDHTError, ConnectionError):
     """The connection is closed, or was lost; the message says which."""
+
+
+class RelayFailed(HyperDHTError):
+    """A blind relay did not bring the two sides together; the message says why."""
 
 
 class Suspended(HyperDHTError):

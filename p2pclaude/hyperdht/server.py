@@ -7,36 +7,42 @@ lib/server.js.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from itertools import count
+from typing import TYPE_CHECKING, Any, Final
 
 from .announcer import Announcer
+from .budget import VerifyBudget
 from .connection import Connection
 from .constants import Firewall, HandshakeError
 from .crypto import KeyPair
 from .encoding import Address
-from .endpoint import Socket
 from .errors import ConnectionClosed, DecodeError, HyperDHTError
 from .handshakes import (
     Handshake,
     Holepunch,
+    HolepunchInfo,
     NoisePayload,
     UdxInfo,
     decode_noise_payload,
     encode_noise_payload,
 )
 from .noise import NoiseIK
+from .pending import HANDSHAKE_TIMEOUT, PendingClient
+from .records import ExpiringMap
 from .requests import IncomingRequest
 from .router import Answer
-from .streams import Stream
 
 if TYPE_CHECKING:
     from .dht import HyperDHT
 
 log = logging.getLogger(__name__)
 
-MAX_HANDSHAKES: Final = 256  # handshakes whose client has not shown up yet
-HANDSHAKE_TIMEOUT: Final = 10.0  # for the client's first packet; also how long a handshake may be repeated
+MAX_PENDING: Final = 256  # clients whose first packet has not come yet
+HANDSHAKES_OF_HOST: Final = 50.0  # a second; each costs about half a millisecond
+HANDSHAKES_OF_ALL: Final = 200.0
+MAX_ANSWERS: Final = 4096  # answers kept for repeats
 
 OnConnection = Callable[[Connection], Awaitable[None]]
 Allow = Callable[[bytes, Address], bool]
@@ -51,9 +57,11 @@ class Server:
         self._allow = allow
         self._key_pair: KeyPair | None = None
         self._announcer: Announcer | None = None
-        self._answers: dict[bytes, Answer | None] = {}  # by Noise message: relays and repeats get the same answer
-        self._expiries: dict[bytes, asyncio.TimerHandle] = {}
-        self._waiting: dict[Connection, None] = {}
+        # By Noise message, so that all relays and repeats get the same answer.
+        self._answers: ExpiringMap[bytes, asyncio.Task[Answer | None]] = ExpiringMap(MAX_ANSWERS, HANDSHAKE_TIMEOUT)
+        self._budget = VerifyBudget(HANDSHAKES_OF_HOST, HANDSHAKES_OF_ALL)
+        self._slots: dict[int, PendingClient] = {}
+        self._hosts: dict[int, str] = {}  # of the clients in the slots
         self._tasks: set[asyncio.Task[None]] = set()
         self.closed = False
         """Whether `close` was called."""
@@ -104,10 +112,8 @@ class Server:
         self._dht.servers.discard(self)
         if self._key_pair is not None:
             self._dht.router.remove_server(self._key_pair.public_key)
-        for expiry in self._expiries.values():
-            expiry.cancel()
-        for connection in list(self._waiting):
-            connection.abort()
+        for pending in list(self._slots.values()):
+            pending.connection.abort()
         if self._announcer is not None:
             await self._announcer.stop()
 
@@ -125,47 +131,72 @@ class Server:
 
     async def handle_handshake(self, message: Handshake, request: IncomingRequest) -> Answer | None:
         """Answer a client's Noise message, the same one always alike; None to stay silent."""
-        if message.noise in self._answers:
-            return self._answers[message.noise]
-        if self.closed or len(self._answers) >= MAX_HANDSHAKES:
-            return None
-        answer = self._answer(message, request)
-        self._answers[message.noise] = answer
-        loop = asyncio.get_running_loop()
-        self._expiries[message.noise] = loop.call_later(HANDSHAKE_TIMEOUT, self._forget, message.noise)
-        return answer
-
-    def _forget(self, noise: bytes) -> None:
-        del self._answers[noise], self._expiries[noise]
+        now = asyncio.get_running_loop().time()
+        answering = self._answers.get(message.noise, now)
+        if answering is None:
+            client = message.peer_address or request.source
+            if self.closed or not self._budget.take(client[0], now) or not self._make_room(client[0]):
+                return None
+            answering = asyncio.create_task(self._answer(message, request))
+            self._answers.set(message.noise, answering, now)
+        return await asyncio.shield(answering)
 
     async def handle_holepunch(self, message: Holepunch, request: IncomingRequest) -> Answer | None:
-        """Stay silent: no handshake of ours offers hole punching."""
-        return None
+        """Answer a hole punching round of a handshake that was answered before."""
+        pending = self._slots.get(message.id)
+        return None if pending is None else await pending.handle_holepunch(message, request)
 
-    def _answer(self, message: Handshake, request: IncomingRequest) -> Answer | None:
+    def _make_room(self, host: str) -> bool:
+        """Keep the number of pending clients bounded: the host that has most of them loses its oldest."""
+        if len(self._slots) < MAX_PENDING:
+            return True
+        hosts = Counter(self._hosts.values())
+        busiest, most = hosts.most_common(1)[0]
+        if hosts[host] >= most:
+            return False
+        oldest = next(slot for slot, other in self._hosts.items() if other == busiest)
+        self._slots[oldest].connection.abort()
+        self._release(oldest)
+        return True
+
+    def _release(self, slot: int) -> None:
+        self._slots.pop(slot, None)
+        self._hosts.pop(slot, None)
+
+    async def _answer(self, message: Handshake, request: IncomingRequest) -> Answer | None:
         assert self._key_pair is not None
+        assert self._announcer is not None
         noise = NoiseIK.responder(self._key_pair, KeyPair.generate(self._dht.rng))
         try:
             payload = decode_noise_payload(noise.read_message(message.noise))
         except DecodeError:
             return None
-        client_address = message.peer_address or request.source
-        if not self._allows(noise.remote_public_key, client_address):
+        client = message.peer_address or request.source
+        if not self._allows(noise.remote_public_key, client):
             return None
         if payload.version != 1 or payload.udx is None:
             error = HandshakeError.VERSION_MISMATCH if payload.version != 1 else HandshakeError.ABORTED
-            return Answer(noise.write_message(encode_noise_payload(self._payload(error, 0))))
+            return Answer(noise.write_message(encode_noise_payload(self._payload(error, 0, 0))))
         try:
-            stream = self._dht.endpoint.streams.create()
+            pending = PendingClient(self._dht, self._announcer, self.public_key, noise)
         except HyperDHTError:
-            return None
-        answer = noise.write_message(encode_noise_payload(self._payload(HandshakeError.NONE, stream.id)))
-        self._await_client(stream, noise, payload.udx.id)
-        if message.peer_address is None:
-            stream.connect(request.socket, payload.udx.id, client_address)
-        elif payload.firewall == Firewall.OPEN:
-            stream.connect(self._dht.node.socket, payload.udx.id, client_address)
-        return Answer(answer)
+            return None  # too many streams
+        slot = next(slot for slot in count() if slot not in self._slots)
+        self._slots[slot], self._hosts[slot] = pending, client[0]
+        try:
+            await pending.prepare(payload, message, request)
+        except OSError:
+            log.warning("no socket for hole punching is to be had")
+        answer = noise.write_message(encode_noise_payload(self._payload(HandshakeError.NONE, pending.stream_id, slot)))
+        pending.start(payload, message, request)
+        self._spawn(self._hand_out(pending, slot))
+        self._spawn(pending.settle())
+        return Answer(answer, pending.socket)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _allows(self, public_key: bytes, address: Address) -> bool:
         if self._allow is None:
@@ -176,48 +207,28 @@ class Server:
             log.exception("the server's firewall function failed")
             return False
 
-    def _payload(self, error: HandshakeError, stream_id: int) -> NoisePayload:
+    def _payload(self, error: HandshakeError, stream_id: int, slot: int) -> NoisePayload:
         open_address = self._dht.node.remote_address()
+        relays = () if self._announcer is None else self._announcer.relays
         return NoisePayload(
             error=error,
             firewall=Firewall.UNKNOWN if open_address is None else Firewall.OPEN,
+            holepunch=HolepunchInfo(slot, relays) if relays and open_address is None else None,
             addresses4=self._dht.own_addresses(),
             udx=UdxInfo(reusable_socket=False, id=stream_id),
             secret_stream=True,
             relay_addresses=self.relay_addresses or None,
         )
 
-    def _await_client(self, stream: Stream, noise: NoiseIK, remote_id: int) -> None:
-        """Let the client's first packet, wherever it comes from, set the path; hand the connection out then."""
-        connection = Connection(
-            stream,
-            self.public_key,
-            noise.remote_public_key,
-            is_initiator=False,
-            keep_alive=self._dht.connection_keep_alive,
-            rng=self._dht.rng,
-        )
-
-        def firewall(socket: Socket, source: Address) -> bool:
-            stream.connect(socket, remote_id, source)
-            return True
-
-        stream.firewall = firewall
-        connection.start(noise)
-        self._waiting[connection] = None
-        task = asyncio.create_task(self._hand_out(connection, stream))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _hand_out(self, connection: Connection, stream: Stream) -> None:
+    async def _hand_out(self, pending: PendingClient, slot: int) -> None:
+        """Give the connection to the application once the client is there."""
+        connection = pending.connection
         try:
-            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
-                await connection.wait_opened()
-        except (TimeoutError, ConnectionClosed):
-            connection.abort()
-            return
+            if not await pending.wait_opened():
+                return
         finally:
-            self._waiting.pop(connection, None)
+            if self._slots.get(slot) is pending:
+                self._release(slot)
         try:
             await self._on_connection(connection)
         except ConnectionClosed as error:

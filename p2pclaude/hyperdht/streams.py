@@ -8,11 +8,11 @@ import asyncio
 import heapq
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from .encoding import Address
 from .errors import HyperDHTError
-from .udx.packet import local_id_of, rewrite_stream_id
+from .udx.packet import local_id_of
 from .udx.stream import Closed, DataReceived, Drained, EndReceived, MessageReceived, UdxStream
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Stream:
     """A UDX stream with its way through the network: socket and remote address."""
 
     __slots__ = (
-        "_dirty", "_streams", "_timer", "address", "core", "firewall", "handler", "on_packet", "relay_to", "socket",
+        "_dirty", "_streams", "_timer", "address", "core", "firewall", "handler", "on_forgotten", "on_packet",
+        "own_socket", "socket",
     )  # fmt: skip
 
     def __init__(self, streams: "StreamSet", core: UdxStream) -> None:
@@ -56,26 +57,34 @@ class Stream:
         self.address: Address | None = None
         self.handler: StreamHandler | None = None
         self.firewall: Callable[[Socket, Address], bool] | None = None
-        """Asked for every packet that comes in on another socket than the stream's own; without it they are dropped.
+        """Asked for every packet that comes in on another way than the stream's own, socket and remote address.
 
-        A hook that connects the stream gets that very packet processed.
+        A hook that connects the stream gets that very packet processed. Without one the stream keeps to its socket.
         """
         self.on_packet: Callable[[Socket, Address], None] | None = None
         """Called once, for the first packet that was let in."""
-        self.relay_to: Stream | None = None
-        """Another stream all packets are forwarded to, verbatim but for the id."""
+        self.own_socket: Socket | None = None
+        """A socket that serves this stream alone, and is closed when the stream is forgotten."""
+        self.on_forgotten: Callable[[], None] | None = None
+        """Called once, when the stream is over for good: closed, and nothing left to repeat to the peer."""
 
     @property
     def id(self) -> int:
         """The id the peer addresses this stream by."""
         return self.core.local_id
 
+    @property
+    def forgotten(self) -> bool:
+        """Whether the stream is over for good."""
+        return self._streams.find_id(self.id) is not self
+
     def connect(self, socket: "Socket", remote_id: int, address: Address) -> None:
-        """Set the way to the peer, and on the first call the peer's stream id; what was queued leaves now."""
+        """Set the way to the peer and its id for the stream, which a relay changes; what was queued leaves now."""
         now = self._streams.now()
         if not self.core.connected:
             self.core.connect(remote_id, now)
         elif (socket, address) != (self.socket, self.address):
+            self.core.remote_id = remote_id
             self.core.reset_path(now)
         self.socket, self.address = socket, address
         self.flush()
@@ -106,9 +115,13 @@ class Stream:
         self.flush()
 
     def accepts(self, socket: "Socket", source: Address) -> bool:
-        """Decide about a packet's way in; unknown sockets are the firewall hook's choice."""
-        if socket is not self.socket and (self.firewall is None or not self.firewall(socket, source)):
-            return False
+        """Decide about a packet by its way in; new ways are the firewall hook's choice."""
+        if socket is not self.socket or source != self.address:
+            if self.firewall is None:
+                if socket is not self.socket:
+                    return False
+            elif not self.firewall(socket, source):
+                return False
         if self.on_packet is not None:
             on_packet, self.on_packet = self.on_packet, None
             on_packet(socket, source)
@@ -116,18 +129,9 @@ class Stream:
 
     def receive(self, datagrams: Sequence[bytes]) -> None:
         """Process a batch of packets for this stream."""
-        if self.relay_to is not None:
-            self.relay_to.forward(datagrams)
-            return
         self.core.receive_datagrams(datagrams, self._streams.now())
         self._dispatch()
         self.flush()
-
-    def forward(self, datagrams: Sequence[bytes]) -> None:
-        """Send another stream's packets to this stream's peer (blind relaying)."""
-        if self.socket is not None and self.address is not None and self.core.remote_id is not None:
-            remote_id = self.core.remote_id
-            self.socket.send([rewrite_stream_id(data, remote_id) for data in datagrams], self.address)
 
     def handle_timer(self, now: float) -> None:
         """Let the core act on its timer."""
@@ -172,6 +176,9 @@ class Stream:
                     handler.stream_closed(error)
 
 
+StreamT = TypeVar("StreamT", bound=Stream)
+
+
 class StreamSet:
     """All streams of a node, by the id their peers use."""
 
@@ -190,12 +197,16 @@ class StreamSet:
 
     def create(self) -> Stream:
         """Make a stream with an unused random id; raises HyperDHTError when there are too many."""
+        return self.create_of(Stream)
+
+    def create_of(self, kind: type[StreamT]) -> StreamT:
+        """Make a stream of a derived class, as `create` does."""
         if len(self._by_id) >= MAX_STREAMS:
             raise HyperDHTError(f"more than {MAX_STREAMS} streams")
         stream_id = self._rng.getrandbits(32)
         while stream_id in self._by_id:
             stream_id = self._rng.getrandbits(32)
-        stream = Stream(self, UdxStream(stream_id))
+        stream = kind(self, UdxStream(stream_id))
         self._by_id[stream_id] = stream
         return stream
 
@@ -204,15 +215,24 @@ class StreamSet:
         stream_id = local_id_of(data)
         return None if stream_id is None else self._by_id.get(stream_id)
 
+    def find_id(self, stream_id: int) -> Stream | None:
+        """Return the stream with that id."""
+        return self._by_id.get(stream_id)
+
     def discard(self, stream: Stream) -> None:
         """Forget a stream at once; its packets are ignored from now on."""
         self._by_id.pop(stream.id, None)
+        if stream.own_socket is not None:
+            stream.own_socket.close()
+        if stream.on_forgotten is not None:
+            on_forgotten, stream.on_forgotten = stream.on_forgotten, None
+            on_forgotten()
 
     def close(self) -> None:
         """Break off and forget every stream."""
         for stream in list(self._by_id.values()):
             stream.destroy()
-        self._by_id.clear()
+            self.discard(stream)
         self._deadlines.clear()
         if self._alarm is not None:
             self._alarm.cancel()
