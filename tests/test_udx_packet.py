@@ -20,29 +20,29 @@ from p2pclaude.hyperdht.udx.packet import (
 
 WINDOW = 4194304
 
-# name, packet, header, payload
+# name, header bytes, header, payload
 CAPTURED = [
-    ("data", "ff0101000200000000004000000000000000000068656c6c6f", Header(PacketType.DATA, 0, 2, WINDOW, 0, 0), b"hello"),
+    ("data", "ff01010002000000000040000000000000000000", Header(PacketType.DATA, 0, 2, WINDOW, 0, 0), b"hello"),
     ("ack", "ff01000001000000000040000000000001000000", Header(PacketType(0), 0, 1, WINDOW, 0, 1), b""),
-    ("message", "ff010800020000000000400000000000000000006d7367", Header(PacketType.MESSAGE, 0, 2, WINDOW, 0, 0), b"msg"),
-    ("empty message", "ff01080002000000000040000000000000000000", Header(PacketType.MESSAGE, 0, 2, WINDOW, 0, 0), b""),
-    ("heartbeat", "ff01200002000000000040000100000000000000", Header(PacketType.HEARTBEAT, 0, 2, WINDOW, 1, 0), b""),
+    ("message", "ff01080002000000000040000000000000000000", Header(PacketType.MESSAGE, 0, 2, WINDOW, 0, 0), b"msg"),
+    ("empty", "ff01080002000000000040000000000000000000", Header(PacketType.MESSAGE, 0, 2, WINDOW, 0, 0), b""),
+    ("heart", "ff01200002000000000040000100000000000000", Header(PacketType.HEARTBEAT, 0, 2, WINDOW, 1, 0), b""),
     ("end", "ff01020002000000000040000100000000000000", Header(PacketType.END, 0, 2, WINDOW, 1, 0), b""),
     (
         "data and end",
-        "ff010300020000000000400065000000000000006c617374",
+        "ff01030002000000000040006500000000000000",
         Header(PacketType.DATA | PacketType.END, 0, 2, WINDOW, 101, 0),
         b"last",
     ),
     ("destroy", "ff01100002000000000040000e00000000000000", Header(PacketType.DESTROY, 0, 2, WINDOW, 14, 0), b""),
-]  # fmt: skip
+]
 SACK = bytes.fromhex("ff0104000100000000004000000000000200000004000000060000000700000008000000")
 PROBE = bytes.fromhex("ff01012002000000000040000800000000000000") + bytes(32) + b"x" * 1152
 
 
 @pytest.mark.parametrize(("name", "packet", "header", "payload"), CAPTURED)
 def test_captured_packets(name: str, packet: str, header: Header, payload: bytes) -> None:
-    data = bytes.fromhex(packet)
+    data = bytes.fromhex(packet) + payload
     assert decode_header(data) == header
     assert decode_payload(data) == payload
     assert encode_header(header) + payload == data

@@ -27,6 +27,7 @@ MIN_RATE: Final = 10_000.0  # a floor that keeps timers short on nearly dead pat
 OVERSHOOT_LOSS: Final = 0.1  # share of a round trip's bytes whose loss, without growth, ends the start-up
 LOSS_COMPENSATION: Final = 0.6  # see Bbr._set_pacing_rate
 MAX_COMPENSATED_LOSS: Final = 0.4
+QUEUE_RTT: Final = 1.25  # round trips of this many times the minimum show a queue
 
 
 class Mode(Enum):
@@ -65,8 +66,10 @@ class MaxFilter:
 class Bbr:
     """The controller of one path: feed it `on_ack`, obey `window` and `pacing_rate`."""
 
-    def __init__(self, mss: int) -> None:
+    def __init__(self, mss: int, variety: int = 0) -> None:
+        """Start on an unknown path; streams with different `variety` probe at different times."""
         self.mss = mss
+        self._first_phase = 2 + variety % (len(CYCLE_GAINS) - 2)
         self.mode = Mode.STARTUP
         self.window = INITIAL_WINDOW_PACKETS * mss
         self.pacing_rate = STARTUP_GAIN * self.window / 0.001  # as good as none before the first round trip
@@ -80,6 +83,8 @@ class Bbr:
         self._round_lost = 0
         self._round_acked = 0
         self._loss_share = 0.0  # smoothed share of bytes that get lost
+        self._round_rtt: float | None = None  # the smallest of this round trip
+        self._queue_seen = False  # the round trips are longer than the path is
         self._full_bandwidth = 0.0
         self._full_rounds = 0
         self._pipe_filled = False
@@ -117,6 +122,8 @@ class Bbr:
     def _update_round(self, sample: AckSample) -> None:
         self._round_lost += sample.lost
         self._round_acked += sample.acked
+        if sample.rtt is not None and (self._round_rtt is None or sample.rtt < self._round_rtt):
+            self._round_rtt = sample.rtt
         self._round_start = sample.prior_delivered >= self._round_end_delivered
         if self._round_start:
             self._round_end_delivered = sample.delivered
@@ -132,6 +139,9 @@ class Bbr:
         lost = self._round_lost / max(self._round_lost + self._round_acked, 1)
         self._round_lost = self._round_acked = 0
         self._loss_share += (lost - self._loss_share) / 4
+        if self._round_rtt is not None and self._min_rtt is not None:
+            self._queue_seen = self._round_rtt > QUEUE_RTT * self._min_rtt
+        self._round_rtt = None
         if self._pipe_filled or sample.app_limited:
             return
         if self._bandwidth.value >= self._full_bandwidth * 1.25:
@@ -166,8 +176,8 @@ class Bbr:
         self._window_gain = window_gain
 
     def _enter_probe_bw(self, now: float) -> None:
-        # Begin in a neutral phase; the published text picks one at random, which a deterministic core does not.
-        self._cycle_index = 2
+        # Any neutral phase will do, if only streams that share a path do not all probe at once.
+        self._cycle_index = self._first_phase
         self._cycle_at = now
         self._enter(Mode.PROBE_BW, 1.0, WINDOW_GAIN)
 
@@ -213,8 +223,8 @@ class Bbr:
         """Follow the bandwidth, and send more by part of what gets lost (departure).
 
         Only what arrives counts as bandwidth. At 25 % random loss not even a gain of 5/4 would deliver what was
-        delivered before, and the estimate would sink round by round. The compensation is partial, so that losses of
-        an overloaded path, which it feeds, die away.
+        delivered before, and the estimate would sink round by round. An overloaded path betrays itself by its queue;
+        where that is too short to see, the compensation is partial, so that the losses it feeds die away.
         """
         if self._bandwidth.value:
             rate = self._pacing_gain * self._bandwidth.value
@@ -222,7 +232,8 @@ class Bbr:
             rate = self._pacing_gain * INITIAL_WINDOW_PACKETS * self.mss / max(self._min_rtt, 0.001)
         else:
             return
-        rate /= 1 - LOSS_COMPENSATION * min(self._loss_share, MAX_COMPENSATED_LOSS)
+        if not self._queue_seen:
+            rate /= 1 - LOSS_COMPENSATION * min(self._loss_share, MAX_COMPENSATED_LOSS)
         if self._pipe_filled or not self._rate_known or rate > self.pacing_rate:
             self.pacing_rate = max(rate, MIN_RATE)
             self._rate_known = True

@@ -10,13 +10,15 @@ from .ranges import RangeSet
 
 MAX_AHEAD: Final = 32768  # packets beyond the next expected one; libudx itself reports at most 65536 ahead
 MAX_SACK_RANGES: Final = 64
+CAPACITY: Final = 4  # windows that may wait in all; the sender keeps to three (`sender.MAX_SPAN`)
 
 
 class Receiver:
     """Puts packets in order and bounds what waits.
 
-    The window advertises what of `window` bytes the reader has not yet to take. It counts from the cumulative
-    acknowledgement, so packets held behind a gap lie within it; those beyond are dropped and not reported.
+    The window advertises what the reader has not yet to take of `window` bytes. As libudx understands it, it limits
+    what is under way and not what the peer knows to be held behind a gap; so `CAPACITY` windows may wait in all, and
+    whatever was sent under an older, larger window still finds room. Packets beyond are dropped and not reported.
     """
 
     def __init__(self, window: int, initial_seq: int) -> None:
@@ -29,8 +31,7 @@ class Receiver:
         self._end_seq: int | None = None
         self._early: dict[int, bytes] = {}  # behind a gap
         self._early_bytes = 0
-        self._advertised_edge = window  # in bytes of the stream
-        self._received = 0  # bytes of the stream received in order
+        self._advertised = window
 
     @property
     def holds_early(self) -> bool:
@@ -56,14 +57,13 @@ class Receiver:
 
     @property
     def room(self) -> int:
-        """The bytes that may still be taken: what was ever advertised is kept open, and a packet's worth of slack."""
-        return max(self._advertised_edge - self._received, self.window - self.unread) + 2048
+        """The bytes that may come in order; they may fill a gap, so what waits behind it does not count."""
+        return CAPACITY * self.window - self.unread
 
     def add_in_order(self, payloads: list[bytes], size: int) -> None:
         """Take the payloads of consecutive DATA packets that start at `next_seq`; the caller kept to `room`."""
         self.chunks += payloads
         self.next_seq += len(payloads)
-        self._received += size
         self.unread += size
 
     def drain(self) -> None:
@@ -79,14 +79,12 @@ class Receiver:
     def consume(self, size: int) -> bool:
         """Note that the reader took bytes; return True if the peer should be told of the room."""
         self.unread = max(self.unread - size, 0)
-        known = self._advertised_edge - self._received  # what the peer believes
-        return self.window - self.unread - known >= max(self.window // 4, 1)
+        return self.window - self.unread - self._advertised >= max(self.window // 4, 1)
 
     def advertise(self) -> int:
-        """Return the window for the next packet; never takes back what was offered."""
-        edge = max(self._advertised_edge, self._received + self.window - self.unread)
-        self._advertised_edge = edge
-        return min(max(edge - self._received, 0), 0xFFFFFFFF)  # the slack in `room` may have overdrawn it
+        """Return the window for the next packet."""
+        self._advertised = min(max(self.window - self.unread, 0), 0xFFFFFFFF)
+        return self._advertised
 
     def discard(self) -> None:
         """Drop all data that waits; the numbers stay for final acknowledgements."""
@@ -116,7 +114,6 @@ class Receiver:
     def _take(self, payload: bytes, ends: bool, seq: int) -> None:
         if payload:
             self.chunks.append(payload)
-            self._received += len(payload)
             self.unread += len(payload)
         self.next_seq = seq + 1
         if ends:

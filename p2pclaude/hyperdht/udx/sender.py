@@ -26,6 +26,7 @@ MAX_BURST_PACKETS: Final = 256  # of one call: others want a turn
 PROBES: Final = 2  # packets a probe timeout sends: one of them may be lost as well
 OUTAGE_ATTEMPTS: Final = 3  # probe timeouts in a row that mean more than a lost tail
 BLACK_HOLE_ATTEMPTS: Final = 3  # transmissions of one full packet, all lost while others arrive
+MAX_SPAN: Final = 3  # windows between the first unacknowledged byte and the last
 MAX_WINDOW_PROBE_S: Final = 2.0
 
 
@@ -58,15 +59,15 @@ class SenderStats:
 class Sender:
     """Sends bytes as numbered packets until each is acknowledged."""
 
-    def __init__(self, initial_seq: int, mtu: int, max_mtu: int) -> None:
+    def __init__(self, initial_seq: int, mtu: int, max_mtu: int, variety: int = 0) -> None:
         self.stats = SenderStats()
         self.rtt = RttEstimator()
         self.search = MtuSearch(mtu, max_mtu)
-        self.congestion = Bbr(mtu)
+        self.congestion = Bbr(mtu, variety)
         self.acked_below = initial_seq  # unbounded, as next_seq
         self.next_seq = initial_seq
         self.queued = 0  # bytes written, not yet sent
-        self.unacked = 0  # payload bytes from the first unacknowledged packet on: what the peer's window counts
+        self.unacked = 0  # payload bytes from the first unacknowledged packet on
         self.in_flight = 0  # bytes on the wire, neither acknowledged nor lost
         self.end_queued = False
         self.end_seq: int | None = None
@@ -74,6 +75,9 @@ class Sender:
         self.give_up = False  # the path is dead
         self.window_probe_due = False  # a HEARTBEAT must ask for the peer's window
         self._base_mtu = mtu
+        self._variety = variety
+        self._largest_window = 0
+        self._sacked_bytes = 0  # payload the peer holds behind a gap
         self._queue: deque[bytes] = deque()
         self._head_offset = 0  # bytes of the queue's first chunk that are gone
         self._packets: dict[int, Packet] = {}
@@ -130,7 +134,7 @@ class Sender:
         self._lost.clear()
         self._sacked = RangeSet()
         self._loss = LossDetector(self.rtt)
-        self.queued = self.unacked = self.in_flight = 0
+        self.queued = self.unacked = self.in_flight = self._sacked_bytes = 0
         self._window_probe_at = self._paced_until = None
         self.window_probe_due = False
 
@@ -140,7 +144,7 @@ class Sender:
         self.search.restart(self._base_mtu, self._order)
         for packet in self._packets.values():
             packet.padded_mtu = 0
-        self.congestion = Bbr(self._base_mtu)
+        self.congestion = Bbr(self._base_mtu, self._variety)
         self._pacer = Pacer()
         self._loss.forget_path()
         self._progress_at = now
@@ -158,6 +162,7 @@ class Sender:
             if self.peer_window < self.search.mtu <= window:
                 self._progress_at = now  # what the peer had no room for gets its full time again
             self.peer_window = min(window, MAX_UNDER_WAY)
+            self._largest_window = max(self._largest_window, self.peer_window)
 
     def receive_ack(self, ack: int, now: float) -> bool:
         """Take a cumulative acknowledgement (unbounded); return False when it covers what was never sent."""
@@ -172,6 +177,7 @@ class Sender:
             self.unacked -= len(packet.payload)
             if packet.state == DELIVERED:
                 self._loss.sacked -= 1
+                self._sacked_bytes -= len(packet.payload)
             else:
                 self._deliver(packet, now)
         if ack > self.acked_below:
@@ -189,8 +195,10 @@ class Sender:
                 continue
             for first, last in self._sacked.add(start, end):
                 for seq in range(first, last):
-                    self._deliver(self._packets[seq], now)
+                    packet = self._packets[seq]
+                    self._deliver(packet, now)
                     self._loss.sacked += 1
+                    self._sacked_bytes += len(packet.payload)
 
     def _deliver(self, packet: Packet, now: float) -> None:
         """Account for the first acknowledgement of a packet."""
@@ -338,7 +346,7 @@ class Sender:
 
     def _send_new(self, burst: "_Burst", allowance: int) -> None:
         """Cut new packets from the queue: the hot path of sending."""
-        room = self.peer_window - self.unacked
+        room = self._window_room()
         packets_left = min(MAX_PACKETS_UNDER_WAY - (self.next_seq - self.acked_below), MAX_BURST_PACKETS)
         while allowance > 0 and packets_left > 0:
             payload_size = self.search.mtu - OVERHEAD_BYTES
@@ -377,6 +385,14 @@ class Sender:
             allowance -= wire_size
             packets_left -= 1
 
+    def _window_room(self) -> int:
+        """Return the payload bytes the peer's window has room for.
+
+        What the peer already holds does not count (libudx), within bounds that `Receiver` keeps room for.
+        """
+        span_left = MAX_SPAN * self._largest_window - self.unacked if self._largest_window else self.peer_window
+        return min(self.peer_window - (self.unacked - self._sacked_bytes), span_left)
+
     def _padding(self, size: int, payload_size: int) -> int:
         """Return the padding that makes this packet an MTU probe, usually 0."""
         if size != payload_size or self.rtt.srtt is None:
@@ -412,7 +428,7 @@ class Sender:
         if more and budget <= 0 and not window_closed:
             congestion = self.congestion
             self._paced_until = self._pacer.ready_at(congestion.pacing_rate, congestion.quantum)
-        elif more and allowance > 0 and self.queued and self.peer_window - self.unacked >= self.search.mtu:
+        elif more and allowance > 0 and self.queued and self._window_room() >= self.search.mtu:
             self._paced_until = now  # the burst's limit of packets was reached
         if allowance > 0 and not more:
             self._rate.mark_app_limited(self.in_flight)

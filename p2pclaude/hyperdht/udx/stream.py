@@ -34,7 +34,7 @@ from .packet import (
     sack_length,
     unwrap,
 )
-from .receiver import MAX_SACK_RANGES, Receiver
+from .receiver import MAX_AHEAD, MAX_SACK_RANGES, Receiver
 from .sender import BurstHeader, Sender
 
 __all__ = ["Closed", "DataReceived", "Drained", "EndReceived", "Event", "MessageReceived", "UdxStream"]
@@ -82,7 +82,7 @@ class UdxStream:
         self.finished = False  # nothing is left to answer: the stream may be forgotten
         self.received_any = False  # a packet of the peer arrived
         self.stats = Stats()
-        self._sender = Sender(initial_seq, mtu, max_mtu)
+        self._sender = Sender(initial_seq, mtu, max_mtu, variety=local_id)
         self._receiver = Receiver(receive_window, initial_remote_seq)
         self._events: deque[Event] = deque()
         self._messages: deque[bytes] = deque()
@@ -237,6 +237,11 @@ class UdxStream:
         self, data: bytes, kind: int, offset: int, window: int, wire_seq: int, wire_ack: int, now: float
     ) -> None:
         """Process one packet in the order of libudx (src/udx.c, process_packet)."""
+        seq = unwrap(wire_seq, self._receiver.next_seq)
+        if seq > self._receiver.next_seq + MAX_AHEAD:
+            # No peer is so far ahead; libudx would believe the window of such a packet, and no later one's.
+            self.stats.dropped += 1
+            return
         self.received_any = True
         self._last_heard = now
         if kind & HEARTBEAT:
@@ -246,12 +251,11 @@ class UdxStream:
         if start > len(data):
             self.stats.bad += 1
             return
-        seq = unwrap(wire_seq, self._receiver.next_seq)
         if kind & (DATA | END):
             self._ack_due = True
             if not self._receiver.receive(seq, data[start:], bool(kind & END)):
                 self.stats.dropped += 1
-        if kind & DESTROY and self._is_valid_destroy(seq):
+        if kind & DESTROY and seq >= self._receiver.next_seq:
             self._close(ECONNRESET)
             self.finished = True
             return
@@ -260,13 +264,6 @@ class UdxStream:
         if not kind & SACK and wire_ack == self._last_ack and window == self._last_window:
             return
         self._receive_ack(data, kind, window, seq, wire_ack, now)
-
-    def _is_valid_destroy(self, seq: int) -> bool:
-        """Tell whether a DESTROY is of now: it carries the next number the peer would use."""
-        if self._receiver.next_seq <= seq < self._receiver.next_seq + 0x10000:
-            return True
-        self.stats.dropped += 1
-        return False
 
     def _receive_ack(self, data: bytes, kind: int, window: int, seq: int, wire_ack: int, now: float) -> None:
         sender = self._sender
