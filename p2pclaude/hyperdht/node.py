@@ -94,7 +94,7 @@ class Node:
         self._bound_ports = (0, 0)
         self._refresh_ticks = rng.randint(REFRESH_TICKS // 2 + 1, REFRESH_TICKS)
         self._interfaces: frozenset[str] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}  # in order, so that simulations replay
         self._ticker: asyncio.TimerHandle | None = None
         self._last_tick = (0.0, 0.0)
         self.rpc.firewalled = firewalled
@@ -451,11 +451,11 @@ class Node:
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine in the background until the node ends; its failure is logged."""
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._finished)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a background task failed", exc_info=error)
 

@@ -73,7 +73,7 @@ class Rpc:
         self._tokens = TokenJar(rng)
         self._tokens_rotated = 0.0
         self._window = CongestionWindow(max_window)
-        self._calls: set[OutgoingRequest] = set()
+        self._calls: dict[OutgoingRequest, None] = {}  # in order, so that simulations replay
         self._in_flight: dict[int, OutgoingRequest] = {}  # by tid, which a request gets with its first send
         self._queue: deque[OutgoingRequest] = deque()  # may hold forgotten ones: they are skipped
         self._next_tid = rng.randrange(MAX_TIDS)
@@ -182,11 +182,11 @@ class Rpc:
         call = OutgoingRequest(self, to, command, value, token)
         call.internal, call.target, call.socket = internal, target, socket
         call.retries, call.timeout, call.on_resend = retries, timeout, on_resend
-        self._calls.add(call)
+        self._calls[call] = None
         try:
             self._submit(call)
         except BaseException:  # a malformed argument: the caller's error, not the network's
-            self._calls.discard(call)
+            self._calls.pop(call, None)
             raise
         self.stats.requests += 1
         return call
@@ -195,7 +195,7 @@ class Rpc:
         """Take a request out of the table; its timer and its place in the window go with it."""
         if call not in self._calls:
             return
-        self._calls.discard(call)
+        del self._calls[call]
         if call.timer is not None:
             call.timer.cancel()
             call.timer = None
@@ -208,8 +208,9 @@ class Rpc:
         """Fail everything in flight with `reason()`, and every later request, until `open`."""
         self._closed = reason
         calls = list(self._calls)
-        for table in (self._calls, self._in_flight, self._queue):
-            table.clear()
+        self._calls.clear()
+        self._in_flight.clear()
+        self._queue.clear()
         self._window.clear()
         if self._rotation is not None:
             self._rotation.cancel()
@@ -387,7 +388,7 @@ class Rpc:
             call.future.set_exception(error)
             return True
         call.tid, call.sends = None, 0
-        self._calls.add(call)
+        self._calls[call] = None
         self._submit(call)
         return True
 
