@@ -6,7 +6,6 @@ get what may leave. The parts know one thing each: `recovery` what is lost, `con
 """
 
 import heapq
-from collections import deque
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -18,6 +17,8 @@ from .ranges import RangeSet
 from .rate import AckSample, DeliveryRate, Flight
 from .recovery import DELIVERED, IN_FLIGHT, LOST, LossDetector, Packet
 from .rtt import RttEstimator
+from .sendqueue import SendQueue
+from .windowprobe import WindowProbe
 
 GIVE_UP_S: Final = 12.0  # without progress; an outage of 10 s must kill nothing, and probes leave every second
 MAX_UNDER_WAY: Final = 64 * 1024 * 1024  # whatever window the peer offers
@@ -27,7 +28,6 @@ PROBES: Final = 2  # packets a probe timeout sends: one of them may be lost as w
 OUTAGE_ATTEMPTS: Final = 3  # probe timeouts in a row that mean more than a lost tail
 BLACK_HOLE_ATTEMPTS: Final = 3  # transmissions of one full packet, all lost while others arrive
 MAX_SPAN: Final = 3  # windows between the first unacknowledged byte and the last
-MAX_WINDOW_PROBE_S: Final = 2.0
 
 
 class BurstHeader(NamedTuple):
@@ -66,20 +66,18 @@ class Sender:
         self.congestion = Bbr(mtu, variety)
         self.acked_below = initial_seq  # unbounded, as next_seq
         self.next_seq = initial_seq
-        self.queued = 0  # bytes written, not yet sent
         self.unacked = 0  # payload bytes from the first unacknowledged packet on
         self.in_flight = 0  # bytes on the wire, neither acknowledged nor lost
         self.end_queued = False
         self.end_seq: int | None = None
         self.peer_window = 4 * 1024 * 1024  # until the peer says; libudx UDX_DEFAULT_RWND_MAX
         self.give_up = False  # the path is dead
-        self.window_probe_due = False  # a HEARTBEAT must ask for the peer's window
+        self.window_probe = WindowProbe()
         self._base_mtu = mtu
         self._variety = variety
         self._largest_window = 0
         self._sacked_bytes = 0  # payload the peer holds behind a gap
-        self._queue: deque[bytes] = deque()
-        self._head_offset = 0  # bytes of the queue's first chunk that are gone
+        self._queue = SendQueue()
         self._packets: dict[int, Packet] = {}
         self._sacked = RangeSet()
         self._lost: list[int] = []  # heap of sequence numbers to send again; outdated ones are skipped
@@ -92,9 +90,6 @@ class Sender:
         self._last_sent_at = 0.0
         self._progress_at = 0.0
         self._paced_until: float | None = None
-        self._window_probes = 0
-        self._window_probe_at: float | None = None
-        self._window_closed_at = 0.0
         self._window_from = (initial_seq - 1, 0)  # (seq, ack) of the packet the peer's window is from
         # What one batch of acknowledgements brought, until finish_acks.
         self._batch_acked = 0
@@ -102,9 +97,9 @@ class Sender:
         self._batch_rtt: float | None = None
 
     @property
-    def idle(self) -> bool:
-        """Tell whether everything written, the end included, is acknowledged."""
-        return not self._packets and not self.queued and (not self.end_queued or self.end_seq is not None)
+    def queued(self) -> int:
+        """The bytes written and not yet sent."""
+        return self._queue.size
 
     @property
     def end_acked(self) -> bool:
@@ -123,9 +118,7 @@ class Sender:
 
     def write(self, data: bytes) -> None:
         """Queue bytes."""
-        if data:
-            self._queue.append(data)
-            self.queued += len(data)
+        self._queue.append(data)
 
     def discard(self) -> None:
         """Drop everything queued and under way (the stream is over); the numbers stay."""
@@ -134,9 +127,9 @@ class Sender:
         self._lost.clear()
         self._sacked = RangeSet()
         self._loss = LossDetector(self.rtt)
-        self.queued = self.unacked = self.in_flight = self._sacked_bytes = 0
-        self._window_probe_at = self._paced_until = None
-        self.window_probe_due = False
+        self.unacked = self.in_flight = self._sacked_bytes = 0
+        self._paced_until = None
+        self.window_probe.stop()
 
     def reset_path(self, now: float) -> None:
         """Begin anew with another path: its round-trip time, bandwidth and packet size are unknown."""
@@ -346,24 +339,25 @@ class Sender:
 
     def _send_new(self, burst: "_Burst", allowance: int) -> None:
         """Cut new packets from the queue: the hot path of sending."""
+        queue = self._queue
         room = self._window_room()
         packets_left = min(MAX_PACKETS_UNDER_WAY - (self.next_seq - self.acked_below), MAX_BURST_PACKETS)
         while allowance > 0 and packets_left > 0:
             payload_size = self.search.mtu - OVERHEAD_BYTES
-            if self.queued:
-                size = min(payload_size, self.queued)
+            if queue.size:
+                size = min(payload_size, queue.size)
                 if size > room:
                     # Part of a packet is worth sending only when nothing under way will open the window.
                     if self._packets or room <= 0:
                         break
                     size = room
-                payload = self._take(size)
+                payload = queue.take(size)
             elif self._end_due:
                 size, payload = 0, b""
             else:
                 break
             kind = DATA if payload else 0
-            if self._end_due and not self.queued:
+            if self._end_due and not queue.size:
                 kind |= END
                 self.end_seq = self.next_seq
             padding = self._padding(size, payload_size)
@@ -400,27 +394,6 @@ class Sender:
         probe = self.search.wanted
         return probe - size - OVERHEAD_BYTES if probe else 0
 
-    def _take(self, size: int) -> bytes:
-        """Remove `size` bytes from the front of the queue."""
-        self.queued -= size
-        queue, offset = self._queue, self._head_offset
-        head = queue[0]
-        if len(head) - offset > size:
-            self._head_offset = offset + size
-            return head[offset : offset + size]
-        parts = []
-        while size:
-            head = queue[0]
-            part = head[offset : offset + size] if offset or len(head) > size else head
-            parts.append(part)
-            size -= len(part)
-            offset += len(part)
-            if offset == len(head):
-                queue.popleft()
-                offset = 0
-        self._head_offset = offset
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
     def _after_send(self, allowance: int, budget: int, now: float) -> None:
         """Note why nothing more leaves: pacing, the congestion window, the peer's window, or no data."""
         more = bool(self._lost or self.queued)
@@ -432,24 +405,13 @@ class Sender:
             self._paced_until = now  # the burst's limit of packets was reached
         if allowance > 0 and not more:
             self._rate.mark_app_limited(self.in_flight)
-        self._watch_window(window_closed, now)
-
-    def _watch_window(self, closed: bool, now: float) -> None:
-        """Ask now and then for the peer's window while it is closed: its opening could be lost."""
-        if not closed:
-            self._window_probe_at = None
-            self._window_probes = 0
-        elif self._window_probe_at is None:
-            if not self._window_probes:
-                self._window_closed_at = now
-            interval = max(self.rtt.probe_timeout(0), 0.25) * 2.0 ** min(self._window_probes, 3)
-            self._window_probe_at = now + min(interval, MAX_WINDOW_PROBE_S)
+        self.window_probe.watch(window_closed, self.rtt.probe_timeout(0), now)
 
     # -- timers
 
     def get_timer(self) -> float | None:
         """Return when `handle_timer` or `send` has something to do."""
-        times = (self._paced_until, self._loss.deadline, self._probe_at(), self._window_probe_at)
+        times = (self._paced_until, self._loss.deadline, self._probe_at(), self.window_probe.at)
         return min((time for time in times if time is not None), default=None)
 
     def _probe_at(self) -> float | None:
@@ -475,11 +437,9 @@ class Sender:
             self._last_sent_at = now
             self._probes_due = PROBES
             self.stats.probe_timeouts += 1
-        if self._window_probe_at is not None and self._window_probe_at <= now:
-            self._window_probe_at = None
-            self._window_probes += 1
-            self.window_probe_due = True
-            self.give_up = now - max(last_heard, self._window_closed_at) >= GIVE_UP_S
+        self.window_probe.handle_timer(now)
+        if self.window_probe.silence(last_heard, now) >= GIVE_UP_S:
+            self.give_up = True
 
 
 class _Burst:

@@ -324,8 +324,8 @@ class UdxStream:
         if self._ack_due and (not out or receiver.holds_early or out[0][2] != DATA):
             front.append(self._ack_packet(remote_id, window))
         self._ack_due = False
-        if sender.window_probe_due:
-            sender.window_probe_due = False
+        if sender.window_probe.due:
+            sender.window_probe.due = False
             front.append(self._bare_packet(HEARTBEAT, remote_id, window))
         while self._messages:
             front.append(self._bare_packet(MESSAGE, remote_id, window) + self._messages.popleft())
