@@ -5,6 +5,7 @@ daemon. The CLI's behaviour was measured with `@anthropic-ai/claude-code` 2.1.19
 """
 
 import asyncio
+import glob
 import os
 import shutil
 import signal
@@ -99,6 +100,19 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return child
 
 
+def has_conversation(claude_id: str, environ: Mapping[str, str]) -> bool | None:
+    """Tell whether Claude remembers anything under an id; None if it cannot be told.
+
+    It starts with `--session-id` only when it does not, and with `--resume` only when it does; when exactly it begins
+    to remember (some way into the first turn) is not documented, so its transcripts are looked at.
+    """
+    home = environ.get("CLAUDE_CONFIG_DIR") or Path(environ.get("HOME", "/")) / ".claude"
+    projects = Path(home) / "projects"
+    if not projects.is_dir():
+        return None
+    return any(projects.glob(f"*/{glob.escape(claude_id)}.jsonl"))
+
+
 def user_message(text: str, message_id: str) -> dict[str, Any]:
     """Give the stream-json object for a message of the user.
 
@@ -167,11 +181,6 @@ class ClaudeProcess:
     def has_exited(self) -> bool:
         """Tell whether the process is gone."""
         return self._pipes.exited.done()
-
-    @property
-    def has_printed(self) -> bool:
-        """Tell whether a line of stdout has come."""
-        return self._pipes.printed.done()
 
     async def finish(self) -> int:
         """Wait for the exit, close the pipes and give the status; a negative one is a signal's number."""

@@ -165,7 +165,7 @@ class Daemon:
         service = Service(identity.data_key, Methods(table).call, self._log)
         async with AsyncExitStack() as stack:
             dht = self._make_dht(self._options)
-            stack.push_async_callback(self._gently, dht.destroy, _DESTROY_SECONDS)
+            stack.push_async_callback(self._leave, dht)
             await self._start(dht)
             data_dir.write_pairing_url(url)
             server = dht.create_server(service.serve)
@@ -183,11 +183,11 @@ class Daemon:
             listening = asyncio.create_task(server.listen(key_pair))
             stack.callback(listening.cancel)
             if await self._unless_stopped(listening):
-                await self._live(identity, dht, url)
+                await self._live(data_dir, identity, dht, url)
         return 0
 
-    async def _live(self, identity: Identity, dht: DHT, url: str) -> None:
-        self._say_started(identity, dht, url)
+    async def _live(self, data_dir: DataDir, identity: Identity, dht: DHT, url: str) -> None:
+        self._say_started(data_dir, identity, dht, url)
         presence = asyncio.create_task(self._presence.run())
         try:
             await self._unless_stopped(presence)
@@ -225,6 +225,10 @@ class Daemon:
         await self._gently(_within, _RECORD_SECONDS, last_words)
         self._log(Event.STOPPED, seconds=round(loop.time() - begin, 3))
 
+    async def _leave(self, dht: DHT) -> None:
+        leaving = dht.destroy(timeout=_DESTROY_SECONDS / 2)
+        await self._gently(_within, _DESTROY_SECONDS, leaving)
+
     async def _gently(self, function: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         """Do one step of the shutdown; its failure must not keep the others from happening."""
         try:
@@ -232,13 +236,14 @@ class Daemon:
         except Exception as error:
             self._log(Event.WARNING, message=f"shutdown: {type(error).__name__}: {error}")
 
-    def _say_started(self, identity: Identity, dht: DHT, url: str) -> None:
+    def _say_started(self, data_dir: DataDir, identity: Identity, dht: DHT, url: str) -> None:
         settings = self._settings()
         self._log(
             Event.STARTED,
             version=__version__,
             pid=os.getpid(),
             public_key=short(identity.public_key),
+            data_dir=str(data_dir.path),
             root_dir=None if settings.root_dir is None else str(settings.root_dir),
             network="private" if self._options.private else "public",
             port=dht.port,

@@ -18,9 +18,9 @@ class Event(StrEnum):
     """Every event that the daemon logs. The text after each says what its fields are."""
 
     STARTED = "daemon-started"
-    """The daemon serves: version, pid, public_key (first 8 digits), data_dir, root_dir, network, address, claude."""
+    """The daemon serves: version, pid, public_key (first 8 digits), data_dir, root_dir, network, port, claude."""
     STOPPING = "daemon-stopping"
-    """A signal came: signal, sessions."""
+    """A signal came: signal."""
     STOPPED = "daemon-stopped"
     """The ordered shutdown is over: seconds."""
     WARNING = "warning"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p2pclaude.claude import PERMISSION_MODES, Launch
+from p2pclaude.claude import PERMISSION_MODES, Launch, has_conversation
 from p2pclaude.datadir import file_errors
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, WireError
 from p2pclaude.journal import PAGE_BYTES, Journal, Page
@@ -277,13 +277,14 @@ class SessionTable:
         if info.permission_mode == "bypassPermissions":
             # Whoever wants a session without any questions again has to say so again.
             info.permission_mode = "default"
+        known = has_conversation(info.claude_id, os.environ)
         launch = Launch(
             executable=self._settings.find_claude(),
             directory=self._check_directory(info.directory),
             permission_mode=info.permission_mode,
             claude_id=info.claude_id,
             model=info.model,
-            resume=info.begun,
+            resume=info.begun if known is None else known,
         )
         await self._start(session, launch, Event.RESUMED)
 

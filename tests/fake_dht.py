@@ -153,14 +153,15 @@ class Caller:
                 for line in self._buffer.feed(data):
                     response = decode_response(line)
                     self.order.append(response.id)
-                    if (future := self._waiting.pop(response.id, None)) is not None:
+                    if (future := self._waiting.pop(response.id, None)) is not None and not future.done():
                         future.set_result(response)
             await self.connection.write_eof()
         except ConnectionResetError:
             pass
         for future in self._waiting.values():
-            future.set_exception(ConnectionResetError("no answer"))
-            future.exception()
+            if not future.done():
+                future.set_exception(ConnectionResetError("no answer"))
+                future.exception()
 
 
 class FakeServer:
@@ -212,6 +213,8 @@ class FakeDHT:
         self.put_error: Exception | None = None
         self.start_error: OSError | None = None
         self.listen_forever = False
+        self.may_end = asyncio.Event()
+        self.may_end.set()
         self.events: list[str] = []
         self.server: FakeServer | None = None
 
@@ -222,8 +225,9 @@ class FakeDHT:
             raise self.start_error
 
     async def destroy(self, timeout: float) -> None:
-        """End."""
+        """End, once `may_end` is set."""
         self.events.append("destroy")
+        await self.may_end.wait()
 
     def create_server(self, on_connection: Callable[[PeerConnection], Awaitable[None]]) -> FakeServer:
         """Make the server."""

@@ -23,6 +23,7 @@ from p2pclaude.claude import (
     child_environment,
     decode_line,
     find_claude,
+    has_conversation,
     user_message,
 )
 from p2pclaude.errors import Unavailable
@@ -88,6 +89,19 @@ def test_a_message_id_always_gives_the_same_uuid() -> None:
     assert user_message("x", "m1")["uuid"] == user_message("y", "m1")["uuid"] != user_message("x", "m2")["uuid"]
     uuid.UUID(user_message("x", "\ud800 any text")["uuid"])
     assert user_message("hé", known)["message"] == {"role": "user", "content": "hé"}
+
+
+def test_a_conversation_is_known_by_its_transcript(tmp_path: Path) -> None:
+    environ = {"HOME": str(tmp_path)}
+    assert has_conversation("ID", environ) is None
+    project = tmp_path / ".claude" / "projects" / "-work"
+    project.mkdir(parents=True)
+    assert has_conversation("ID", environ) is False
+    (project / "ID.jsonl").touch()
+    assert has_conversation("ID", environ) is True
+    assert has_conversation("*", environ) is False
+    elsewhere = {"HOME": "/nowhere", "CLAUDE_CONFIG_DIR": str(tmp_path / ".claude")}
+    assert has_conversation("ID", elsewhere) is True
 
 
 def test_objects_stay_as_they_are_and_anything_else_is_kept() -> None:
@@ -292,6 +306,26 @@ def test_real_stop_in_a_turn_then_an_error_and_resume(real: Place) -> None:
         assert session.info.permission_mode == init["permissionMode"] == "default"
 
     with_real(real, work)
+
+
+@needs_claude
+def test_real_resume_of_a_session_whose_first_turn_was_cut_short(real: Place) -> None:
+    async def work(table: SessionTable) -> None:
+        session, _ = await table.spawn(Spawn(session_id="s", text="SLOW:100"))
+        await read_until(table, "s", lambda e: bool(e["type"] == "session-output"))
+        session.kill()
+        await read_until_over(table, "s")
+        assert session.state is State.FAILED
+        seq = await table.send("s", "still there?")
+        envelopes = await read_until(table, "s", lambda e: bool(e.get("data", {}).get("result")), after=seq)
+        assert results(envelopes)[-1] == "echo: still there?"
+
+    with_real(real, work)
+
+
+async def read_until_over(table: SessionTable, session: str) -> None:
+    while (await table.read(session, after=2**53 - 1, limit=None, clear=False, wait_ms=20_000)).state != State.FAILED:
+        pass
 
 
 @needs_claude

@@ -26,6 +26,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     here = Place(tmp_path)
     monkeypatch.setenv("FAKE_CLAUDE_LOG", str(here.notes))
     monkeypatch.setenv("CLAUDECODE", "1")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(session_module, "SETTLE_SECONDS", 0.15)
     return here
 
