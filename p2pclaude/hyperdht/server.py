@@ -62,7 +62,6 @@ class Server:
         self._budget = VerifyBudget(HANDSHAKES_OF_HOST, HANDSHAKES_OF_ALL)
         self._slots: dict[int, PendingClient] = {}
         self._hosts: dict[int, str] = {}  # of the clients in the slots
-        self._tasks: set[asyncio.Task[None]] = set()
         self.closed = False
         """Whether `close` was called."""
 
@@ -195,8 +194,8 @@ class Server:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._dht.handlers.add(task)
+        task.add_done_callback(self._dht.handlers.discard)
 
     def _allows(self, public_key: bytes, address: Address) -> bool:
         if self._allow is None:
