@@ -8,10 +8,14 @@ from typing import Final
 from sim import Host, Link, SimNetwork
 
 from p2pclaude.hyperdht.connection import Connection
+from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
+from p2pclaude.hyperdht.errors import HyperDHTError
+from p2pclaude.hyperdht.server import Server
 
 BOOTSTRAP: Final[Address] = ("5.0.0.1", 49737)
+DEADLINE: Final = 20.0  # for one connect
 INTERNET: Final = (0.01, 0.04)  # seconds one way
 
 
@@ -95,6 +99,26 @@ async def ask(connection: Connection, data: bytes) -> bytes:
     return answer
 
 
+async def serve(node: HyperDHT, key_pair: KeyPair) -> Server:
+    """Listen on `node` with an echo server."""
+    server = node.create_server(echo)
+    await server.listen(key_pair)
+    return server
+
+
+async def can_ask(client: HyperDHT, key: bytes, data: bytes = b"ping") -> bool:
+    """Tell whether one connection and one answer come within the deadline; any failure must have settled by then."""
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    try:
+        async with await client.connect(key, timeout=DEADLINE) as connection, asyncio.timeout(60):
+            return await ask(connection, data) == data
+    except HyperDHTError:
+        return False
+    finally:
+        assert loop.time() - started < DEADLINE + 60.1
+
+
 async def eventually(check: Callable[[], Awaitable[bool]], seconds: float, step: float = 1.0) -> bool:
     """Tell whether `check()` comes true within so many seconds of virtual time."""
     loop = asyncio.get_running_loop()
@@ -104,14 +128,6 @@ async def eventually(check: Callable[[], Awaitable[bool]], seconds: float, step:
             return False
         await asyncio.sleep(step)
     return True
-
-
-async def timed(work: Awaitable[object]) -> float:
-    """Await `work` and return the virtual seconds it took."""
-    loop = asyncio.get_running_loop()
-    started = loop.time()
-    await work
-    return loop.time() - started
 
 
 def percentile(values: Sequence[float], share: float) -> float:
