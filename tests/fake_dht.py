@@ -156,7 +156,7 @@ class Caller:
                     if (future := self._waiting.pop(response.id, None)) is not None and not future.done():
                         future.set_result(response)
             await self.connection.write_eof()
-        except ConnectionResetError:
+        except OSError:
             pass
         for future in self._waiting.values():
             if not future.done():
