@@ -3,7 +3,7 @@
     {"time": "2026-01-02T03:04:05.678Z", "level": "info", "event": "session-spawned", "session": "…", …}
 
 Event names are stable and listed in `Event`. Values are text, numbers, booleans and lists of them: never a key, a
-pairing URL, a message or Claude's output.
+pairing URL, a message or Claude's output. When claude dies, the first line of what it said on stderr is given.
 """
 
 import json
@@ -98,6 +98,11 @@ class Log:
 def wants_debug(environ: Mapping[str, str]) -> bool:
     """Tell whether DEBUG in the environment asks for debug events (set, and neither empty nor 0)."""
     return environ.get("DEBUG", "") not in ("", "0")
+
+
+def first_line(text: str | None, limit: int = 200) -> str | None:
+    """Give the beginning of an error's text; None stays None."""
+    return text if not text else text.strip().split("\n", 1)[0][:limit]
 
 
 def short(key: bytes) -> str:

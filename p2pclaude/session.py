@@ -22,7 +22,7 @@ from p2pclaude.claude import ClaudeGone, ClaudeProcess, Launch, decode_line, use
 from p2pclaude.datadir import write_atomically
 from p2pclaude.errors import P2PClaudeError, TryAgain, Unavailable, WireError
 from p2pclaude.journal import DiskFull, Journal
-from p2pclaude.log import Event, Log
+from p2pclaude.log import Event, Log, first_line
 from p2pclaude.wire import MESSAGE, TURN, dump_json, load_json
 
 MAX_QUEUED = 256
@@ -362,9 +362,8 @@ class Session:
             state = State.DORMANT if orderly else State.FAILED
         if state is State.FAILED:
             self.info.error = error or last_words or _describe_exit(status)
-        self._log(
-            Event.ENDED, session=self.info.session_id, state=state, exit_status=status, error=self.info.error
-        )
+        said = first_line(self.info.error)
+        self._log(Event.ENDED, session=self.info.session_id, state=state, exit_status=status, error=said)
         self._set_state(state)
 
     def _set_state(self, state: State) -> None:

@@ -19,7 +19,7 @@ from p2pclaude.claude import PERMISSION_MODES, Launch, has_conversation
 from p2pclaude.datadir import file_errors
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, WireError
 from p2pclaude.journal import PAGE_BYTES, Journal, Page
-from p2pclaude.log import Event, Log
+from p2pclaude.log import Event, Log, first_line
 from p2pclaude.session import LIVE, Info, Session, State
 from p2pclaude.wire import SESSION_NOT_FOUND
 
@@ -257,7 +257,7 @@ class SessionTable:
         try:
             seq = await session.start(launch, text, message_id)
         except (P2PClaudeError, OSError) as error:
-            self._log(Event.SPAWN_FAILED, session=session.info.session_id, error=str(error))
+            self._log(Event.SPAWN_FAILED, session=session.info.session_id, error=first_line(str(error)))
             raise
         await session.save()
         self._log(

@@ -11,7 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from p2pclaude import session
 from p2pclaude.log import Log
+from p2pclaude.session import State
 from p2pclaude.sessions import SessionTable, Settings
 from p2pclaude.wire import OUTPUT
 
@@ -79,6 +83,22 @@ class Place:
             yield table
         finally:
             await table.close()
+
+
+def prepare(path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Give a place whose fake claudes write to its log and find nothing in HOME."""
+    place = Place(path)
+    monkeypatch.setenv("FAKE_CLAUDE_LOG", str(place.notes))
+    monkeypatch.setenv("CLAUDECODE", "1")
+    monkeypatch.setenv("HOME", str(path / "home"))
+    monkeypatch.setattr(session, "SETTLE_SECONDS", 0.15)
+    return place
+
+
+async def wait_for_state(table: SessionTable, session_id: str, *states: State) -> None:
+    """Wait until a session is in one of the states."""
+    while next(s["state"] for s in table.listing(everything=True) if s["sessionId"] == session_id) not in states:
+        await asyncio.sleep(0.01)
 
 
 def run(main: Awaitable[None], seconds: float = 30.0) -> None:

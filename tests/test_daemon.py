@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 from fake_dht import Caller, FakeDHT
-from sessions_kit import Place, run
+from sessions_kit import Place, prepare, run
 
 from p2pclaude import presence as presence_module
-from p2pclaude import session as session_module
 from p2pclaude.daemon import PRIVATE_PORT, Daemon, DaemonOptions, pairing_url
 from p2pclaude.errors import DataError, P2PClaudeError, TryAgain, Unavailable, UsageError
 from p2pclaude.hyperdht import KeyPair
@@ -30,11 +29,8 @@ from p2pclaude.wire import unseal
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Give a place with a fake claude that is the only one to be found."""
-    here = Place(tmp_path)
-    monkeypatch.setenv("FAKE_CLAUDE_LOG", str(here.notes))
-    monkeypatch.setattr(session_module, "SETTLE_SECONDS", 0.15)
     monkeypatch.setattr(presence_module, "DEBOUNCE_SECONDS", 0.01)
-    return here
+    return prepare(tmp_path, monkeypatch)
 
 
 class Terminal(io.StringIO):

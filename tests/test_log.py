@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from p2pclaude.log import Event, Log, short, wants_debug
+from p2pclaude.log import Event, Log, first_line, short, wants_debug
 
 
 def test_a_line_is_json_with_time_level_and_event() -> None:
@@ -62,6 +62,13 @@ def test_a_closed_stream_ends_the_log_and_nothing_else() -> None:
     closed = io.StringIO()
     closed.close()
     Log(closed)(Event.STARTED)
+
+
+def test_errors_are_told_by_their_first_line() -> None:
+    assert first_line(None) is None
+    assert first_line("") == ""
+    assert first_line("\none\ntwo") == "one"
+    assert first_line("x" * 500) == "x" * 200
 
 
 def test_a_key_is_shortened() -> None:

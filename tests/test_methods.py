@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sessions_kit import Place, read_results, run
+from sessions_kit import Place, prepare, read_results, run
 
 from p2pclaude import __version__
-from p2pclaude import session as session_module
 from p2pclaude.errors import Unavailable
 from p2pclaude.methods import MethodError, Methods
 from p2pclaude.sessions import SessionTable
@@ -22,10 +21,7 @@ Call = Callable[..., Awaitable[Any]]
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Give a place whose fake claudes write to its log."""
-    here = Place(tmp_path)
-    monkeypatch.setenv("FAKE_CLAUDE_LOG", str(here.notes))
-    monkeypatch.setattr(session_module, "SETTLE_SECONDS", 0.15)
-    return here
+    return prepare(tmp_path, monkeypatch)
 
 
 def on_methods(place: Place, work: Callable[[Call, SessionTable], Awaitable[None]], **changes: Any) -> None:

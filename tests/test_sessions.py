@@ -2,42 +2,28 @@
 
 import asyncio
 import json
-import os
 import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sessions_kit import Place, outputs, read_all, read_results, read_until, run
+from sessions_kit import Place, outputs, prepare, read_all, read_results, run, wait_for_state
 
-from p2pclaude import claude as claude_module
 from p2pclaude import session as session_module
 from p2pclaude import sessions as sessions_module
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, Unavailable
-from p2pclaude.journal import DiskFull, Journal
 from p2pclaude.session import Session, State
 from p2pclaude.sessions import SessionTable, Spawn
-from p2pclaude.wire import dump_json
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """Give a place whose fake claudes write to its log."""
-    here = Place(tmp_path)
-    monkeypatch.setenv("FAKE_CLAUDE_LOG", str(here.notes))
-    monkeypatch.setenv("CLAUDECODE", "1")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(session_module, "SETTLE_SECONDS", 0.15)
-    return here
+    """Give a place to run sessions in."""
+    return prepare(tmp_path, monkeypatch)
 
 
 def spawn(**fields: Any) -> Spawn:
     return Spawn(**{"session_id": "s"} | fields)
-
-
-async def wait_for_state(table: SessionTable, session_id: str, *states: State) -> None:
-    while next(s["state"] for s in table.listing(everything=True) if s["sessionId"] == session_id) not in states:
-        await asyncio.sleep(0.01)
 
 
 def test_a_message_makes_a_turn(place: Place) -> None:
@@ -317,198 +303,6 @@ def test_unknown_sessions(place: Place) -> None:
             assert not await table.stop("none")
             output = await table.read("none", after=5, limit=None, clear=True, wait_ms=60_000)
             assert (output.page.lines, output.page.next, output.state) == ([], 5, None)
-
-    run(main())
-
-
-def test_stop_ends_a_turn_and_the_session(place: Place) -> None:
-    async def main() -> None:
-        async with place.table() as table:
-            session, _ = await table.spawn(spawn(text=f"HOLD:{place.path / 'never'}"))
-            await wait_for_state(table, "s", State.RUNNING)
-            await read_until(table, "s", lambda e: bool(e["type"] == "session-output"))
-            pid = session.pid
-            assert pid is not None
-            assert await table.stop("s")
-            assert_gone(pid)
-            assert outputs(await read_all(table, "s"), "result")[0]["result"] == "interrupted"
-            assert table.listing() == []
-            assert table.listing(everything=True)[0]["state"] == "ended"
-            assert await table.stop("s")
-            with pytest.raises(Refused, match="ended"):
-                await table.send("s", "more")
-
-    run(main())
-
-
-def test_stop_ends_a_child_that_ignores_everything(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_CLAUDE", "deaf")
-    steps = tuple((number, 0.1 if number != 9 else 5.0) for number, _ in claude_module.STOP_STEPS)
-    monkeypatch.setattr(claude_module, "STOP_STEPS", steps)
-
-    async def main() -> None:
-        async with place.table() as table:
-            session, _ = await table.spawn(spawn(text="x"))
-            await read_results(table, "s")
-            pid = session.pid
-            assert pid is not None
-            assert await table.stop("s")
-            assert_gone(pid)
-            assert session.info.exit_status == -9
-
-    run(main())
-
-
-def assert_gone(pid: int) -> None:
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-
-
-def test_a_child_that_dies_in_a_turn_fails_the_session_and_comes_back(place: Place) -> None:
-    async def main() -> None:
-        async with place.table() as table:
-            await table.spawn(spawn(text="EXIT:7"))
-            await wait_for_state(table, "s", State.FAILED)
-            output = await table.read("s", after=0, limit=None, clear=False, wait_ms=20_000)
-            assert (output.state, output.error) == (State.FAILED, "last words")
-            half = {"type": "unparsed", "text": '{"type":"assistant","half'}
-            assert json.loads(output.page.lines[-1])["data"] == half
-            seq = await table.send("s", "are you there")
-            envelopes = await read_results(table, "s", after=seq)
-            assert outputs(envelopes, "result")[0]["result"] == "echo: are you there"
-        assert [entry["argv"][7].split("=")[0] for entry in place.told() if "argv" in entry] == [
-            "--session-id",
-            "--resume",
-        ]
-
-    run(main())
-
-
-def test_sessions_outlive_the_daemon(place: Place) -> None:
-    async def main() -> None:
-        async with place.table() as table:
-            await table.spawn(spawn(text="CLEAR:", permission_mode="bypassPermissions", directory=str(place.root)))
-            await read_results(table, "s")
-            before = await read_all(table, "s")
-            await table.spawn(Spawn(session_id="stopped", text="x"))
-            await table.stop("stopped")
-        async with place.table() as table:
-            assert table.listing() == []
-            listed = {s["sessionId"]: (s["state"], s["lastSeq"]) for s in table.listing(everything=True)}
-            assert listed["s"] == ("dormant", 4)
-            assert listed["stopped"][0] == "ended"
-            assert await read_all(table, "s") == before
-            assert await table.send("s", "still there?") == 5
-            await read_results(table, "s", after=5)
-            assert table.listing()[0]["state"] in ("running", "idle")
-        last = [entry["argv"] for entry in place.told() if "argv" in entry][-1]
-        assert last[7] == "--resume=cleared"  # `/clear` was followed
-        assert last[6] == "default"  # and nobody asked for bypassPermissions again
-
-    run(main())
-
-
-def test_a_crash_loses_no_accepted_message(place: Place) -> None:
-    async def main() -> None:
-        async with place.table() as table:
-            await table.spawn(spawn(text="first", message_id="m1"))
-            await read_results(table, "s")
-        path = place.sessions / "s"
-        info = json.loads((path / "session.json").read_text())
-        (path / "session.json").write_text(json.dumps(info | {"state": "running"}))  # as a crash leaves it
-        with (path / "journal.jsonl").open("ab") as journal:
-            data = {"type": "user", "message": {"role": "user", "content": "second"}, "uuid": str(uuid.uuid4())}
-            journal.write(dump_json({"type": "message", "seq": 5, "messageId": "m2", "data": data}))
-            journal.write(b'\n{"type":"session-output","seq":6,"da')
-        async with place.table() as table:
-            assert table.listing(everything=True)[0]["lastSeq"] == 5
-            await table.send("s", "third", "m3")
-            assert await table.send("s", "second", "m2") == 5
-            await read_results(table, "s", 2, after=5)
-        assert place.messages() == ["first", "second", "third"]
-
-    run(main())
-
-
-def test_damaged_sessions_are_left_out_and_said(place: Place) -> None:
-    async def main() -> None:
-        async with place.table() as table:
-            await table.spawn(spawn(text="x"))
-        for name, content in (("a", b"{"), ("b", b"[]"), ("c", b'{"session_id": "c"}')):
-            (place.sessions / name).mkdir()
-            (place.sessions / name / "session.json").write_bytes(content)
-        async with place.table() as table:
-            assert [s["sessionId"] for s in table.listing(everything=True)] == ["s"]
-        assert {line["session"] for line in place.log.events("warning")} == {"a", "b", "c"}
-
-    run(main())
-
-
-def test_resuming_keeps_to_the_root_directory(place: Place) -> None:
-    async def main() -> None:
-        elsewhere = place.path / "elsewhere"
-        elsewhere.mkdir()
-        async with place.table() as table:
-            await table.spawn(spawn(text="x", directory=str(elsewhere)))
-            await read_results(table, "s")
-        async with place.table(root_dir=place.root) as table:
-            with pytest.raises(Refused, match="outside"):
-                await table.send("s", "x")
-            assert table.listing(everything=True)[0]["state"] == "dormant"
-
-    run(main())
-
-
-def test_a_full_disk_pauses_the_session_and_loses_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "RETRY_SECONDS", 0.01)
-    full = False
-    append = Journal._write
-
-    def write(journal: Journal, line: bytes) -> None:
-        if full:
-            raise DiskFull("no space left on the disk")
-        append(journal, line)
-
-    monkeypatch.setattr(Journal, "_write", write)
-    gate = place.path / "gate"
-
-    async def main() -> None:
-        nonlocal full
-        async with place.table() as table:
-            await table.spawn(spawn(text="x"))
-            await read_results(table, "s")
-            await table.send("s", f"HOLD:{gate}")
-            await read_until(table, "s", lambda e: bool(e["seq"] == 7))
-            full = True
-            gate.touch()
-            await wait_for_state(table, "s", State.PAUSED)
-            with pytest.raises(DiskFull):
-                await table.send("s", "no room for this", "m")
-            output = await table.read("s", after=7, limit=None, clear=False, wait_ms=0)
-            assert (output.page.lines, output.state, output.error) == ([], State.PAUSED, "no space left on the disk")
-            full = False
-            await read_results(table, "s", after=7)
-            await table.send("s", "now there is", "m")
-            envelopes = await read_results(table, "s", 3)
-            assert [e["seq"] for e in envelopes] == list(range(1, len(envelopes) + 1))
-        assert place.log.events("session-paused")
-        assert place.log.events("session-continued")
-
-    run(main())
-
-
-def test_a_spawn_on_a_full_disk_leaves_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(journal: Journal, line: bytes) -> None:
-        raise DiskFull("no space left on the disk")
-
-    monkeypatch.setattr(Journal, "_write", write)
-
-    async def main() -> None:
-        async with place.table() as table:
-            with pytest.raises(DiskFull):
-                await table.spawn(spawn(text="x"))
-            assert table.listing(everything=True) == []
-            assert list(place.sessions.iterdir()) == []
 
     run(main())
 
