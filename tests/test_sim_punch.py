@@ -1,0 +1,152 @@
+"""Hole punching in the simulator: every pair of NATs, lossy paths, second attempts, mappings that move.
+
+P2PCLAUDE_SEEDS=200 runs so many seeds of each case instead of the few that every run affords.
+"""
+
+import asyncio
+
+import pytest
+from sim import Dependence, Host, Nat, PortChoice, SimNetwork, run
+from sim_dht import DEADLINE, Swarm, ask, can_ask, echo, eventually, internet, serve, swarm
+from sim_peers import seeds
+
+from p2pclaude.hyperdht.connection import Connection
+from p2pclaude.hyperdht.dht import HyperDHT
+from p2pclaude.hyperdht.errors import HolepunchError, HyperDHTError
+
+KINDS = ("open", "cone", "random")
+PAIRS = [(server, client) for server in KINDS for client in KINDS if (server, client) != ("random", "random")]
+
+
+def _nat(net: SimNetwork, kind: str, address: str, timeout: float = 120.0) -> Nat:
+    """Return a NAT that lets in only who was asked; "random" maps each remote endpoint to another port."""
+    if kind == "cone":
+        return net.nat(address, timeout=timeout)
+    return net.nat(address, mapping=Dependence.ADDRESS_AND_PORT, ports=PortChoice.RANDOM, timeout=timeout)
+
+
+def _host(net: SimNetwork, kind: str, address: str) -> Host:
+    return net.host(address) if kind == "open" else _nat(net, kind, address).host("192.168.1.2")
+
+
+async def _pair(network: Swarm, server_kind: str, client_kind: str) -> tuple[HyperDHT, HyperDHT]:
+    net = network.net
+    server_node = await network.join(_host(net, server_kind, "5.8.0.1"), port=49737)
+    client = await network.join(_host(net, client_kind, "5.8.0.2"))
+    await asyncio.sleep(5)
+    return server_node, client
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.1])
+@pytest.mark.parametrize(("server_kind", "client_kind"), PAIRS)
+@pytest.mark.parametrize("seed", seeds(3))
+def test_every_pair_of_nats_connects_but_the_one_that_cannot(
+    seed: int, server_kind: str, client_kind: str, loss: float
+) -> None:
+    """One connection on each side, that both can use, and nothing half open."""
+    served: list[Connection] = []
+
+    async def handle(connection: Connection) -> None:
+        served.append(connection)
+        await echo(connection)
+
+    async def main() -> None:
+        async with swarm(seed, 12, internet(loss)) as network:
+            server_node, client = await _pair(network, server_kind, client_kind)
+            server = server_node.create_server(handle)
+            await server.listen()
+            async with await client.connect(server.public_key, timeout=DEADLINE) as connection:
+                assert connection.how == ("direct" if "open" in (server_kind, client_kind) else "punched")
+                assert await ask(connection, bytes(30_000)) == bytes(30_000)
+                assert len(served) == 1
+            await asyncio.sleep(60)
+            assert len(server_node.endpoint.streams) == len(client.endpoint.streams) == 0
+            assert len(server_node.endpoint.sockets) == len(client.endpoint.sockets) == 2
+
+    run(main(), seed=seed)
+
+
+@pytest.mark.parametrize("seed", seeds(3))
+def test_two_random_nats_fail_with_the_true_cause_and_leave_nothing(seed: int) -> None:
+    served: list[Connection] = []
+
+    async def handle(connection: Connection) -> None:
+        served.append(connection)
+
+    async def main() -> None:
+        async with swarm(seed, 12) as network:
+            server_node, client = await _pair(network, "random", "random")
+            server = server_node.create_server(handle)
+            await server.listen()
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            with pytest.raises(HolepunchError):
+                await client.connect(server.public_key, timeout=DEADLINE)
+            assert loop.time() - started <= DEADLINE
+            await asyncio.sleep(60)
+            assert served == []
+            assert len(server_node.endpoint.streams) == len(client.endpoint.streams) == 0
+            assert len(server_node.endpoint.sockets) == len(client.endpoint.sockets) == 2
+
+    run(main(), seed=seed)
+
+
+@pytest.mark.parametrize(("server_kind", "client_kind"), [("random", "cone"), ("cone", "random")])
+@pytest.mark.parametrize("seed", seeds(3))
+def test_a_second_attempt_right_after_the_first_succeeds_too(seed: int, server_kind: str, client_kind: str) -> None:
+    """Both sides must leave twenty seconds between two punches through a random NAT; the attempt waits for that."""
+
+    async def main() -> None:
+        async with swarm(seed, 12) as network:
+            server_node, client = await _pair(network, server_kind, client_kind)
+            server = await serve(server_node, server_node.key_pair)
+            for _ in range(2):
+                connection = await client.connect(server.public_key, timeout=40)
+                assert await ask(connection, b"hello") == b"hello"
+                await connection.close()
+
+    run(main(), seed=seed)
+
+
+@pytest.mark.parametrize("kind", ["cone", "random"])
+def test_an_idle_punched_connection_stays_open(kind: str) -> None:
+    """Mappings live for half a minute only."""
+
+    async def main() -> None:
+        async with swarm(1, 12, internet(loss=0.02)) as network:
+            net = network.net
+            server_node = await network.join(_nat(net, "cone", "5.8.0.1", timeout=30).host("192.168.1.2"))
+            client = await network.join(_nat(net, kind, "5.8.0.2", timeout=30).host("192.168.1.2"))
+            await asyncio.sleep(5)
+            server = await serve(server_node, server_node.key_pair)
+            async with await client.connect(server.public_key, timeout=DEADLINE) as connection:
+                await asyncio.sleep(1800)
+                assert await ask(connection, b"still there") == b"still there"
+
+    run(main(), seed=1)
+
+
+@pytest.mark.parametrize("seed", seeds(3))
+def test_a_server_whose_mapping_moves_is_reachable_within_ten_seconds(seed: int) -> None:
+    async def main() -> None:
+        async with swarm(seed, 12) as network:
+            nat = _nat(network.net, "cone", "5.8.0.1")
+            server_node = await network.join(nat.host("192.168.1.2"))
+            client = await network.join(_host(network.net, "cone", "5.8.0.2"))
+            await asyncio.sleep(5)
+            server = await serve(server_node, server_node.key_pair)
+            assert await can_ask(client, server.public_key)
+            for address in (None, "5.8.0.77"):
+                await asyncio.sleep(network.net.random(f"moment {address}").uniform(0, 20))
+                nat.rebind(address)
+                assert await eventually(lambda: _opens(client, server.public_key), 10, 0.2)
+
+    run(main(), seed=seed)
+
+
+async def _opens(client: HyperDHT, key: bytes) -> bool:
+    try:
+        async with await client.connect(key, timeout=3) as connection:
+            return await ask(connection, b"ping") == b"ping"
+    except HyperDHTError:
+        return False
