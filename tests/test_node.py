@@ -171,6 +171,23 @@ def test_a_node_that_shall_be_ephemeral_stays_so() -> None:
     run(main())
 
 
+def test_an_answer_on_the_wrong_socket_proves_nothing() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        peers = [await Peer(host, seed).start() for seed, host in enumerate(net.hosts(6))]
+        for peer in peers:
+            peer.rpc.identity = node_id(peer.address)
+            peer.rpc.closest = lambda target: [other.address for other in peers]
+            peer.rpc.on_request = lambda request, external: request.reply(None)  # PING_NAT too: to whence it came
+        node = make_node(net.host("8.8.8.8"), bootstrap=[peers[0].address])
+        async with running(node):
+            await asyncio.sleep(TWENTY_MINUTES + 60)
+            assert len(node.table) == 6 and node.host == "8.8.8.8"
+            assert node.firewalled and node.ephemeral
+
+    run(main())
+
+
 def test_a_node_that_moves_behind_a_nat_notices() -> None:
     async def main() -> None:
         net = SimNetwork()

@@ -229,7 +229,17 @@ def test_it_does_not_ask_itself_or_nonsense() -> None:
         sent: list[Address] = []
         script.net.observe = lambda event, packet: sent.append(packet.destination) if event == "sent" else None
         await query.finished()
-        assert {to for to in sent if to[0] != "8.8.8.8"} == {peer}
+        assert set(sent) - {node.socket.address, ("8.8.8.8", node.socket.address[1])} == {peer}
+
+    scripted(body)
+
+
+def test_nodes_too_far_to_matter_are_not_asked() -> None:
+    async def body(script: Script) -> None:
+        peers = [await script.peer() for _ in range(60)]
+        _, query = await script.query(*peers)
+        await query.finished()
+        assert K <= len(script.requests) <= K + query.concurrency
 
     scripted(body)
 

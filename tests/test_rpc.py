@@ -240,7 +240,7 @@ def test_the_window_queues_a_flood_and_every_request_settles() -> None:
         alive = [ask.rpc.request(serve.address, 3) for _ in range(500)]
         doomed = [asyncio.create_task(ask.rpc.request(serve.address, 3)) for _ in range(100)]
         await asyncio.sleep(0)
-        for task in doomed:
+        for task in reversed(doomed):  # those in the queue first
             task.cancel()
         outcomes = await asyncio.gather(*dead, *alive, *doomed, return_exceptions=True)
         assert sum(isinstance(outcome, Timeout) for outcome in outcomes) == 500

@@ -209,6 +209,10 @@ def test_tokens_are_good_for_two_rotations_and_for_one_host() -> None:
         await asyncio.sleep(TokenJar.ROTATION_SECONDS)
         receive(rpc, Request(1, DESTINATION, 4, token=token))
         assert (len(seen), rpc.stats.bad_tokens) == (3, 3)
+        token = rpc.issue_token(REQUESTER[0])
+        await asyncio.sleep(3600)  # without a request in between
+        receive(rpc, Request(1, DESTINATION, 4, token=token))
+        assert (len(seen), rpc.stats.bad_tokens) == (3, 4)
 
     run(main())
 

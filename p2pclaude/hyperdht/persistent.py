@@ -118,13 +118,11 @@ class Persistent:
         _acknowledge(request)
 
     def _store(self, target: bytes, record: bytes, announces_self: bool, source: Address, now: float) -> None:
-        public_key = record[:32]
         if announces_self:
             # Handshakes reach the server through the address its announcement came from.
             self._router.set(target, source, record, now)
-            self.records.remove(target, public_key)
         else:
-            self.records.add(target, public_key, record, now)
+            self.records.add(target, record[:32], record, now)
 
     def _refresh(self, request: IncomingRequest, preimage: bytes | None, now: float) -> None:
         if preimage is None or request.token is None:
