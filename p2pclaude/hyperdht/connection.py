@@ -197,8 +197,8 @@ class Connection:
     def abort(self) -> None:
         """Break the connection off at once; what was not delivered is lost."""
         if not self.closed:
-            self._stream.destroy()
             self._finish(ConnectionClosed("the connection was broken off on this side"))
+            self._stream.destroy()
 
     async def wait_closed(self) -> None:
         """Wait until the connection has ended or broken."""
@@ -254,8 +254,8 @@ class Connection:
         try:
             messages = self._secret.receive_data(data)
         except DecodeError:
-            self._stream.destroy()
             self._finish(ConnectionClosed("the peer sent bytes that do not decrypt"))
+            self._stream.destroy()
             return
         for message in messages:
             if message:  # an empty one is the peer's keep-alive
