@@ -57,8 +57,12 @@ def test_lost_packets_mean_a_black_hole_only_if_none_as_large_arrives() -> None:
     assert search.mtu == 1000
     search.packet_lost(1000, 80)
     assert search.mtu == 1000
-    search.packet_arrived(1500, 90)
-    assert search.mtu == 1500
+    assert search.wanted > 1000
+    search.probe_sent(search.wanted)
+    search.packet_arrived(1500, 90)  # it may have come in fragments: only the next probe tells
+    assert search.mtu == 1000
+    search.probe_acked(1255)
+    assert search.wanted == 1500
 
 
 @pytest.mark.parametrize("path_mtu", [1200, 1300, 1450, 1500])
@@ -72,6 +76,40 @@ def test_streams_find_the_size_without_losing_a_byte(path_mtu: int, loss: float)
     assert pair.a.stream.mtu <= path_mtu
     if not loss:
         assert pair.a.stream.mtu > path_mtu - 16
+
+
+@pytest.mark.parametrize("fragments", [False, True])
+def test_a_black_hole_makes_new_packets_small(fragments: bool) -> None:
+    """A path begins to swallow what exceeds 1000 bytes; without fragments it must recover for old packets to pass."""
+    pair = Pair(a_to_b=Link(delay=0.01, rate=1e6), b_to_a=Link(delay=0.01))
+    data = noise(3_000_000)
+    pair.a.stream.write(data)
+    pair.run(lambda: len(pair.b.received) > 500_000)
+    assert pair.a.stream.mtu == 1500
+    broken_at = pair.now
+
+    def swallows(now: float, packet: bytes) -> bool:
+        size = len(packet) + 28
+        fragmented = fragments and size > pair.a.stream.mtu and not packet[3]  # probes never are
+        return size > 1010 and not fragmented and (fragments or now < broken_at + 6)
+
+    pair.a.link.blocked = swallows
+    pair.run(seconds=5)
+    assert pair.a.stream.mtu <= 1010
+    assert pair.run(lambda: len(pair.b.received) == len(data), seconds=40)
+    assert pair.b.received == data
+
+
+def test_an_outage_does_not_leave_packets_small() -> None:
+    pair = Pair(a_to_b=Link(delay=0.01, rate=1e6), b_to_a=Link(delay=0.01))
+    data = noise(2_000_000)
+    pair.a.stream.write(data)
+    pair.run(lambda: len(pair.b.received) > 500_000)
+    ends_at = pair.now + 8
+    pair.a.link.blocked = lambda now, packet: now < ends_at
+    assert pair.run(lambda: len(pair.b.received) == len(data), seconds=30)
+    assert pair.b.received == data
+    assert pair.a.stream.mtu == 1500
 
 
 def test_probes_are_padded_data_packets() -> None:

@@ -71,20 +71,24 @@ class MtuSearch:
     def packet_lost(self, size: int, first_order: int) -> None:
         """Note that a packet was lost again and again since transmission `first_order`.
 
-        If nothing as large has arrived since, the path swallows that size: fall back to the base, then lower.
+        If nothing as large has arrived since, the path swallows that size: fall back to the base, then lower, and
+        search from there.
         """
-        if size > BLACK_HOLE_MTU and first_order > self._proven_order:
-            self.mtu = self._base if self.mtu > self._base and size > self._base else min(self.mtu, BLACK_HOLE_MTU)
-            self._high = self.mtu
-            self._outstanding = 0
-            self.wanted = 0
+        if size <= BLACK_HOLE_MTU or first_order <= self._proven_order:
+            return
+        self.mtu = self._base if min(self.mtu, size) > self._base else min(self.mtu, BLACK_HOLE_MTU)
+        self._high = max(min(self._high, size - 1), self.mtu)
+        self._outstanding = self._tries = 0
+        self.wanted = self._choose()
 
     def packet_arrived(self, size: int, order: int) -> None:
-        """Note that transmission `order`, a large packet, arrived; it also undoes a needless fallback."""
-        if order <= self._proven_order:
-            return
-        self._proven_order = order
-        if size > self.mtu:
-            self.mtu = size
-            self._high = max(self._high, size)
-            self.wanted = self._choose()
+        """Note that transmission `order`, a large packet, arrived.
+
+        If it is larger than what is in use, the fallback may have been needless (the path was dead, not narrow), or
+        it came in fragments: probes will tell.
+        """
+        if size <= self.mtu:
+            self._proven_order = max(self._proven_order, order)
+        elif self._high < self._max:
+            self._high = self._max
+            self.wanted = 0 if self._outstanding else self._choose()

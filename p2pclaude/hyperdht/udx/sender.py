@@ -207,7 +207,7 @@ class Sender:
             rtt = now - packet.flight.sent_at
             if self._batch_rtt is None or rtt < self._batch_rtt:
                 self._batch_rtt = rtt
-        if packet.size > BLACK_HOLE_MTU:
+        if packet.size > BLACK_HOLE_MTU or packet.padded_mtu:
             self.search.packet_arrived(packet.size, packet.order)
             if packet.padded_mtu and packet.count == 1:
                 self.search.probe_acked(packet.padded_mtu)
@@ -250,13 +250,23 @@ class Sender:
         if packet.padded_mtu:
             self._strip_padding(packet)
         elif packet.count >= BLACK_HOLE_ATTEMPTS:
-            self.search.packet_lost(packet.size, packet.first_order)
-            self.congestion.mss = self.search.mtu
+            self._suspect_size(packet)
 
     def _strip_padding(self, packet: Packet) -> None:
         """Let a probe travel again as an ordinary packet."""
         self.search.probe_lost(packet.padded_mtu)
         packet.padded_mtu = 0
+
+    def _suspect_size(self, packet: Packet | None = None) -> None:
+        """Let the search draw its conclusion from a packet (the first under way) that never arrives.
+
+        Only new packets get smaller. One that has left keeps its number and payload, for the peer may have it, and
+        numbers count packets: `streams` had better let what exceeds `mtu` leave without "don't fragment".
+        """
+        packet = packet or self._first_in_flight()
+        if packet is not None:
+            self.search.packet_lost(packet.size, packet.first_order)
+            self.congestion.mss = self.search.mtu
 
     # -- sending
 
@@ -437,6 +447,8 @@ class Sender:
             self._last_sent_at = now
             self._probes_due = PROBES
             self.stats.probe_timeouts += 1
+            if self._probe_count >= OUTAGE_ATTEMPTS:
+                self._suspect_size()
         self.window_probe.handle_timer(now)
         if self.window_probe.silence(last_heard, now) >= GIVE_UP_S:
             self.give_up = True
