@@ -117,18 +117,29 @@ class Presence:
             self._refresh("interval")
 
     async def _watch_addresses(self) -> None:
-        known = sorted(self._node.local_addresses)
+        known = self._addresses()
         while True:
             await asyncio.sleep(ADDRESSES_SECONDS)
-            addresses = sorted(self._node.local_addresses)
+            addresses = self._addresses() or known
             if addresses != known:
                 known = addresses
                 self._log(Event.ADDRESSES, addresses=addresses)
                 self._refresh("addresses")
 
+    def _addresses(self) -> list[str]:
+        try:
+            return sorted(self._node.local_addresses)
+        except OSError as error:  # interfaces come and go while they are listed
+            self._log(Event.WARNING, message=f"the host's addresses cannot be listed: {error}")
+            return []
+
     def _refresh(self, reason: str) -> None:
-        self._announcement.refresh()
-        self._log(Event.ANNOUNCED, reason=reason)
+        try:
+            self._announcement.refresh()
+        except Exception as error:  # sessions go on, and the next refresh may do better
+            self._log(Event.ERROR, where="refresh", error=type(error).__name__)
+        else:
+            self._log(Event.ANNOUNCED, reason=reason)
 
     async def _keep_record(self) -> None:
         while True:

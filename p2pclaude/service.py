@@ -95,6 +95,9 @@ class Service:
             await connection.close()  # unlike abort, it delivers the last answers
         except OSError as error:  # ConnectionError and TimeoutError, the library's ones included
             reason = peer.reason or str(error)
+        except Exception as error:
+            self._log(Event.ERROR, where="connection", error=type(error).__name__)
+            reason = "an internal error"
         finally:
             self._leave(peer)
             connection.abort()

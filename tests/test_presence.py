@@ -89,6 +89,34 @@ def test_a_change_of_address_is_seen_within_ten_seconds() -> None:
     on_bench(work)
 
 
+def test_a_refresh_that_fails_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(FakeServer, "refresh", fail)
+
+    async def work(one: Bench) -> None:
+        await asyncio.sleep(130)
+        assert len(one.log.events("internal-error")) == 2
+
+    on_bench(work)
+
+
+def test_addresses_that_cannot_be_listed_are_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object) -> list[str]:
+        raise OSError("no such interface")
+
+    async def work(one: Bench) -> None:
+        await asyncio.sleep(5)
+        monkeypatch.delattr(one.dht, "local_addresses")
+        monkeypatch.setattr(FakeDHT, "local_addresses", property(fail), raising=False)
+        await asyncio.sleep(20)
+        assert one.log.events("warning")
+        assert one.server.refreshes == 0
+
+    on_bench(work)
+
+
 def test_the_record_is_stored_at_the_start_and_on_each_change() -> None:
     async def work(one: Bench) -> None:
         await asyncio.sleep(1)

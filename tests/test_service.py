@@ -328,6 +328,19 @@ def test_who_has_said_all_still_gets_answers() -> None:
     on_bench(work)
 
 
+def test_a_connection_that_fails_oddly_harms_nobody() -> None:
+    class Odd(FakeConnection):
+        async def read(self) -> bytes:
+            raise ZeroDivisionError
+
+    async def work(one: Bench) -> None:
+        await one.service.serve(Odd())
+        assert one.log.events("internal-error")[0]["where"] == "connection"
+        assert await one.caller().call("echo", 1) == 1
+
+    on_bench(work)
+
+
 def test_neither_keys_nor_text_are_logged() -> None:
     async def work(one: Bench) -> None:
         caller = one.caller()
