@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from functools import partial
 
 import pytest
 from dht_nodes import PORT, Peer, address_of, dht, make_node, running
@@ -10,8 +11,10 @@ from sim import Link, SimLoop, SimNetwork, run
 from p2pclaude.hyperdht.constants import InternalCommand
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import Destroyed, Suspended
+from p2pclaude.hyperdht.messages import Response, encode_response
 from p2pclaude.hyperdht.node import TICK_SECONDS, host_sleep
 from p2pclaude.hyperdht.reachability import STABLE_TICKS
+from p2pclaude.hyperdht.requests import IncomingRequest
 from p2pclaude.hyperdht.routing import node_id
 
 TWENTY_MINUTES = STABLE_TICKS * TICK_SECONDS
@@ -175,10 +178,15 @@ def test_an_answer_on_the_wrong_socket_proves_nothing() -> None:
     async def main() -> None:
         net = SimNetwork()
         peers = [await Peer(host, seed).start() for seed, host in enumerate(net.hosts(6))]
+
+        def lie(peer: Peer, request: IncomingRequest, external: bool) -> None:
+            # To where the question came from, PING_NAT's too, while telling of the server socket's port.
+            closer = tuple(other.address for other in peers)
+            message = Response(request.tid, ("8.8.8.8", PORT), node_id(peer.address), closer_nodes=closer)
+            peer.rpc.send_datagram(peer.rpc.socket, encode_response(message), request.source)
+
         for peer in peers:
-            peer.rpc.identity = node_id(peer.address)
-            peer.rpc.closest = lambda target: [other.address for other in peers]
-            peer.rpc.on_request = lambda request, external: request.reply(None)  # PING_NAT too: to whence it came
+            peer.rpc.on_request = partial(lie, peer)
         node = make_node(net.host("8.8.8.8"), bootstrap=[peers[0].address])
         async with running(node):
             await asyncio.sleep(TWENTY_MINUTES + 60)
