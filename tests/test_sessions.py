@@ -71,6 +71,7 @@ def test_a_child_that_dies_at_once_is_an_error_and_no_session(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_CLAUDE", "die")
+    monkeypatch.setattr(session_module, "SETTLE_SECONDS", 20.0)  # it is over as soon as the child is dead
 
     async def main() -> None:
         async with place.table() as table:
