@@ -9,13 +9,13 @@ lib/connect.js.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any, Final
 
 from .connection import Connection
-from .constants import Command, Firewall, HandshakeError, InternalCommand, Mode
+from .constants import TOKEN_BYTES, Command, Firewall, HandshakeError, InternalCommand, Mode
 from .crypto import KeyPair
 from .crypto import hash as blake2b
 from .encoding import Address
@@ -34,16 +34,19 @@ from .errors import (
 from .handshakes import (
     Handshake,
     NoisePayload,
+    RelayThrough,
     UdxInfo,
     decode_handshake,
     decode_noise_payload,
     encode_handshake,
     encode_noise_payload,
 )
-from .holepunch import RELAYED_RETRIES, RELAYED_TIMEOUT, ClientHolepunch, Secrets
+from .holepunch import RELAYED_RETRIES, ClientHolepunch, Secrets
 from .noise import NoiseIK
+from .paths import Paths
 from .puncher import Puncher
 from .query import Query
+from .relay import open_link
 from .requests import Reply
 
 if TYPE_CHECKING:
@@ -76,7 +79,12 @@ class Shaken:
 
 
 async def connect(
-    dht: "HyperDHT", public_key: bytes, key_pair: KeyPair, relay_addresses: Sequence[Address], timeout: float
+    dht: "HyperDHT",
+    public_key: bytes,
+    key_pair: KeyPair,
+    relay_addresses: Sequence[Address],
+    relay_through: bytes | None,
+    timeout: float,
 ) -> Connection:
     """Connect within `timeout` seconds, in several attempts if NATs make it a matter of luck.
 
@@ -90,7 +98,7 @@ async def connect(
         async with asyncio.timeout(timeout):
             while True:
                 try:
-                    return await Attempt(dht, public_key, key_pair, relay_addresses, avoid).run()
+                    return await Attempt(dht, public_key, key_pair, relay_addresses, relay_through, avoid).run()
                 except TryLater as error:
                     cause = error
                     await asyncio.sleep(dht.rng.uniform(*TRY_LATER_PAUSE))
@@ -116,12 +124,16 @@ class Attempt:
         public_key: bytes,
         key_pair: KeyPair,
         relay_addresses: Sequence[Address],
+        relay_through: bytes | None,
         avoid: set[Address],
     ) -> None:
         self._dht = dht
         self._public_key = public_key
         self._target = blake2b(public_key)
         self._relay_addresses = relay_addresses
+        self._relay_through = (
+            None if relay_through is None else RelayThrough(relay_through, dht.rng.randbytes(TOKEN_BYTES))
+        )
         self._avoid = avoid
         self._noise = NoiseIK.initiator(key_pair, public_key, KeyPair.generate(dht.rng))
         self._stream = dht.endpoint.streams.create()
@@ -134,9 +146,7 @@ class Attempt:
             rng=dht.rng,
         )
         self._open_address = dht.node.remote_address()
-        self._remote_id: int | None = None
-        self._early_path: tuple[Socket, Address] | None = None
-        self._stream.firewall = self._firewall
+        self._paths = Paths(dht.node, self._stream, self._connection)
 
     async def run(self) -> Connection:
         """Return the connection, open; raises as `connect` does, but knows no deadline."""
@@ -149,14 +159,6 @@ class Attempt:
             raise
         self._dht.remember_relays(self._public_key, shaken.payload.relay_addresses or (shaken.relay_address,))
         return self._connection
-
-    def _firewall(self, socket: Socket, source: Address) -> bool:
-        """Take the path the server's first packet shows; one that comes before its handshake is kept in mind."""
-        if self._remote_id is None:
-            self._early_path = self._early_path or (socket, source)
-        else:
-            self._take_path(socket, source)
-        return True
 
     # Handshake
 
@@ -190,6 +192,7 @@ class Attempt:
             addresses4=self._dht.own_addresses(),
             udx=UdxInfo(reusable_socket=False, id=self._stream.id),
             secret_stream=True,
+            relay_through=self._relay_through,
         )
 
     async def _first_of(
@@ -226,9 +229,7 @@ class Attempt:
                         raise error
                     failures.append(error)
         finally:
-            for leftover in (*running, *(() if search is None else (search,))):
-                leftover.cancel()
-                leftover.add_done_callback(_ignore_outcome)
+            _cancel((*running, *(() if search is None else (search,))))
 
     async def _shake_hands_through(self, relay: Address, message: bytes) -> Shaken:
         reply = await self._dht.node.rpc.request(
@@ -236,7 +237,6 @@ class Attempt:
             Command.PEER_HANDSHAKE,
             target=self._target,
             value=encode_handshake(Handshake(Mode.FROM_CLIENT, message)),
-            timeout=RELAYED_TIMEOUT,
             retries=RELAYED_RETRIES,
         )
         try:
@@ -258,35 +258,47 @@ class Attempt:
     async def _open(self, shaken: Shaken) -> None:
         """Try all paths at once and wait for the server's first bytes on any."""
         assert shaken.payload.udx is not None
-        self._remote_id = shaken.payload.udx.id
-        if self._early_path is not None:
-            self._take_path(*self._early_path)
+        paths = self._paths
+        paths.remote_id = shaken.payload.udx.id
+        if paths.early is not None:
+            paths.take(*paths.early)
         self._connection.start(shaken.noise)
         puncher = await self._make_puncher(shaken)
         candidates = self._candidates(shaken)
-        if puncher is None and self._early_path is None:
-            self._take_path(shaken.socket, candidates[0])  # nothing to lose by sending at once
+        if puncher is None and paths.early is None:
+            paths.take(shaken.socket, candidates[0])  # nothing to lose by sending at once
         probes = [asyncio.create_task(self._probe(candidate)) for candidate in candidates if shaken.relayed]
-        punch = None if puncher is None else asyncio.create_task(self._punch(shaken, puncher))
+        efforts = [asyncio.create_task(effort) for effort in self._efforts(shaken, puncher)]
         try:
-            await self._wait_opened(punch)
-        finally:
-            for task in (*probes, *(() if punch is None else (punch,))):
-                task.cancel()
-                task.add_done_callback(_ignore_outcome)
+            await self._wait_opened(efforts)
+        except BaseException:
             if puncher is not None:
-                puncher.hand_over(self._stream)
-        if self._stream.own_socket is not None:
-            self._connection.how = "punched"
+                puncher.close()
+            _cancel(efforts)
+            raise
+        finally:
+            _cancel(probes)
+        self._dht.node.spawn(self._settle(puncher, efforts))
 
-    async def _wait_opened(self, punch: "asyncio.Task[None] | None") -> None:
-        """Wait until the connection is open, the hole punching has failed or too much time has passed."""
+    def _efforts(self, shaken: Shaken, puncher: Puncher | None) -> Iterator[Coroutine[Any, Any, None]]:
+        """Yield what may lead to a path; it has failed when the last of them ends."""
+        if puncher is not None:
+            yield self._punch(shaken, puncher)
+        else:
+            yield asyncio.sleep(PATH_TIMEOUT)
+        if (through := shaken.payload.relay_through) is not None:
+            yield self._link(through, is_initiator=False)
+        elif self._relay_through is not None:
+            yield self._link(self._relay_through, is_initiator=True)
+
+    async def _wait_opened(self, efforts: Sequence[asyncio.Task[None]]) -> None:
+        """Wait until the connection is open, or all efforts have come to nothing."""
         opened = asyncio.create_task(self._connection.wait_opened())
+        pending = set(efforts)
         try:
-            waiting = {opened} if punch is None else {opened, punch}
-            await asyncio.wait(
-                waiting, timeout=PATH_TIMEOUT if punch is None else None, return_when=asyncio.FIRST_COMPLETED
-            )
+            while pending and not opened.done():
+                _, rest = await asyncio.wait({opened, *pending}, return_when=asyncio.FIRST_COMPLETED)
+                pending &= rest
             if not opened.done():  # a last chance for what may be under way
                 await asyncio.wait({opened}, timeout=LAST_CHANCE)
             if opened.done():
@@ -297,12 +309,13 @@ class Attempt:
             raise PeerConnectionFailed("the peer broke the connection off at once") from error
         finally:
             opened.cancel()
-        cause = None if punch is None or punch.cancelled() else punch.exception()
-        if isinstance(cause, HolepunchError):
-            raise cause
-        raise HolepunchError(
-            "the peer answered through a DHT node, but no packet of it arrived: a NAT or firewall stands between"
-        ) from cause
+        causes = [task.exception() for task in efforts]
+        raise next(
+            (cause for cause in causes if isinstance(cause, HolepunchError)),
+            HolepunchError(
+                "the peer answered through a DHT node, but no packet of it arrived: a NAT or firewall stands between"
+            ),
+        )
 
     async def _make_puncher(self, shaken: Shaken) -> Puncher | None:
         """Return an open puncher if there is a hole to punch; an open side needs none, the other one comes to it."""
@@ -310,7 +323,7 @@ class Attempt:
         if not shaken.relayed or self._open_address is not None or holepunch is None or not holepunch.relays:
             return None
         puncher = Puncher(
-            self._dht.node, self._dht.rng, self._dht.throttle, is_initiator=True, on_path=self._take_path
+            self._dht.node, self._dht.rng, self._dht.throttle, is_initiator=True, on_path=self._paths.take
         )
         await puncher.open()
         return puncher
@@ -328,10 +341,19 @@ class Attempt:
             server_address=shaken.server_address,
         ).run()
 
-    def _take_path(self, socket: Socket, address: Address) -> None:
-        """Send there from now on, unless the server has answered on another path already."""
-        if not self._connection.opened and self._remote_id is not None:
-            self._stream.connect(socket, self._remote_id, address)
+    async def _link(self, through: RelayThrough, *, is_initiator: bool) -> None:
+        """Meet the server at a blind relay, and give it time to show that it is there."""
+        link = await open_link(self._dht, through.public_key, through.token, is_initiator, self._stream)
+        self._paths.use_relay(link)
+        await asyncio.sleep(PATH_TIMEOUT)
+
+    async def _settle(self, puncher: Puncher | None, efforts: Sequence[asyncio.Task[None]]) -> None:
+        try:
+            await self._paths.settle(puncher)
+        finally:
+            _cancel(efforts)
+            if puncher is not None:
+                puncher.close(keep=self._stream.own_socket)
 
     def _candidates(self, shaken: Shaken) -> list[Address]:
         """Return the addresses where the server may be reached, the likeliest first."""
@@ -359,7 +381,14 @@ class Attempt:
         except HyperDHTError:
             return
         if self._stream.core.srtt is None:
-            self._take_path(reply.socket, address)
+            self._paths.take(reply.socket, address)
+
+
+def _cancel(tasks: Iterable["asyncio.Task[Any]"]) -> None:
+    """Cancel tasks that nobody awaits any longer."""
+    for task in tasks:
+        task.cancel()
+        task.add_done_callback(_ignore_outcome)
 
 
 def _ignore_outcome(task: "asyncio.Task[Any]") -> None:

@@ -8,6 +8,7 @@ send window shut.
 import asyncio
 import random
 from collections import deque
+from collections.abc import Callable
 from typing import Final, Self
 
 from .encoding import Address
@@ -52,8 +53,8 @@ class Connection:
         """The peer's public key, 32 bytes: proven by the handshake."""
         self.is_initiator = is_initiator
         """Whether this side called `connect`."""
-        self.how = "direct"
-        """The way the packets take: `direct`, `punched` (through NATs) or `relayed`."""
+        self.path_kind: Callable[[], str] = lambda: "direct"
+        """Tells what kind of path the stream is on; for `paths`."""
         self._stream = stream
         self._secret: SecretStream | None = None
         self._early: list[bytes] = []  # raw bytes that came before the handshake was through
@@ -85,6 +86,11 @@ class Connection:
     def remote_address(self) -> Address | None:
         """Where packets go at present; None before the first."""
         return self._stream.address
+
+    @property
+    def how(self) -> str:
+        """The way the packets take: `direct`, `punched` (through NATs) or `relayed`; it may change to a better one."""
+        return self.path_kind()
 
     @property
     def closed(self) -> bool:

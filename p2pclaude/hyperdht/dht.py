@@ -214,14 +214,17 @@ class HyperDHT:
 
     # Connections
 
-    def create_server(self, on_connection: OnConnection, *, allow: Allow | None = None) -> Server:
+    def create_server(
+        self, on_connection: OnConnection, *, allow: Allow | None = None, relay_through: bytes | None = None
+    ) -> Server:
         """Make a server that awaits `on_connection(connection)` for each client, in a task of its own.
 
         The connection is closed when that returns. `allow(public_key, address)` may turn clients away: silently, so
-        that a stranger does not learn that there is a server.
+        that a stranger does not learn that there is a server. `relay_through` is the public key of a blind relay where
+        clients meet the server while no direct way is found.
         """
         self.check_usable()
-        return Server(self, on_connection, allow)
+        return Server(self, on_connection, allow, relay_through)
 
     async def connect(
         self,
@@ -229,18 +232,21 @@ class HyperDHT:
         *,
         key_pair: KeyPair | None = None,
         relay_addresses: Sequence[Address] = (),
+        relay_through: bytes | None = None,
         timeout: float = CONNECT_TIMEOUT,
     ) -> Connection:
         """Connect to the server with that public key.
 
-        `relay_addresses` are DHT nodes said to know it, tried first. Returns when the server's first bytes have
-        arrived. Raises PeerNotFound, PeerConnectionFailed, HandshakeFailed, HolepunchError, Timeout, Suspended,
-        Destroyed: the cause; ValueError for a key of another length than 32 bytes, DecodeError for 32 that are no key.
+        `relay_addresses` are DHT nodes said to know it, tried first. `relay_through` is the public key of a blind relay
+        to meet at while no direct way is found; a server that names one itself needs none here. Returns when the
+        server's first bytes have arrived. Raises PeerNotFound, PeerConnectionFailed, HandshakeFailed, HolepunchError,
+        Timeout, Suspended, Destroyed: the cause; ValueError for a key of another length than 32 bytes, DecodeError for
+        32 that are no key.
         """
         if len(public_key) != KEY_BYTES:
             raise ValueError(f"a public key has {KEY_BYTES} bytes")
         self.check_usable()
-        return await connect(self, public_key, key_pair or self.key_pair, relay_addresses, timeout)
+        return await connect(self, public_key, key_pair or self.key_pair, relay_addresses, relay_through, timeout)
 
     def remember_relays(self, public_key: bytes, relays: Sequence[Address]) -> None:
         """Keep the nodes that led to a server, for the next time."""

@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RELAYED_TIMEOUT: Final = 0.5  # of one send on the way client, relay, server and back
-RELAYED_RETRIES: Final = 7
+RELAYED_RETRIES: Final = 6  # on the way client, relay, server and back a packet may get lost four times
 SECRET_BYTES: Final = 32
 REMOTE_ANALYSIS_PAUSE: Final = 0.5  # what the other side may need to classify its NAT
 
@@ -200,7 +199,6 @@ class ClientHolepunch:
             target=self._target,
             value=encode_holepunch(message),
             socket=self._puncher.socket,
-            timeout=RELAYED_TIMEOUT,
             retries=RELAYED_RETRIES,
         )
         if reply.socket is self._puncher.socket:

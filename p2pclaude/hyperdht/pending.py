@@ -5,18 +5,21 @@ puncher that makes one. Source: hyperdht lib/server.js.
 """
 
 import asyncio
+import logging
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Final
 
 from .connection import Connection
-from .constants import Firewall
+from .constants import TOKEN_BYTES, Firewall
 from .encoding import Address
 from .endpoint import Socket
-from .errors import ConnectionClosed
-from .handshakes import Handshake, Holepunch, NoisePayload
+from .errors import ConnectionClosed, HyperDHTError
+from .handshakes import Handshake, Holepunch, NoisePayload, RelayThrough
 from .holepunch import Secrets, ServerHolepunch
 from .noise import NoiseIK
+from .paths import Paths
 from .puncher import Puncher
+from .relay import open_link
 from .requests import IncomingRequest
 from .router import Answer
 
@@ -24,15 +27,23 @@ if TYPE_CHECKING:
     from .announcer import Announcer
     from .dht import HyperDHT
 
+log = logging.getLogger(__name__)
+
 HANDSHAKE_TIMEOUT: Final = 10.0  # for the client's first packet
-SETTLE_INTERVAL: Final = 0.1
 PUNCH_TIMEOUT: Final = 40.0  # once probes are being sent; random ports take up to 35 s
 
 
 class PendingClient:
     """One answered handshake, from the answer to the client's first packet."""
 
-    def __init__(self, dht: "HyperDHT", announcer: "Announcer", public_key: bytes, noise: NoiseIK) -> None:
+    def __init__(
+        self,
+        dht: "HyperDHT",
+        announcer: "Announcer",
+        public_key: bytes,
+        noise: NoiseIK,
+        relay_through: bytes | None,
+    ) -> None:
         self._dht = dht
         self._announcer = announcer
         self._noise = noise
@@ -40,7 +51,11 @@ class PendingClient:
         self._puncher: Puncher | None = None
         self._holepunch: ServerHolepunch | None = None
         self._deadline: asyncio.Timeout | None = None
-        self._remote_id = 0
+        self._linking: asyncio.Task[None] | None = None
+        self.relay_through = (
+            None if relay_through is None else RelayThrough(relay_through, dht.rng.randbytes(TOKEN_BYTES))
+        )
+        """The blind relay to meet the client at, for the answer."""
         self.socket: Socket | None = None
         """The socket the answer must leave from, so that the relay sees its NAT mapping; None for any."""
         self.connection = Connection(
@@ -51,6 +66,7 @@ class PendingClient:
             keep_alive=dht.connection_keep_alive,
             rng=dht.rng,
         )
+        self._paths = Paths(dht.node, self._stream, self.connection)
 
     @property
     def stream_id(self) -> int:
@@ -77,26 +93,19 @@ class PendingClient:
     def start(self, payload: NoisePayload, message: Handshake, request: IncomingRequest) -> None:
         """Begin to listen for the client, and go towards it where the way is known. Call it with keys complete."""
         assert payload.udx is not None
-        self._remote_id = payload.udx.id
-        self._stream.firewall = self._firewall
+        self._paths.remote_id = payload.udx.id
         self.connection.start(self._noise)
         if self._puncher is not None:
             secrets = Secrets(self._dht, self._noise.holepunch_secret)
             self._holepunch = ServerHolepunch(self._dht, self._announcer, secrets, self._puncher, self._on_punch)
         if message.peer_address is None:
-            self._stream.connect(request.socket, self._remote_id, request.source)
+            self._paths.take(request.socket, request.source)
         elif payload.firewall == Firewall.OPEN:
-            self._stream.connect(self._dht.node.socket, self._remote_id, message.peer_address)
-
-    def _firewall(self, socket: Socket, source: Address) -> bool:
-        """Follow the client to the path its packets come on, until one is known to work both ways.
-
-        Its first acknowledgement comes on the path it has settled for (see `connect`), so both sides settle for the
-        same. What arrives on another one later was under way already, and is as good.
-        """
-        if self._stream.core.srtt is None:
-            self._stream.connect(socket, self._remote_id, source)
-        return True
+            self._paths.take(self._dht.node.socket, message.peer_address)
+        elif self.relay_through is not None:
+            self._linking = asyncio.create_task(self._link(self.relay_through, is_initiator=True))
+        elif payload.relay_through is not None:
+            self._linking = asyncio.create_task(self._link(payload.relay_through, is_initiator=False))
 
     async def handle_holepunch(self, message: Holepunch, request: IncomingRequest) -> Answer | None:
         """Answer a hole punching round."""
@@ -110,23 +119,40 @@ class PendingClient:
         """Wait for the client; False, and nothing left behind, if it does not come in time."""
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT) as self._deadline:
+                if self._linking is not None:
+                    self._on_punch()
                 await self.connection.wait_opened()
         except (TimeoutError, ConnectionClosed):
             self.connection.abort()
             return False
         finally:
             self._deadline = None
+            if not self.connection.opened:
+                self.close()
         return True
 
     async def settle(self) -> None:
-        """Wait until the path is settled, and close the sockets it does not need."""
-        if self._puncher is None:
-            return
-        while self._stream.core.srtt is None and not self.connection.closed:
-            await asyncio.sleep(SETTLE_INTERVAL)
-        self._puncher.hand_over(self._stream)
-        if self._stream.own_socket is not None:
-            self.connection.how = "punched"
+        """Wait until the way is settled, after `wait_opened`."""
+        try:
+            await self._paths.settle(self._puncher)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop looking for a way; the stream keeps the one it has."""
+        if self._puncher is not None:
+            self._puncher.close(keep=self._stream.own_socket)
+        if self._linking is not None:
+            self._linking.cancel()
+
+    async def _link(self, through: RelayThrough, *, is_initiator: bool) -> None:
+        """Meet the client at a blind relay."""
+        try:
+            link = await open_link(self._dht, through.public_key, through.token, is_initiator, self._stream)
+        except HyperDHTError as error:
+            log.debug("no way through the relay: %s", error)
+        else:
+            self._paths.use_relay(link)
 
 
 def _network(address: Address) -> int:

@@ -51,8 +51,11 @@ Allow = Callable[[bytes, Address], bool]
 class Server:
     """Serves one key pair; made by `HyperDHT.create_server`."""
 
-    def __init__(self, dht: "HyperDHT", on_connection: OnConnection, allow: Allow | None) -> None:
+    def __init__(
+        self, dht: "HyperDHT", on_connection: OnConnection, allow: Allow | None, relay_through: bytes | None
+    ) -> None:
         self._dht = dht
+        self._relay_through = relay_through
         self._on_connection = on_connection
         self._allow = allow
         self._key_pair: KeyPair | None = None
@@ -175,9 +178,9 @@ class Server:
             return None
         if payload.version != 1 or payload.udx is None:
             error = HandshakeError.VERSION_MISMATCH if payload.version != 1 else HandshakeError.ABORTED
-            return Answer(noise.write_message(encode_noise_payload(self._payload(error, 0, 0))))
+            return Answer(noise.write_message(encode_noise_payload(self._payload(error))))
         try:
-            pending = PendingClient(self._dht, self._announcer, self.public_key, noise)
+            pending = PendingClient(self._dht, self._announcer, self.public_key, noise, self._relay_through)
         except HyperDHTError:
             return None  # too many streams
         slot = next(slot for slot in count() if slot not in self._slots)
@@ -186,10 +189,9 @@ class Server:
             await pending.prepare(payload, message, request)
         except OSError:
             log.warning("no socket for hole punching is to be had")
-        answer = noise.write_message(encode_noise_payload(self._payload(HandshakeError.NONE, pending.stream_id, slot)))
+        answer = noise.write_message(encode_noise_payload(self._payload(HandshakeError.NONE, pending, slot)))
         pending.start(payload, message, request)
         self._spawn(self._hand_out(pending, slot))
-        self._spawn(pending.settle())
         return Answer(answer, pending.socket)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -206,7 +208,7 @@ class Server:
             log.exception("the server's firewall function failed")
             return False
 
-    def _payload(self, error: HandshakeError, stream_id: int, slot: int) -> NoisePayload:
+    def _payload(self, error: HandshakeError, pending: PendingClient | None = None, slot: int = 0) -> NoisePayload:
         open_address = self._dht.node.remote_address()
         relays = () if self._announcer is None else self._announcer.relays
         return NoisePayload(
@@ -214,8 +216,9 @@ class Server:
             firewall=Firewall.UNKNOWN if open_address is None else Firewall.OPEN,
             holepunch=HolepunchInfo(slot, relays) if relays and open_address is None else None,
             addresses4=self._dht.own_addresses(),
-            udx=UdxInfo(reusable_socket=False, id=stream_id),
+            udx=UdxInfo(reusable_socket=False, id=0 if pending is None else pending.stream_id),
             secret_stream=True,
+            relay_through=None if pending is None else pending.relay_through,
             relay_addresses=self.relay_addresses or None,
         )
 
@@ -225,6 +228,7 @@ class Server:
         try:
             if not await pending.wait_opened():
                 return
+            self._spawn(pending.settle())
         finally:
             if self._slots.get(slot) is pending:
                 self._release(slot)

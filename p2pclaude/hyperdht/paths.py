@@ -1,0 +1,133 @@
+"""The ways a stream can take to its peer, and how both sides settle for the same one (ring 2).
+
+A direct way shows itself by a packet that arrives on it (`streams` asks `firewall`), by a pong or by a hole punching
+probe; a relay's way is known once both sides are paired there. The client settles for the way on which the server's
+first bytes arrive; the server follows the client's packets until one of its own was acknowledged, which the client
+sends on the way it settled for. From a relay both move on to a direct way as soon as there is one, and back if it
+turns out to carry nothing. `connect` and `pending` have one such object each.
+"""
+
+import asyncio
+import logging
+from typing import Final
+
+from .connection import Connection
+from .encoding import Address
+from .endpoint import Socket
+from .node import Node
+from .puncher import Puncher
+from .relay import RelayLink
+from .streams import Stream
+
+log = logging.getLogger(__name__)
+
+UPGRADE_CHECK: Final = 3.0  # seconds a direct way has to prove itself after the relay's
+SETTLE_INTERVAL: Final = 0.1
+
+
+class Paths:
+    """The way of one stream."""
+
+    def __init__(self, node: Node, stream: Stream, connection: Connection) -> None:
+        self._node = node
+        self._stream = stream
+        self._connection = connection
+        self._link: RelayLink | None = None
+        self._heard_direct = False
+        self._upgraded = False
+        self.remote_id: int | None = None
+        """The peer's id for the stream, once its handshake is read; 0 is none."""
+        self.early: tuple[Socket, Address] | None = None
+        """Where the peer's first packet came from, if that was before its handshake was read."""
+        stream.firewall = self.firewall
+        connection.path_kind = self._kind
+
+    @property
+    def on_relay(self) -> bool:
+        """Whether the stream goes through the relay at present."""
+        return self._link is not None and self._is_on(self._link)
+
+    def firewall(self, socket: Socket, source: Address) -> bool:
+        """Take note of the way a packet came; all are let in, as what they carry is authenticated."""
+        if self.remote_id is None:
+            self.early = self.early or (socket, source)
+        elif self._link is None or not self._link.carries(socket, source):
+            self.take(socket, source)
+        elif self._is_open_to_change():
+            self._take_relay(self._link)
+        return True
+
+    def take(self, socket: Socket, address: Address) -> None:
+        """Use a direct way that has shown itself, unless the stream has settled for one."""
+        if self.remote_id is None:
+            return
+        if self._is_open_to_change():
+            self._stream.connect(socket, self.remote_id, address)
+        elif self.on_relay:
+            self._upgrade(socket, address)
+
+    def use_relay(self, link: RelayLink) -> None:
+        """Know a relay's way; it is used until a direct one shows itself."""
+        if self._connection.opened and not self._is_on(link):
+            link.close()  # a direct way was faster
+            return
+        self._link = link
+        if self._stream.address is None or not self._stream.core.received_any:
+            self._take_relay(link)
+
+    def _is_on(self, link: RelayLink) -> bool:
+        socket, address = self._stream.socket, self._stream.address
+        return socket is not None and address is not None and link.carries(socket, address)
+
+    def _is_open_to_change(self) -> bool:
+        if self._connection.is_initiator:
+            return not self._connection.opened
+        return self._stream.core.srtt is None and not self._upgraded
+
+    def _take_relay(self, link: RelayLink) -> None:
+        self._stream.connect(link.socket, link.remote_id, link.address)
+
+    def _upgrade(self, socket: Socket, address: Address) -> None:
+        """Leave the relay for a direct way, and see whether it works."""
+        assert self.remote_id is not None
+        log.debug("leaving the relay for a direct way")
+        self._heard_direct, self._upgraded = False, True
+        self._stream.connect(socket, self.remote_id, address)
+        self._stream.send_message(b"")  # shows the peer the new way if there is nothing else to send
+        self._stream.on_packet = self._listen
+        asyncio.get_running_loop().call_later(UPGRADE_CHECK, self._check_upgrade)
+
+    def _listen(self, socket: Socket, source: Address) -> None:
+        if self._link is not None and self._link.carries(socket, source):
+            self._stream.on_packet = self._listen
+        else:
+            self._heard_direct = True
+
+    def _check_upgrade(self) -> None:
+        link = self._link
+        if link is None or link.closed or self._connection.closed:
+            return
+        if self._heard_direct:
+            self._link = None
+            link.close()
+        else:
+            self._take_relay(link)
+
+    async def settle(self, puncher: Puncher | None) -> None:
+        """Wait until the way is settled for good, and close the sockets it does not need.
+
+        Call it once the connection is open. While the stream goes through a relay the puncher goes on to the end of its
+        probes; a way it finds is taken by `take`.
+        """
+        while not self._connection.closed and (
+            self._stream.core.srtt is None or (self._link is not None and puncher is not None and puncher.punching)
+        ):
+            await asyncio.sleep(SETTLE_INTERVAL)
+        if puncher is not None:
+            puncher.hand_over(self._stream)
+
+    def _kind(self) -> str:
+        if self.on_relay:
+            return "relayed"
+        direct = self._stream.socket in (None, self._node.server_socket, self._node.client_socket)
+        return "direct" if direct else "punched"
