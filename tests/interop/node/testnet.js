@@ -1,5 +1,6 @@
 'use strict'
-// A DHT network of its own in one process: config {size}, every node persistent, all on 127.0.0.1.
+// A DHT network of its own in one process, every node persistent: config {size} for nodes on 127.0.0.1, or
+// {hosts: [...]} for one on each of these addresses.
 //
 // events:   ready {bootstrap: ["host:port"], nodes: ["host:port", ...]}
 // commands: kill {index} -> killed: destroy one node without a goodbye
@@ -7,17 +8,18 @@
 const dgram = require('dgram')
 const { HyperDHT, config, emit, openNode, serveCommands } = require('./control')
 
-const HOST = '127.0.0.1'
+const hosts = config.hosts || Array(config.size || 6).fill('127.0.0.1')
 const nodes = []
 
 async function main() {
+  const [host] = hosts
   const port = await freePort()
-  const first = HyperDHT.bootstrapper(port, HOST, { host: HOST })
+  const first = HyperDHT.bootstrapper(port, host, { host })
   nodes.push(first)
   await first.fullyBootstrapped()
-  config.bootstrap = [`${HOST}:${port}`]
-  while (nodes.length < (config.size || 6)) {
-    const node = openNode({ ephemeral: false, firewalled: false })
+  config.bootstrap = [`${host}:${port}`]
+  while (nodes.length < hosts.length) {
+    const node = openNode({ ephemeral: false, firewalled: false, host: hosts[nodes.length] })
     nodes.push(node)
     await node.fullyBootstrapped()
   }
@@ -25,14 +27,14 @@ async function main() {
 }
 
 function nameOf(node) {
-  return `${HOST}:${node.address().port}`
+  return `${hosts[nodes.indexOf(node)]}:${node.address().port}`
 }
 
 function freePort() {
   return new Promise((resolve, reject) => {
     const socket = dgram.createSocket('udp4')
     socket.once('error', reject)
-    socket.bind(0, HOST, () => {
+    socket.bind(0, hosts[0], () => {
       const { port } = socket.address()
       socket.close(() => resolve(port))
     })

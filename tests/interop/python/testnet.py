@@ -11,27 +11,28 @@ from p2pclaude.hyperdht import HyperDHT
 HOST = "127.0.0.1"
 
 
-def free_port() -> int:
+def free_port(host: str) -> int:
     """Find a UDP port that nobody uses."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind((HOST, 0))
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
     return port
 
 
 async def main() -> None:
     """Start the bootstrap node, then the others one by one; obey until the end."""
-    port = free_port()
-    bootstrap = [f"{HOST}:{port}"]
+    hosts = config.get("hosts") or [HOST] * config.get("size", 6)
+    port = free_port(hosts[0])
+    bootstrap = [f"{hosts[0]}:{port}"]
     async with AsyncExitStack() as stack:
-        nodes = [await stack.enter_async_context(HyperDHT.bootstrapper(port, HOST, bind=HOST))]
-        while len(nodes) < config.get("size", 6):
-            port = free_port()
-            address = (HOST, port)
-            node = HyperDHT(bootstrap=bootstrap, host=HOST, port=port, ephemeral=False, public_address=address)
+        nodes = [await stack.enter_async_context(HyperDHT.bootstrapper(port, hosts[0], bind=hosts[0]))]
+        for host in hosts[1:]:
+            port = free_port(host)
+            node = HyperDHT(bootstrap=bootstrap, host=host, port=port, ephemeral=False, public_address=(host, port))
             nodes.append(await stack.enter_async_context(node))
             await node.bootstrapped.wait()
-        emit("ready", bootstrap=bootstrap, nodes=[f"{HOST}:{node.port}" for node in nodes])
+        where = [f"{host}:{node.port}" for host, node in zip(hosts, nodes, strict=True)]
+        emit("ready", bootstrap=bootstrap, nodes=where)
         await serve_commands({})
 
 
