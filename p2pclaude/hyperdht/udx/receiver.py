@@ -22,7 +22,7 @@ class Receiver:
     """
 
     def __init__(self, window: int, initial_seq: int) -> None:
-        self.window = window
+        self.window = max(window, 1)
         self.next_seq = initial_seq  # unbounded; the next one expected
         self.unread = 0  # bytes given out and not yet consumed
         self.chunks: list[bytes] = []  # data in order, not yet given out
@@ -79,12 +79,22 @@ class Receiver:
     def consume(self, size: int) -> bool:
         """Note that the reader took bytes; return True if the peer should be told of the room."""
         self.unread = max(self.unread - size, 0)
-        return self.window - self.unread - self._advertised >= max(self.window // 4, 1)
+        return self._free - self._advertised >= max(self.window // 4, 1)
 
     def advertise(self) -> int:
         """Return the window for the next packet."""
-        self._advertised = min(max(self.window - self.unread, 0), 0xFFFFFFFF)
+        self._advertised = min(max(self._free, 0), 0xFFFFFFFF)
         return self._advertised
+
+    @property
+    def _free(self) -> int:
+        """The window to advertise.
+
+        What waits behind a gap costs nothing if the reader is quick: it will be gone with the gap, and a long path
+        needs it for its full rate. The slower the reader, the more it counts, up to its full size.
+        """
+        slowness = min(4 * self.unread / self.window, 1.0)
+        return self.window - self.unread - int(self._early_bytes * slowness)
 
     def discard(self) -> None:
         """Drop all data that waits; the numbers stay for final acknowledgements."""
