@@ -81,13 +81,14 @@ class Storage:
         best = self._own_mutable(target, seq)
         if best is not None and not latest:
             return best
-        async for reply in self._node.query(Command.MUTABLE_GET, target, value=uint(seq)):
-            found = _valid_mutable(public_key, reply)
-            if found is None or found.seq < seq or (best is not None and found.seq <= best.seq):
-                continue
-            best = found
-            if not latest:
-                break
+        async with self._node.query(Command.MUTABLE_GET, target, value=uint(seq)) as query:
+            async for reply in query:
+                found = _valid_mutable(public_key, reply)
+                if found is None or found.seq < seq or (best is not None and found.seq <= best.seq):
+                    continue
+                best = found
+                if not latest:
+                    break
         return best
 
     def _own_mutable(self, target: bytes, seq: int) -> MutableRecord | None:
@@ -109,29 +110,32 @@ class Storage:
         own = None if self._node.ephemeral else self._own.immutables.get(target, _now())
         if own is not None:
             return own
-        async for reply in self._node.query(Command.IMMUTABLE_GET, target):
-            if reply.value is not None and blake2b(reply.value) == target:
-                return reply.value
+        async with self._node.query(Command.IMMUTABLE_GET, target) as query:
+            async for reply in query:
+                if reply.value is not None and blake2b(reply.value) == target:
+                    return reply.value
         return None
 
     async def lookup(self, target: bytes) -> AsyncIterator[LookupResult]:
         """Yield what each node on the way to a topic knows of it."""
-        async for reply in self._node.query(Command.LOOKUP, target):
-            try:
-                found = None if not reply.value else decode_lookup_reply(reply.value)
-            except DecodeError:
-                continue
-            if found is not None:
-                yield LookupResult(reply.source, found.peers, found.bump)
+        async with self._node.query(Command.LOOKUP, target) as query:
+            async for reply in query:
+                try:
+                    found = None if not reply.value else decode_lookup_reply(reply.value)
+                except DecodeError:
+                    continue
+                if found is not None:
+                    yield LookupResult(reply.source, found.peers, found.bump)
 
     async def find_peer(self, public_key: bytes) -> AsyncIterator[Reply]:
         """Yield the reply of each node that can lead to a server."""
-        async for reply in self._node.query(Command.FIND_PEER, blake2b(public_key)):
-            try:
-                if reply.value is not None and decode_peer(reply.value).public_key == public_key:
-                    yield reply
-            except DecodeError:
-                continue
+        async with self._node.query(Command.FIND_PEER, blake2b(public_key)) as query:
+            async for reply in query:
+                try:
+                    if reply.value is not None and decode_peer(reply.value).public_key == public_key:
+                        yield reply
+                except DecodeError:
+                    continue
 
     async def announce(self, target: bytes, key_pair: KeyPair, relay_addresses: tuple[Address, ...], bump: int) -> None:
         """Announce a key under a topic on the closest nodes. Raises TooFewNodes or the last RemoteError."""
@@ -181,6 +185,9 @@ class Storage:
 
         await query.finished()
         await query.commit(ask)
+        for error in query.commit_errors:  # one node that holds a newer record is enough: readers will prefer that
+            if isinstance(error, RemoteError) and error.code in (ErrorCode.SEQ_REUSED, ErrorCode.SEQ_TOO_LOW):
+                raise error
 
 
 def _now() -> float:
