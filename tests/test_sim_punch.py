@@ -56,7 +56,8 @@ def test_every_pair_of_nats_connects_but_the_one_that_cannot(
             server = server_node.create_server(handle)
             await server.listen()
             async with await client.connect(server.public_key, timeout=DEADLINE) as connection:
-                assert connection.how == ("direct" if "open" in (server_kind, client_kind) else "punched")
+                if not loss:  # else an open node may not know yet that it is one
+                    assert connection.how == ("direct" if "open" in (server_kind, client_kind) else "punched")
                 assert await ask(connection, bytes(30_000)) == bytes(30_000)
                 assert len(served) == 1
             await asyncio.sleep(60)

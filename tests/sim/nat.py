@@ -148,11 +148,15 @@ class Nat(Node):
         mapping = self._outbound.get(key)
         if mapping is not None and not self._is_expired(mapping):
             return mapping
-        if mapping is not None:
-            self._remove(mapping)
+        self._forget_expired()
         mapping = _Mapping(inner, self._free_port(inner[1]), key, self.world.loop.now)
         self._outbound[key] = self._inbound[mapping.port] = mapping
         return mapping
+
+    def _forget_expired(self) -> None:
+        """Keep the table as small as a router's, so that simulated weeks do not fill the memory."""
+        for mapping in [m for m in self._inbound.values() if self._is_expired(m)]:
+            self._remove(mapping)
 
     def _free_port(self, inner_port: int) -> int:
         if self.ports is PortChoice.RANDOM:
@@ -168,11 +172,7 @@ class Nat(Node):
         return port
 
     def _is_free(self, port: int) -> bool:
-        mapping = self._inbound.get(port)
-        if mapping is not None and self._is_expired(mapping):
-            self._remove(mapping)
-            mapping = None
-        return mapping is None and port not in self._avoid
+        return port not in self._inbound and port not in self._avoid
 
     def _remove(self, mapping: _Mapping) -> None:
         del self._inbound[mapping.port]
