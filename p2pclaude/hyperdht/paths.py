@@ -3,8 +3,9 @@
 A direct way shows itself by a packet that arrives on it (`streams` asks `firewall`), by a pong or by a hole punching
 probe; a relay's way is known once both sides are paired there. The client settles for the way on which the server's
 first bytes arrive; the server follows the client's packets until one of its own was acknowledged, which the client
-sends on the way it settled for. From a relay both move on to a direct way as soon as there is one, and back if it
-turns out to carry nothing. `connect` and `pending` have one such object each.
+sends on the way it settled for. Later a stream moves only when its way has fallen silent and the peer goes on sending
+from elsewhere, as behind a NAT that changed its mapping. From a relay both move on to a direct way as soon as there
+is one, and back if it turns out to carry nothing. `connect` and `pending` have one such object each.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from .streams import Stream
 log = logging.getLogger(__name__)
 
 UPGRADE_CHECK: Final = 3.0  # seconds a direct way has to prove itself after the relay's
+MIGRATION_SILENCE: Final = 0.5  # seconds in which packets come from elsewhere only
 SETTLE_INTERVAL: Final = 0.1
 
 
@@ -35,6 +37,8 @@ class Paths:
         self._link: RelayLink | None = None
         self._heard_direct = False
         self._upgraded = False
+        self._other: tuple[Socket, Address] | None = None  # another way that packets come on, and since when
+        self._other_since = 0.0
         self.remote_id: int | None = None
         """The peer's id for the stream, once its handshake is read; 0 is none."""
         self.early: tuple[Socket, Address] | None = None
@@ -65,6 +69,17 @@ class Paths:
             self._stream.connect(socket, self.remote_id, address)
         elif self.on_relay:
             self._upgrade(socket, address)
+        else:
+            self._consider(socket, address)
+
+    def _consider(self, socket: Socket, address: Address) -> None:
+        """Move to where the peer's packets come from now, if for a while none came on the stream's way."""
+        now = asyncio.get_running_loop().time()
+        if self._other != (socket, address) or self._stream.heard:
+            self._other, self._other_since = (socket, address), now
+            self._stream.heard = False
+        elif now - self._other_since >= MIGRATION_SILENCE and self.remote_id is not None:
+            self._stream.connect(socket, self.remote_id, address)
 
     def use_relay(self, link: RelayLink) -> None:
         """Know a relay's way; it is used until a direct one shows itself."""

@@ -44,7 +44,7 @@ class Stream:
     """A UDX stream with its way through the network: socket and remote address."""
 
     __slots__ = (
-        "_dirty", "_streams", "_timer", "address", "core", "firewall", "handler", "on_forgotten", "on_packet",
+        "_dirty", "_streams", "_timer", "address", "core", "firewall", "handler", "heard", "on_forgotten", "on_packet",
         "own_socket", "socket",
     )  # fmt: skip
 
@@ -63,6 +63,8 @@ class Stream:
         """
         self.on_packet: Callable[[Socket, Address], None] | None = None
         """Called once, for the first packet that was let in."""
+        self.heard = False
+        """Set by every packet that comes in on the stream's own way; whoever wants to know clears it before."""
         self.own_socket: Socket | None = None
         """A socket that serves this stream alone, and is closed when the stream is forgotten."""
         self.on_forgotten: Callable[[], None] | None = None
@@ -116,12 +118,13 @@ class Stream:
 
     def accepts(self, socket: "Socket", source: Address) -> bool:
         """Decide about a packet by its way in; new ways are the firewall hook's choice."""
-        if socket is not self.socket or source != self.address:
-            if self.firewall is None:
-                if socket is not self.socket:
-                    return False
-            elif not self.firewall(socket, source):
+        if socket is self.socket and source == self.address:
+            self.heard = True
+        elif self.firewall is not None:
+            if not self.firewall(socket, source):
                 return False
+        elif socket is not self.socket:
+            return False
         if self.on_packet is not None:
             on_packet, self.on_packet = self.on_packet, None
             on_packet(socket, source)
