@@ -195,6 +195,25 @@ def test_a_peer_that_forgot_the_closed_stream_is_no_error() -> None:
     assert pair.b.closed == Closed(None)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_peer_that_ended_first_gets_the_end_after_all_data_is_acknowledged(seed: int) -> None:
+    # Such a peer, if it is libudx, vanishes with the END; only then may its silence mean success.
+    pair = Pair(seed, a_to_b=Link(loss=0.2), b_to_a=Link(loss=0.2))
+    pair.b.stream.end()
+    pair.run(lambda: pair.a.ended)
+    data = noise(100_000)
+    pair.a.stream.write(data)
+    pair.a.stream.end()
+    pair.a.sent = []
+    assert pair.run(lambda: pair.b.ended, seconds=20)
+    pair.a.link.blocked = pair.b.link.blocked = lambda now, packet: True
+    assert pair.run(lambda: pair.a.closed is not None, seconds=20)
+    assert pair.a.closed == Closed(None)
+    assert pair.b.received == data
+    kinds = [kind_of(packet) for _, packet in pair.a.sent]
+    assert DATA not in kinds[kinds.index(END) :]
+
+
 def test_closed_streams_finish_after_a_while() -> None:
     pair = Pair()
     exchange(pair, 1000)

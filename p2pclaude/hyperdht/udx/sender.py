@@ -69,6 +69,7 @@ class Sender:
         self.unacked = 0  # payload bytes from the first unacknowledged packet on
         self.in_flight = 0  # bytes on the wire, neither acknowledged nor lost
         self.end_queued = False
+        self.peer_ended = False
         self.end_seq: int | None = None
         self.peer_window = 4 * 1024 * 1024  # until the peer says; libudx UDX_DEFAULT_RWND_MAX
         self.give_up = False  # the path is dead
@@ -295,7 +296,14 @@ class Sender:
 
     @property
     def _end_due(self) -> bool:
-        return self.end_queued and self.end_seq is None
+        """Tell whether END may leave: in a packet of its own, and last.
+
+        A peer that has ended is gone when it got this END; libudx acknowledges it once, and if that is lost nothing
+        tells what else arrived. So such a peer is sent END only when it has acknowledged all data.
+        """
+        if not self.end_queued or self.end_seq is not None or self._queue.size:
+            return False
+        return not (self.peer_ended and self._packets)
 
     def _send_probes(self, burst: "_Burst") -> None:
         """Make the peer answer: repairs or new data if there are any, else the first and the last packet again."""
@@ -362,14 +370,12 @@ class Sender:
                         break
                     size = room
                 payload = queue.take(size)
+                kind = DATA
             elif self._end_due:
-                size, payload = 0, b""
+                kind, size, payload = END, 0, b""
+                self.end_seq = self.next_seq
             else:
                 break
-            kind = DATA if payload else 0
-            if self._end_due and not queue.size:
-                kind |= END
-                self.end_seq = self.next_seq
             padding = self._padding(size, payload_size)
             wire_size = size + OVERHEAD_BYTES
             packet = Packet(self.next_seq, kind, payload, wire_size, burst.flight, self._order)

@@ -287,7 +287,7 @@ class UdxStream:
             receiver.chunks.clear()
             self._events.append(DataReceived(bytes(data)))
         if receiver.ended and not self._end_told:
-            self._end_told = True
+            self._end_told = self._sender.peer_ended = True
             self._events.append(EndReceived())
         self._sender.finish_acks(now)
         if self._end_told and self._sender.end_acked:
