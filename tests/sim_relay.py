@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from random import Random
 
 from sim import Dependence, Host, Link, PortChoice
 from sim_dht import Swarm, swarm
@@ -45,6 +46,23 @@ class Side:
             await self.link.wait_closed()
 
 
+def pair_of(first: HyperDHT, second: HyperDHT, rng: Random) -> tuple[Side, Side]:
+    """Make both ends of a connection, initiator first; the Noise handshake is exchanged by hand."""
+    keys, ephemerals = [KeyPair.generate(rng) for _ in range(2)], [KeyPair.generate(rng) for _ in range(2)]
+    initiator = NoiseIK.initiator(keys[0], keys[1].public_key, ephemerals[0])
+    responder = NoiseIK.responder(keys[1], ephemerals[1])
+    responder.read_message(initiator.write_message(b""))
+    initiator.read_message(responder.write_message(b""))
+    made = []
+    for i, (dht, noise) in enumerate(((first, initiator), (second, responder))):
+        stream = dht.endpoint.streams.create()
+        public = keys[i].public_key, keys[1 - i].public_key
+        connection = Connection(stream, *public, is_initiator=not i, keep_alive=5.0, rng=dht.rng)
+        connection.start(noise)
+        made.append(Side(dht, stream, connection))
+    return made[0], made[1]
+
+
 @dataclass
 class Place:
     """A network with a relay on its bootstrap node, and what the relay tells."""
@@ -72,23 +90,10 @@ class Place:
         return first, second
 
     def pair(self, first: HyperDHT, second: HyperDHT, name: str = "") -> tuple[Side, Side]:
-        """Make both ends of a connection, initiator first; the Noise handshake is exchanged by hand."""
-        net = self.network.net
-        keys = [KeyPair.generate(net.random(f"key {name}{i}")) for i in range(2)]
-        ephemerals = [KeyPair.generate(net.random(f"ephemeral {name}{i}")) for i in range(2)]
-        initiator = NoiseIK.initiator(keys[0], keys[1].public_key, ephemerals[0])
-        responder = NoiseIK.responder(keys[1], ephemerals[1])
-        responder.read_message(initiator.write_message(b""))
-        initiator.read_message(responder.write_message(b""))
-        made = []
-        for i, (dht, noise) in enumerate(((first, initiator), (second, responder))):
-            stream = dht.endpoint.streams.create()
-            public = keys[i].public_key, keys[1 - i].public_key
-            connection = Connection(stream, *public, is_initiator=not i, keep_alive=5.0, rng=dht.rng)
-            connection.start(noise)
-            made.append(Side(dht, stream, connection))
+        """Make both ends of a connection, initiator first."""
+        made = pair_of(first, second, self.network.net.random(f"pair {name}"))
         self.sides += made
-        return made[0], made[1]
+        return made
 
     async def linked(self, behind_nats: bool = True) -> tuple[Side, Side]:
         """Return two peers that are linked by the relay."""

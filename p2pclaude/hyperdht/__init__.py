@@ -18,12 +18,24 @@ from .errors import (
     HyperDHTError,
     PeerConnectionFailed,
     PeerNotFound,
+    RelayFailed,
     RemoteError,
     Suspended,
     Timeout,
     TooFewNodes,
 )
 from .messages import Peer
+from .relayserver import (
+    ClientConnected,
+    ClientGone,
+    ClientRefused,
+    LinkClosed,
+    LinkOpened,
+    LinkRefused,
+    RelayEvent,
+    RelayLimits,
+    RelayServer,
+)
 from .requests import Reply
 from .server import Server
 from .storage import LookupResult, MutableRecord
@@ -31,6 +43,9 @@ from .storage import LookupResult, MutableRecord
 __all__ = [
     "MAX_VALUE_BYTES",
     "Address",
+    "ClientConnected",
+    "ClientGone",
+    "ClientRefused",
     "Connection",
     "ConnectionClosed",
     "DecodeError",
@@ -41,11 +56,18 @@ __all__ = [
     "HyperDHT",
     "HyperDHTError",
     "KeyPair",
+    "LinkClosed",
+    "LinkOpened",
+    "LinkRefused",
     "LookupResult",
     "MutableRecord",
     "Peer",
     "PeerConnectionFailed",
     "PeerNotFound",
+    "RelayEvent",
+    "RelayFailed",
+    "RelayLimits",
+    "RelayServer",
     "RemoteError",
     "Reply",
     "Server",

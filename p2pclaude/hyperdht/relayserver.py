@@ -22,7 +22,7 @@ from .handshakes import RelayPair, decode_relay_pair, decode_relay_unpair, encod
 from .mux import Channel, Mux
 from .relay import KEEP_ALIVE, PAIR, PROTOCOL, UNPAIR
 from .streams import Stream, StreamSet
-from .udx.packet import DESTROY, rewrite_stream_id
+from .udx.packet import DESTROY, HEADER, MAGIC, SEQ_MASK, rewrite_stream_id
 from .udx.stream import UdxStream
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ RelayEvent = ClientConnected | ClientGone | ClientRefused | LinkOpened | LinkClo
 class _RelayStream(Stream):
     """One client's end of a link: packets from the client's host go to the other end as they are."""
 
-    __slots__ = ("_held", "_remote_id", "host", "link")
+    __slots__ = ("_held", "_last", "_remote_id", "host", "link")
 
     def __init__(self, streams: StreamSet, core: UdxStream) -> None:
         super().__init__(streams, core)
@@ -124,6 +124,7 @@ class _RelayStream(Stream):
         self.link: _Link | None = None
         self._remote_id = 0
         self._held: deque[bytes] = deque(maxlen=MAX_HELD)
+        self._last: bytes | None = None
 
     def join(self, link: "_Link", remote_id: int, host: str) -> None:
         """Belong to a link: packets out are addressed to `remote_id`, packets in have to come from `host`."""
@@ -142,6 +143,7 @@ class _RelayStream(Stream):
 
     def receive(self, datagrams: Sequence[bytes]) -> None:
         """Pass packets on to the other end."""
+        self._last = datagrams[-1]
         if self.link is not None:
             self.link.relay(self, datagrams)
 
@@ -152,6 +154,13 @@ class _RelayStream(Stream):
             self.socket.send(packets, self.address)
         else:
             self._held.extend(packets)
+
+    def last_word(self) -> bytes | None:
+        """Return a DESTROY as this end's client would say it now, for the other one; None if it never spoke."""
+        if self._last is None:
+            return None
+        _, _, _, _, window, seq, ack = HEADER.unpack_from(self._last)
+        return HEADER.pack(MAGIC, DESTROY, 0, 0, window, (seq + 1) & SEQ_MASK, ack)
 
 
 class _Session:
@@ -229,6 +238,12 @@ class _Link:
         for stream in self.streams:
             stream.link = None
             self._server.discard(stream)
+
+    def break_streams(self) -> None:
+        """End the clients' streams, each in the other's name: blind-relay's clients have no other way to learn it."""
+        for stream, other in (self.streams, self.streams[::-1]):
+            if (word := stream.last_word()) is not None:
+                other.forward([word])
 
     def _close_after(self, seconds: float, reason: str) -> None:
         loop = asyncio.get_running_loop()
@@ -340,7 +355,7 @@ class RelayServer:
         self._streams.discard(stream)
 
     def close_link(self, link: _Link, reason: str) -> None:
-        """End a link and tell its clients: those of this library break off, others will time out."""
+        """End a link and tell its clients; when it is the relay's doing, their streams are broken off too."""
         if link not in self._links:
             return
         self._links.discard(link)
@@ -348,7 +363,10 @@ class RelayServer:
         for session in link.clients:
             session.links.pop(link.token, None)
             session.tell(UNPAIR, encode_relay_unpair(link.token))
-        seconds = asyncio.get_running_loop().time() - link.opened_at
+        loop = asyncio.get_running_loop()
+        if reason != "client":  # a client that left may have found a direct way, on which the stream lives on
+            loop.call_soon(link.break_streams)  # after the messages above
+        seconds = loop.time() - link.opened_at
         self._tell(LinkClosed(link.number, reason, link.bytes, seconds))
 
     # What clients ask for
