@@ -397,3 +397,31 @@ def test_destroy_ends_everything_in_its_time(before: str) -> None:
                     await connection.wait_closed()
 
     run(main(), seed=1, check_timers=True)
+
+
+def test_garbage_and_forgeries_at_every_port_change_nothing() -> None:
+    """Random bytes behind every first byte that means something, from addresses known and unknown."""
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            net, rng = network.net, network.net.random("garbage")
+            hosts = net.hosts(2, "5.2")
+            server_node, client = [await network.join(host) for host in hosts]
+            server = await serve(server_node, server_node.key_pair)
+            sender = await net.host("5.6.6.6").bind("0.0.0.0", 0, lambda _batch: None)
+            targets = [(host.addresses[0], port) for host in [*hosts, *net.hosts(12)] for _, port in host.sockets]
+
+            async def flood() -> None:
+                for _ in range(3000):
+                    head = rng.choice([b"", b"\x03", b"\x13", b"\x03\x10", b"\x13\x10", b"\xff\x01"])
+                    sender.send([head + rng.randbytes(rng.randrange(300))], rng.choice(targets))
+                    await asyncio.sleep(0.002)
+
+            flooding = asyncio.create_task(flood())
+            for _ in range(10):
+                assert await can_ask(client, server.public_key, rng.randbytes(10_000))
+            await flooding
+            assert server_node.node.rpc.stats.handler_errors == client.node.rpc.stats.handler_errors == 0
+            assert server_node.node.rpc.stats.garbage > 50
+
+    run(main(), seed=1)

@@ -81,7 +81,7 @@ class HyperDHT:
         )
         self.throttle = PunchThrottle()
         """Keeps random hole punching rare."""
-        self.servers: set[Server] = set()
+        self.servers: list[Server] = []
         """The servers that listen on this node."""
         self.handlers: set[asyncio.Task[None]] = set()
         """The tasks that serve connections, those of closed servers included."""

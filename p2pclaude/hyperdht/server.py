@@ -98,7 +98,7 @@ class Server:
         self._dht.router.add_server(key_pair.public_key, self)
         self._key_pair = key_pair
         self._announcer = Announcer(self._dht.node, key_pair)
-        self._dht.servers.add(self)
+        self._dht.servers.append(self)
         await self._announcer.start()
 
     def refresh(self) -> None:
@@ -111,7 +111,8 @@ class Server:
         if self.closed:
             return
         self.closed = True
-        self._dht.servers.discard(self)
+        if self in self._dht.servers:
+            self._dht.servers.remove(self)
         if self._key_pair is not None:
             self._dht.router.remove_server(self._key_pair.public_key)
         for pending in list(self._slots.values()):
