@@ -7,7 +7,7 @@ import asyncio
 from random import Random
 
 import pytest
-from sim import SimLoop, SimNetwork, run
+from sim import Packet, SimLoop, SimNetwork, run
 from sim_dht import BOOTSTRAP, DEADLINE, Swarm, ask, can_ask, echo, eventually, internet, serve, swarm
 from sim_peers import seeds
 
@@ -153,6 +153,30 @@ def test_a_cancelled_connect_leaves_nothing_behind() -> None:
 
     for step in range(15):
         run(main(step * 0.02), seed=1)
+
+
+def test_relays_that_corrupt_handshakes_cannot_stop_a_connect() -> None:
+    """Two of the three nodes that know the server bring back forged answers; both of the client's first tries."""
+
+    async def main() -> None:
+        async with swarm(1, 20) as network:
+            server_node, client = [await network.join(host) for host in network.net.hosts(2, "5.2")]
+            server = await serve(server_node, server_node.key_pair)
+            relays = [reply.source[0] async for reply in client.find_peer(server.public_key)]
+            assert len(relays) >= 3
+            forged: list[str] = []
+
+            def forge(packet: Packet) -> bool:
+                if packet.source[0] in relays[:2] and packet.destination[0] == "5.2.0.2" and len(packet.data) > 150:
+                    packet.data = packet.data[:-1] + bytes([packet.data[-1] ^ 1])
+                    forged.append(packet.source[0])
+                return False
+
+            network.net.intercept = forge
+            assert await can_ask(client, server.public_key)
+            assert set(forged) == set(relays[:2])
+
+    run(main(), seed=1)
 
 
 # A server's life

@@ -7,8 +7,7 @@ import asyncio
 from random import Random
 
 import pytest
-from sim import Link, SimNetwork, run
-from sim.realm import Packet
+from sim import Link, Packet, SimNetwork, run
 from sim_peers import End, connect_ends, receive_all, seeds, send_random
 
 from p2pclaude.hyperdht.constants import PacketType
@@ -164,6 +163,29 @@ def test_a_three_megabyte_line_passes_a_lossy_path_in_seconds() -> None:
 
 
 # Ends
+
+
+def test_closing_delivers_what_was_written_however_slow_the_path_is() -> None:
+    async def main() -> None:
+        net = SimNetwork(1, Link(latency=(0.02, 0.02), bandwidth=50_000, queue_bytes=20_000))
+        left, right = await connect_ends(net)
+        data = net.random("data").randbytes(900_000)
+        received = bytearray()
+
+        async def write_and_close() -> None:
+            await left.connection.write(data)
+            await left.connection.close()
+
+        async def read() -> None:
+            while part := await right.connection.read():
+                received.extend(part)
+            await right.connection.close()
+
+        await asyncio.gather(write_and_close(), read())
+        assert received == data
+        _close(left, right)
+
+    run(main(), seed=1)
 
 
 def test_clean_ends_are_never_taken_for_a_loss() -> None:

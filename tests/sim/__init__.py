@@ -12,12 +12,14 @@ from sim.link import Link
 from sim.loop import SimLoop, SimulationError, run
 from sim.nat import Dependence, Nat, PortChoice
 from sim.network import Host, SimNetwork, SimSocket
+from sim.realm import Packet
 
 __all__ = [
     "Dependence",
     "Host",
     "Link",
     "Nat",
+    "Packet",
     "PortChoice",
     "SimLoop",
     "SimNetwork",

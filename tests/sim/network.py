@@ -12,7 +12,8 @@ class SimNetwork(World):
     """An internet of hosts and NATs. `link` is the default path between any two public addresses.
 
     Make it inside the coroutine given to `run`, or before; everything random in it comes from `seed`. `stats`
-    counts what became of packets; `intercept(packet)` returning True loses one; `observe(event, packet)` sees all.
+    counts what became of packets; `intercept(packet)` may change one, or return True to lose it;
+    `observe(event, packet)` sees them all.
     """
 
     def __init__(
