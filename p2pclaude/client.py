@@ -61,8 +61,9 @@ Note = Callable[[str], None]
 class Stream(Protocol):
     """What a call needs of a connection: the part of `hyperdht.Connection` used here."""
 
-    how: str
-    """The way the packets take: direct, punched or relayed."""
+    @property
+    def how(self) -> str:
+        """The way the packets take: direct, punched or relayed."""
 
     @property
     def remote_address(self) -> tuple[str, int] | None:
@@ -94,18 +95,19 @@ class Dialer(Protocol):
 class DhtDialer:
     """Dials a public key over HyperDHT, with one node for all its connections."""
 
-    def __init__(self, public_key: bytes, bootstrap: Sequence[str] | None) -> None:
+    def __init__(self, public_key: bytes, bootstrap: Sequence[str] | None, relay: bytes | None = None) -> None:
         self._public_key = public_key
+        self._relay = relay
         self._bootstrap = bootstrap
         self._dht: HyperDHT | None = None
 
     async def dial(self, timeout: float) -> Stream:
         """Open a connection; the node is started with the first one."""
         if self._dht is None:
-            dht = HyperDHT(bootstrap=self._bootstrap)
+            dht = HyperDHT(bootstrap=self._bootstrap, port=0, ephemeral=True)
             await dht.start()
             self._dht = dht
-        return await self._dht.connect(self._public_key, timeout=timeout)
+        return await self._dht.connect(self._public_key, relay_through=self._relay, timeout=timeout)
 
     async def destroy(self) -> None:
         """Leave the network within `CLOSE_TIMEOUT` seconds."""
@@ -297,7 +299,8 @@ async def open_client(
 
     `bootstrap` are `host:port` strings, None for the public network; `timeout` is in seconds; `note` gets diagnostics.
     """
-    client = Client(DhtDialer(pairing.public_key, bootstrap), pairing.data_key, timeout=timeout, note=note)
+    dialer = DhtDialer(pairing.public_key, bootstrap, pairing.relay)
+    client = Client(dialer, pairing.data_key, timeout=timeout, note=note)
     try:
         yield client
     finally:

@@ -47,7 +47,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class DaemonOptions:
     """What `p2pclaude-daemon` was asked for; None stands for the default.
 
-    `bootstrap` lists `host:port`; `claude` is a path or a name on PATH; `refresh_interval` is in seconds.
+    `bootstrap` lists `host:port`; `claude` is a path or a name on PATH; `refresh_interval` is in seconds;
+    `relay` is the 32-byte public key of a blind relay.
     """
 
     root_dir: str | None = None
@@ -56,6 +57,7 @@ class DaemonOptions:
     host: str | None = None
     port: int | None = None
     private: bool = False
+    relay: bytes | None = None
     claude: str | None = None
     permission_mode: str | None = None
     model: str | None = None
@@ -87,7 +89,9 @@ class DHT(Node, Protocol):
     async def destroy(self, timeout: float) -> None:
         """Leave the network."""
 
-    def create_server(self, on_connection: Callable[[PeerConnection], Awaitable[None]]) -> DHTServer:
+    def create_server(
+        self, on_connection: Callable[[PeerConnection], Awaitable[None]], *, relay_through: bytes | None
+    ) -> DHTServer:
         """Make a server."""
 
 
@@ -168,7 +172,7 @@ class Daemon:
             stack.push_async_callback(self._leave, dht)
             await self._start(dht)
             data_dir.write_pairing_url(url)
-            server = dht.create_server(service.serve)
+            server = dht.create_server(service.serve, relay_through=self._options.relay)
             key_pair = _key_pair(identity)
             self._presence = Presence(
                 dht,
@@ -319,6 +323,8 @@ def _pairing(options: DaemonOptions, identity: Identity) -> Pairing:
     if options.private:
         port = PRIVATE_PORT if options.port is None else options.port
         metadata["bootstrap"] = [f"{_private_host(options)}:{port}"]
+    if options.relay is not None:
+        metadata["relay"] = options.relay.hex()
     return Pairing(identity.public_key, identity.data_key, metadata)
 
 

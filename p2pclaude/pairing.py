@@ -2,7 +2,7 @@
 
     p2p-claude://connect?code=BASE64        also read: happy://p2p-machine?code=BASE64 (the older prefix)
     BASE64 of the JSON  {"v": 1, "dhtPublicKey", "dataKey", "metadata": {"host", "platform", "createdAt",
-                         "rootDir"?, "bootstrap"?}}     keys are base64 of 32 bytes
+                         "rootDir"?, "bootstrap"?, "relay"?}}     keys are base64 of 32 bytes; relay is hex
 
 Written in standard base64, as the TypeScript system writes it; the URL-safe alphabet, missing padding and a
 percent-encoded code are read too. Whoever holds the URL is let in, so it never stands in an error, a log or a repr.
@@ -11,6 +11,7 @@ percent-encoded code are read too. Whoever holds the URL is let in, so it never 
 import base64
 import binascii
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,19 @@ class Pairing:
     def bootstrap(self) -> tuple[str, ...]:
         """Give the `host:port` of the private network's bootstrap nodes; empty for the public network."""
         return tuple(self.metadata.get("bootstrap", ()))
+
+    @property
+    def relay(self) -> bytes | None:
+        """Give the public key of the blind relay where the daemon can be met; None if it uses none."""
+        key = self.metadata.get("relay")
+        return None if key is None else bytes.fromhex(key)
+
+
+def parse_relay(text: str) -> bytes:
+    """Read the public key of a blind relay, 64 hexadecimal digits. Raises ValueError."""
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise ValueError("a relay's key has 64 hexadecimal digits")
+    return bytes.fromhex(text)
 
 
 def parse_url(text: str) -> Pairing:
@@ -98,6 +112,12 @@ def _metadata(metadata: object) -> dict[str, Any]:
     bootstrap = metadata.get("bootstrap", [])
     if not isinstance(bootstrap, list) or not all(is_host_port(entry) for entry in bootstrap):
         raise DataError("malformed pairing URL: metadata.bootstrap is not a list of host:port", hint=_HINT)
+    relay = metadata.get("relay")
+    try:
+        if relay is not None:
+            parse_relay(relay)
+    except (ValueError, TypeError):
+        raise DataError("malformed pairing URL: metadata.relay is not a public key", hint=_HINT) from None
     return metadata
 
 

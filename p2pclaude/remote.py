@@ -256,7 +256,7 @@ async def read_record(pairing: Pairing, *, bootstrap: Sequence[str] | None, time
 
     Raises Unavailable when there is none, Refused when it does not open, ProtocolError, TryAgain.
     """
-    dht = HyperDHT(bootstrap=bootstrap)
+    dht = HyperDHT(bootstrap=bootstrap, port=0, ephemeral=True)
     try:
         async with asyncio.timeout(timeout):
             await dht.start()

@@ -54,7 +54,10 @@ class PeerConnection(Protocol):
     """What the service needs of a connection: the face of `hyperdht.Connection`."""
 
     remote_public_key: bytes
-    how: str
+
+    @property
+    def how(self) -> str:
+        """Give the way the packets take: direct, punched or relayed."""
 
     @property
     def remote_address(self) -> tuple[str, int] | None:

@@ -217,6 +217,7 @@ class FakeDHT:
         self.may_end.set()
         self.events: list[str] = []
         self.server: FakeServer | None = None
+        self.relay_through: bytes | None = None
 
     async def start(self) -> None:
         """Begin."""
@@ -229,8 +230,11 @@ class FakeDHT:
         self.events.append("destroy")
         await self.may_end.wait()
 
-    def create_server(self, on_connection: Callable[[PeerConnection], Awaitable[None]]) -> FakeServer:
+    def create_server(
+        self, on_connection: Callable[[PeerConnection], Awaitable[None]], *, relay_through: bytes | None = None
+    ) -> FakeServer:
         """Make the server."""
+        self.relay_through = relay_through
         self.server = FakeServer(self, on_connection)
         return self.server
 

@@ -150,6 +150,15 @@ def test_the_pairing_url_is_the_same_at_every_start_and_shown_to_terminals_only(
     assert pairing_url(options) + "\n" == urls[0]
 
 
+def test_a_relay_is_named_to_clients_and_in_the_url(place: Place) -> None:
+    async def main() -> None:
+        async with running(place, relay=b"\x0f" * 32) as daemon:
+            assert daemon.dht.relay_through == b"\x0f" * 32
+            assert daemon.pairing.relay == b"\x0f" * 32
+
+    run(main())
+
+
 def test_the_session_record_follows_the_sessions(place: Place) -> None:
     async def work(one: Running) -> None:
         key = one.pairing.data_key

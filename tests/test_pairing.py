@@ -62,6 +62,8 @@ def test_metadata_may_be_missing_or_name_a_private_network() -> None:
     assert parse_url(PREFIX + code(json.dumps(bare))).bootstrap == ()
     private = parse_url(url_of(metadata={"bootstrap": ["192.0.2.1:49737", "host.example:1"]}))
     assert private.bootstrap == ("192.0.2.1:49737", "host.example:1")
+    assert private.relay is None
+    assert parse_url(url_of(metadata={"relay": "0f" * 32})).relay == b"\x0f" * 32
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,8 @@ def test_metadata_may_be_missing_or_name_a_private_network() -> None:
         (url_of(metadata=[]), "metadata is not an object"),
         (url_of(metadata={"bootstrap": "x:1"}), "list of host:port"),
         (url_of(metadata={"bootstrap": ["x"]}), "list of host:port"),
+        (url_of(metadata={"relay": "ab"}), "relay is not a public key"),
+        (url_of(metadata={"relay": 7}), "relay is not a public key"),
     ],
 )
 def test_malformed_urls_are_named_and_not_quoted(url: str, said: str) -> None:

@@ -8,6 +8,7 @@ complete -c p2pclaude-daemon -l bootstrap -x -d 'start from these nodes of the D
 complete -c p2pclaude-daemon -l host -x -d 'address to bind'
 complete -c p2pclaude-daemon -l port -x -d 'UDP port to bind'
 complete -c p2pclaude-daemon -l private -d 'be a DHT of its own'
+complete -c p2pclaude-daemon -l relay -x -d 'meet clients at this blind relay'
 complete -c p2pclaude-daemon -l claude -r -F -d 'the claude to run'
 complete -c p2pclaude-daemon -l permission-mode -x -a 'default acceptEdits bypassPermissions plan' -d 'permission mode of new sessions'
 complete -c p2pclaude-daemon -l model -x -a 'opus sonnet haiku' -d 'model of new sessions'

@@ -35,6 +35,9 @@ Options:
   --bootstrap NODES            HOST:PORT,... of the DHT's nodes to start from;
                                else P2P_CLAUDE_BOOTSTRAP, or the public
                                network's
+  --relay KEY                  meet clients at this blind relay (64 hexadecimal
+                               digits, as p2pclaude-node prints them) where no
+                               direct way is found
   --host HOST                  address to bind
   --port PORT                  UDP port to bind (--private: 49737)
   --claude PATH                the claude program; else the one on PATH or in
@@ -83,6 +86,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
     if port is not None and port > 0xFFFF:
         raise UsageError("--port needs a number up to 65535")
     bootstrap = () if arguments["--private"] else parse_bootstrap(arguments["--bootstrap"], os.environ)
+    relay = _parse_relay(arguments["--relay"])
     refresh_interval = parse_seconds(arguments, "--refresh-interval")
     max_sessions = parse_count(arguments, "--max-sessions", least=1) or 1
 
@@ -95,6 +99,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
         host=arguments["--host"],
         port=port,
         private=arguments["--private"],
+        relay=relay,
         claude=arguments["--claude"],
         permission_mode=arguments["--permission-mode"],
         model=arguments["--model"],
@@ -103,6 +108,15 @@ def parse(arguments: Arguments, console: Console) -> Options:
         debug=arguments["--verbose"],
     )
     return Options(daemon, arguments["--print-url"])
+
+
+def _parse_relay(text: str | None) -> bytes | None:
+    from p2pclaude.pairing import parse_relay
+
+    try:
+        return None if text is None else parse_relay(text)
+    except ValueError as error:
+        raise UsageError(f"--relay: {error}") from None
 
 
 def execute(options: Options, console: Console) -> int:
