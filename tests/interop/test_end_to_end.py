@@ -182,3 +182,22 @@ def test_a_session_outlives_its_daemon(
     assert tools.succeed("send", "-w", "-s", session, url, "go on").strip() == "echo: go on"
     after = tools.succeed("tail", url, session).splitlines()
     assert after[: len(before)] == before and results(after)[-1] == "echo: go on"
+
+
+def test_a_follower_survives_a_restart(
+    tools: Tools, peers: Peers, claude: Path, claude_env: dict[str, str], tmp_path: Path
+) -> None:
+    """It reconnects and goes on where it was: nothing is lost and nothing comes twice."""
+    first = start_daemon(peers, tmp_path, claude, env=claude_env)
+    url = str(first.data / "pairing.url")
+    session = tools.succeed("send", url, "before")
+    with tools.start("tail", "-f", url, session) as follower:
+        until_results(follower, 1)
+        first.peer.close()
+        start_daemon(peers, tmp_path, claude, env=claude_env)
+        assert tools.succeed("send", "-s", session, url, "after") == session
+        until_results(follower, 2)
+        assert results(follower.said) == ["echo: before", "echo: after"]
+        tools.succeed("stop", url, session)
+        assert follower.finish() == 0
+        assert tools.succeed("tail", url, session).splitlines() == [line.rstrip("\n") for line in follower.said]

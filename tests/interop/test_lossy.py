@@ -4,22 +4,17 @@ The server is a private network of its own (a bootstrap node that listens) and t
 address, as behind a forwarded port: every datagram of the DHT, the handshake and the stream takes the proxy's road.
 """
 
-import socket
+import base64
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from interop.harness import Event, Peer, Peers, Side
+from interop.daemons import start_daemon
+from interop.harness import HERE, Event, Peer, Peers, Side, Tools, free_port
 
 BYTES = 1_000_003
 TOGETHER: list[tuple[Side, Side]] = [("python", "node"), ("node", "python"), ("node", "node")]
-
-
-def free_port() -> int:
-    """Find a UDP port that nobody uses."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def exchange(client: Peer, key: str, job: str) -> Event:
@@ -45,3 +40,16 @@ def test_every_byte_survives(peers: Peers, server_side: Side, client_side: Side,
         assert result["ok"], (result, proxy.ask("stats"))
     passed = proxy.ask("stats")
     assert passed["passed"] > BYTES / 1500 and (loss == 0 or passed["lost"] > 0)
+
+
+def test_the_tools_through_a_bad_road(peers: Peers, tmp_path: Path) -> None:
+    """A daemon in a network of its own, five datagrams in a hundred lost: a question, its answer, and 3 MB of it."""
+    daemon = start_daemon(peers, tmp_path, HERE / "fake_claude.py", "--private", "--port", str(free_port()))
+    code = json.loads(base64.b64decode(daemon.url.partition("code=")[2]))
+    [address] = code["metadata"]["bootstrap"]
+    proxy = peers.start("python", "proxy", target=address, loss=0.05, duplicate=0.01, reorder=0.02, seed=20_500)
+    tools = Tools([proxy.ready["address"]])
+    assert tools.succeed("send", "-w", daemon.url, "hello") == "echo: hello"
+    assert tools.succeed("send", "-w", daemon.url, f"BIG:{3 << 20}") == "z" * (3 << 20)
+    passed = proxy.ask("stats")
+    assert passed["lost"] > 0 and passed["passed"] > 2000, passed

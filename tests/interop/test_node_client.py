@@ -1,5 +1,6 @@
 """The TypeScript client's habits, played by Node, before the Python daemon: every method, and every bad request."""
 
+import base64
 import json
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from interop.daemons import Daemon, start_daemon
-from interop.harness import HERE, Peer, Peers, peers_on
+from interop.harness import HERE, Peer, Peers, Tools, free_port, peers_on
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,36 @@ def test_unknown_method_and_bad_lines(client: Peer) -> None:
     response = client.expect("response")["response"]
     assert response["id"] == "x" and response["ok"] is False
     assert call(client, "ping")["pong"] is True
+
+
+def test_a_character_cut_in_two(client: Peer) -> None:
+    """Lines are split on bytes: however a line arrives, its characters are whole when it is decoded."""
+    line = json.dumps({"id": "höher", "method": "größe"}, ensure_ascii=False).encode() + b"\n"
+    cut = line.index("ö".encode()) + 1
+    client.tell("raw", hex=line[:cut].hex())
+    time.sleep(0.1)  # or both pieces leave in one packet
+    client.tell("raw", hex=line[cut:].hex())
+    response = client.expect("response")["response"]
+    assert response["id"] == "höher" and response["ok"] is False
+
+
+def test_a_line_without_end_is_cut_off(peers: Peers, daemon: Daemon) -> None:
+    """Nine megabytes without a newline end that connection, and nothing else."""
+    greedy = peers.start("node", "chat-client", url=daemon.url)
+    patient = peers.start("node", "chat-client", url=daemon.url)
+    greedy.tell("raw", line="x" * (9 << 20))
+    greedy.expect("closed")
+    assert call(patient, "ping")["pong"] is True
+
+
+def test_a_private_network(peers: Peers, tmp_path: Path) -> None:
+    """The daemon is the network: a Node client needs nothing but the pairing URL."""
+    private = start_daemon(peers, tmp_path, HERE / "fake_claude.py", "--private", "--port", str(free_port()))
+    code = json.loads(base64.b64decode(private.url.partition("code=")[2]))
+    [bootstrap] = code["metadata"]["bootstrap"]
+    client = peers.start("node", "chat-client", url=private.url, bootstrap=[bootstrap])
+    assert chat(client, private.root, "11111111-0000-4000-8000-000000000004", "hi")[2]["data"]["result"] == "echo: hi"
+    assert "echo: there" in Tools([]).succeed("send", "-w", private.url, "there")
 
 
 def test_a_wrong_data_key(peers: Peers, daemon: Daemon) -> None:

@@ -92,6 +92,12 @@ def test_tail_follows_until_the_session_ends(tools: Tools, url: str, root: Path)
         assert follower.finish() == 0 and len(follower.said) == 6
 
 
+def wait_for_record(tools: Tools, url: str, session: str) -> None:
+    """Wait until `ls --dht` reads the session in their record, which is in clear and always has number 0."""
+    done = tools("ls", "--dht", url)
+    assert done.status == 0 and session in done.out, done
+
+
 def test_ls_and_stop(tools: Tools, url: str, root: Path) -> None:
     session = tools.succeed("send", "-C", str(root), url, "hello")
     rows = [line.split("\t") for line in tools.succeed("ls", url).splitlines()]
@@ -99,6 +105,7 @@ def test_ls_and_stop(tools: Tools, url: str, root: Path) -> None:
     assert session in tools.succeed("ls", "-q", url).splitlines()
     records = [json.loads(line) for line in tools.succeed("ls", "--json", url).splitlines()]
     assert session in [one["sessionId"] for one in records]
+    wait_for_record(tools, url, session)
     stopped = tools.succeed("stop", "--all", url).splitlines()
     assert session in stopped
     assert tools.succeed("ls", url) == ""

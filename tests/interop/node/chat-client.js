@@ -4,7 +4,8 @@
 //
 // config: {bootstrap, url, dataKey? (hex: another key than the URL's)}
 // commands: call {tag, method, params} -> answer {tag, ok, result | error}
-//           raw {line}                 -> every unmatched response comes as response {response}
+//           raw {line} or {hex}        -> sent as it is (a line gets its newline); every response that belongs to no
+//                                         call comes as response {response}
 //           chat {directory, text, sessionId?} -> spawned {sessionId, result}, sent {result}, then output {data, timestamp} each,
 //                until unpoll; poll {sessionId} and unpoll {} by themselves
 // events:   ready, closed {error}
@@ -96,7 +97,7 @@ const commands = {
     )
     emit('answer', { tag, ...outcome })
   },
-  raw: ({ line }) => write(line),
+  raw: ({ line, hex }) => (hex ? connection.write(Buffer.from(hex, 'hex')) : write(line)),
   chat,
   poll,
   unpoll: () => clearInterval(poller)
