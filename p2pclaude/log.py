@@ -1,9 +1,10 @@
-"""The daemon's log: one JSON object a line on stdout, made for `jq` and for a service manager's journal.
+"""The log of daemon and node: one JSON object a line on stdout, made for `jq` and for a service manager's journal.
 
     {"time": "2026-01-02T03:04:05.678Z", "level": "info", "event": "session-spawned", "session": "…", …}
 
-Event names are stable and listed in `Event`. Values are text, numbers, booleans and lists of them: never a key, a
-pairing URL, a message or Claude's output. When claude dies, the first line of what it said on stderr is given.
+Event names are stable and listed in `Event` (the daemon's) and `NodeEvent`. Values are text, numbers, booleans and
+lists of them: never a pairing URL, a message, Claude's output, or a key other than a relay's public one. When claude
+dies, the first line of what it said on stderr is given.
 """
 
 import json
@@ -67,9 +68,40 @@ class Event(StrEnum):
     """A defect: where, error. Please report it."""
 
 
-_DEBUG_EVENTS = frozenset({Event.REQUEST, Event.ANNOUNCED, Event.RECORD_STORED})
+class NodeEvent(StrEnum):
+    """Every event that `p2pclaude-node` logs. The text after each says what its fields are."""
+
+    STARTED = "node-started"
+    """The node is bound: version, pid, network (own, joined or public), address, relay_key (64 digits)."""
+    JOINED = "network-joined"
+    """The node has looked around in its network: seconds, nodes (known ones)."""
+    ANNOUNCED = "relay-announced"
+    """The relay can be found by its key: seconds."""
+    STATUS = "node-status"
+    """Debug: once a minute: nodes, clients, links, bytes (relayed so far)."""
+    STOPPING = "node-stopping"
+    """A signal came: signal."""
+    STOPPED = "node-stopped"
+    """The ordered shutdown is over: seconds."""
+    WARNING = "warning"
+    """Something was put right or needs a person: message, hint."""
+    CONNECTED = "client-connected"
+    """Somebody connected to the relay: client (a number), peer (first 8 digits of the key), address."""
+    GONE = "client-gone"
+    """A client's connection is over: client."""
+    REFUSED = "client-refused"
+    """A connection was dropped, there are too many: address."""
+    LINKED = "link-opened"
+    """Two clients are linked: link (a number), initiator, responder (their numbers)."""
+    UNLINKED = "link-closed"
+    """A link is over: link, reason (client, bytes, seconds or closed), bytes, seconds."""
+    LINK_REFUSED = "link-refused"
+    """A client asked for more links than it may have, or than there are: client."""
+
+
+_DEBUG_EVENTS = frozenset({Event.REQUEST, Event.ANNOUNCED, Event.RECORD_STORED, NodeEvent.STATUS})
 _ERROR_EVENTS = frozenset({Event.ERROR, Event.SPAWN_FAILED, Event.RECORD_FAILED, Event.PAUSED})
-_WARNING_EVENTS = frozenset({Event.WARNING, Event.REFUSED, Event.BAD_LINE})
+_WARNING_EVENTS = frozenset({Event.WARNING, Event.REFUSED, Event.BAD_LINE, NodeEvent.REFUSED, NodeEvent.LINK_REFUSED})
 
 Field = str | int | float | bool | None | list[str]
 
@@ -81,7 +113,7 @@ class Log:
         self._stream: TextIO | None = sys.stdout if stream is None else stream
         self._debug = debug
 
-    def __call__(self, event: Event, **fields: Field) -> None:
+    def __call__(self, event: Event | NodeEvent, **fields: Field) -> None:
         """Log an event with its fields; fields that are None are left out. Never raises for the stream's sake."""
         level = _level(event)
         if self._stream is None or (level == "debug" and not self._debug):
@@ -110,7 +142,7 @@ def short(key: bytes) -> str:
     return key[:4].hex()
 
 
-def _level(event: Event) -> str:
+def _level(event: Event | NodeEvent) -> str:
     if event in _DEBUG_EVENTS:
         return "debug"
     if event in _ERROR_EVENTS:

@@ -164,7 +164,7 @@ def test_permission_modes_are_offered(ask: Ask) -> None:
         assert ask([command_of(tool), "--permission-mode", "by"]) == {"bypassPermissions"}
 
 
-@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "daemon"])
+@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool not in ("daemon", "node")])
 def test_the_url_is_a_file(ask: Ask, tool: str) -> None:
     """Where the pairing URL stands, files are offered."""
     assert ask([command_of(tool), "pair"]) == {"pairing.url"}
@@ -178,9 +178,10 @@ def test_directories(ask: Ask) -> None:
         assert "pairing.url" not in offered, option
 
 
-def test_claude_is_a_file(ask: Ask) -> None:
-    """--claude wants a program."""
-    assert ask([command_of("daemon"), "--claude", "pair"]) == {"pairing.url"}
+@pytest.mark.parametrize(("tool", "option"), [("daemon", "--claude"), ("node", "--key-file")])
+def test_files(ask: Ask, tool: str, option: str) -> None:
+    """--claude wants a program, --key-file a file."""
+    assert ask([command_of(tool), option, "pair"]) == {"pairing.url"}
 
 
 def test_other_values_are_not_guessed(ask: Ask) -> None:
@@ -193,7 +194,7 @@ def test_other_values_are_not_guessed(ask: Ask) -> None:
                 assert ask([command_of(tool), name, ""]) == set(), (tool, name)
 
 
-OFFERED = {"--permission-mode", "--model", "--claude", "--root-dir", "--data-dir", "--directory"}
+OFFERED = {"--permission-mode", "--model", "--claude", "--root-dir", "--data-dir", "--directory", "--key-file"}
 
 
 def test_bash_takes_values_after_an_equals_sign(place: Path) -> None:

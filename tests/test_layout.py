@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "p2pclaude"
-TOOLS = ("daemon", "send", "tail", "ls", "stop", "ping")
+TOOLS = ("daemon", "send", "tail", "ls", "stop", "ping", "node")
 
 MAX_MODULE_LINES = 500  # a module stays under it
 MAX_FUNCTION_LINES = 60  # unless a comment `# long: ...` at its head gives the reason
@@ -30,7 +30,7 @@ LAYERS = (
     {"p2pclaude.sessions"},
     {"p2pclaude.methods"},
     {"p2pclaude.service", "p2pclaude.presence"},
-    {"p2pclaude.client", "p2pclaude.daemon"},
+    {"p2pclaude.client", "p2pclaude.daemon", "p2pclaude.dhtnode"},
     {"p2pclaude.record"},  # the tools ask the DHT
     {"p2pclaude.remote"},  # the tools ask a client
     {f"p2pclaude.cli.{shared}" for shared in ("common", "network", "stdin", "text")},

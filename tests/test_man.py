@@ -129,10 +129,11 @@ def enum_members(path: str, name: str) -> dict[str, str]:
     return found
 
 
-def test_log_events() -> None:
-    """The daemon's page lists exactly the events of log.py, each with its fields."""
-    text = section(page("p2pclaude-daemon.1"), "DIAGNOSTICS")
-    events = enum_members("p2pclaude/log.py", "Event")
+@pytest.mark.parametrize(("tool", "name"), [("daemon", "Event"), ("node", "NodeEvent")])
+def test_log_events(tool: str, name: str) -> None:
+    """A page lists exactly the events that its program logs, each with its fields."""
+    text = section(page(f"p2pclaude-{tool}.1"), "DIAGNOSTICS")
+    events = enum_members("p2pclaude/log.py", name)
     items = dict(re.findall(r"^\.It Cm (\S+)\n((?:(?!\.It |\.El).*\n)*)", text, re.M))
     assert set(items) == set(events)
     for event, doc in events.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cli.harness import ROOT, TOOLS, Shell, command, environment
 
-CLIENTS = tuple(tool for tool in TOOLS if tool != "daemon")
+CLIENTS = tuple(tool for tool in TOOLS if tool not in ("daemon", "node"))
 SESSION_TOOLS = {"tail": ["s"], "stop": ["s"]}
 
 
@@ -35,7 +35,7 @@ def test_version_goes_to_stdout(offline: Shell, tool: str) -> None:
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_an_unknown_option(offline: Shell, tool: str) -> None:
-    err = offline.fail(64, tool, *(plain(tool) if tool != "daemon" else []), "--nonsense")
+    err = offline.fail(64, tool, *(plain(tool) if tool in CLIENTS else []), "--nonsense")
     assert err.startswith("Usage:\n")
     assert err.endswith(f"p2pclaude-{tool}: error: unknown option --nonsense\n")
 
