@@ -104,6 +104,7 @@ class DHTNode:
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stopping.is_set():
             self._exit_now(128 + number)
+            return
         self._log(NodeEvent.STOPPING, signal=number.name)
         self.stop()
 
