@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interop.harness import HERE, Peer, Tools, peers_on
+from interop.harness import HERE, Peer, Peers, Tools, peers_on
 
 FAKE_CLAUDE = [sys.executable, str(HERE / "fake_claude.py")]
 
@@ -92,10 +92,16 @@ def test_tail_follows_until_the_session_ends(tools: Tools, url: str, root: Path)
         assert follower.finish() == 0 and len(follower.said) == 6
 
 
-def wait_for_record(tools: Tools, url: str, session: str) -> None:
-    """Wait until `ls --dht` reads the session in their record, which is in clear and always has number 0."""
-    done = tools("ls", "--dht", url)
-    assert done.status == 0 and session in done.out, done
+def test_their_record_is_read(tools: Tools, peers: Peers, root: Path) -> None:
+    """It lies in the DHT in clear, and its number is always 0: the first one is what everybody sees from then on."""
+    daemon = peers.start("node", "daemon", claude=FAKE_CLAUDE)
+    url = str(daemon.ready["url"])
+    session = tools.succeed("send", "-C", str(root), url, "hello")
+    deadline = time.monotonic() + 10
+    while session not in (listed := tools("ls", "--dht", "-q", url)).lines:
+        assert time.monotonic() < deadline, listed
+    daemon.close()
+    assert tools.succeed("ls", "--dht", "-q", url) == session
 
 
 def test_ls_and_stop(tools: Tools, url: str, root: Path) -> None:
@@ -105,7 +111,6 @@ def test_ls_and_stop(tools: Tools, url: str, root: Path) -> None:
     assert session in tools.succeed("ls", "-q", url).splitlines()
     records = [json.loads(line) for line in tools.succeed("ls", "--json", url).splitlines()]
     assert session in [one["sessionId"] for one in records]
-    wait_for_record(tools, url, session)
     stopped = tools.succeed("stop", "--all", url).splitlines()
     assert session in stopped
     assert tools.succeed("ls", url) == ""
