@@ -11,6 +11,7 @@ import pytest
 from usages import PERMISSION_MODES, ROOT, TOOLS, usage_names, usage_options
 
 from p2pclaude import claude, wire
+from p2pclaude.hyperdht import relayserver
 
 MAN = ROOT / "man"
 PAGES = sorted(MAN.iterdir())
@@ -183,6 +184,18 @@ def test_limits_are_complete(module: str) -> None:
     names = {name for name in vars(importlib.import_module(f"p2pclaude.{module}")) if name.startswith("MAX_")}
     own = set(re.findall(r"^(MAX_\w+)", (ROOT / "p2pclaude" / f"{module}.py").read_text(encoding="utf-8"), re.M))
     assert not {(module, name) for name in names & own} - {limit[:2] for limit in LIMITS} - UNLISTED
+
+
+def test_limits_of_the_relay() -> None:
+    """What p2pclaude-node(1) says of the relay's limits is what the relay does."""
+    security = rendered(section(page("p2pclaude-node.1"), "SECURITY"))
+    options = rendered(section(page("p2pclaude-node.1"), "OPTIONS"))
+    limits = relayserver.RelayLimits()
+    assert f"{limits.pairs} links and wishes for links a connection" in security
+    assert f"{relayserver.WAIT_SECONDS:g} seconds for the other peer" in security
+    assert f"{relayserver.IDLE_SECONDS:g} seconds for a connection" in security
+    for number in (limits.connections, limits.links):
+        assert f"The default is {number}." in options
 
 
 def test_methods() -> None:
