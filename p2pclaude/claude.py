@@ -43,6 +43,7 @@ _INSTALL_HINT = "install it with `npm install -g @anthropic-ai/claude-code`, or 
 _HIGH_WATER = 1024 * 1024
 _LAST_WORDS_BYTES = 4096
 _LINGER_SECONDS = 1.0
+_SPARE_DEPTH = 400  # of nesting: for the envelope, the page, and a reader that stands deeper in its own calls
 _MESSAGE_NAMESPACE = uuid.UUID("8f1d2c0e-5f0b-4b5e-9a57-0d6f3f1c7f52")
 
 
@@ -132,16 +133,24 @@ def _uuid_of(message_id: str) -> str:
 def decode_line(line: bytes) -> tuple[bytes, dict[str, Any]]:
     """Read a line of Claude's stdout; give the JSON to keep, unchanged where it is an object, and the object.
 
-    Anything else (a stray print, half a line) is kept as `{"type": "unparsed", "text": …}`. Never raises.
+    Anything else (a stray print, half a line) is kept as `{"type": "unparsed", "text": …}`, and so is an object nested
+    so deeply that a reader could not open the page that holds it. Never raises.
     """
     try:
         value = load_json(line)
         if isinstance(value, dict):
+            _check_depth(line)
             return line.strip(), value
     except WireError:
         pass
     value = {"type": "unparsed", "text": line.decode("utf-8", "replace")}
     return dump_json(value), value
+
+
+def _check_depth(line: bytes) -> None:
+    """Raise WireError unless a line could be read `_SPARE_DEPTH` levels further down."""
+    if line.count(b"[") + line.count(b"{") > _SPARE_DEPTH:
+        load_json(b"[" * _SPARE_DEPTH + line + b"]" * _SPARE_DEPTH)
 
 
 class ClaudeProcess:

@@ -14,6 +14,7 @@ import binascii
 import errno
 import fcntl
 import json
+import math
 import os
 import stat
 import time
@@ -158,7 +159,8 @@ class DataDir:
         if key is None:
             raise self._damaged(self.encryption_key_file)
         created_at = key_file.get("createdAt")
-        if isinstance(created_at, bool) or not isinstance(created_at, int | float | str):
+        infinite = isinstance(created_at, float) and not math.isfinite(created_at)
+        if infinite or isinstance(created_at, bool) or not isinstance(created_at, int | float | str):
             # Older files lack it: the file's own date is as old as the key and the same at every start.
             created_at = int(self.encryption_key_file.stat().st_mtime * 1000)
         return Identity(public, secret, key, created_at)

@@ -18,6 +18,7 @@ import binascii
 import json
 import os
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, NoReturn
 
 from cryptography.exceptions import InvalidTag
@@ -93,16 +94,26 @@ def dump_json(value: object) -> bytes:
 
 
 def load_json(data: bytes | str) -> Any:
-    """Read JSON text (UTF-8 if bytes). Raises WireError on anything else, NaN and overly deep nesting included."""
+    """Read JSON text (UTF-8 if bytes). Raises WireError on anything else.
+
+    NaN, numbers too large for a float and overly deep nesting are refused too: no JSON could be made of them again.
+    """
     try:
         text = data if isinstance(data, str) else data.decode()
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError):
         raise WireError("not valid JSON") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError("a number out of range")
+    return number
 
 
 def seal(data_key: bytes, value: object) -> str:

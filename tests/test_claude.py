@@ -29,6 +29,7 @@ from p2pclaude.claude import (
 from p2pclaude.errors import Unavailable
 from p2pclaude.session import State
 from p2pclaude.sessions import SessionTable, Spawn
+from p2pclaude.wire import dump_json, load_json
 
 # Finding it
 
@@ -107,10 +108,22 @@ def test_a_conversation_is_known_by_its_transcript(tmp_path: Path) -> None:
 def test_objects_stay_as_they_are_and_anything_else_is_kept() -> None:
     line = b' {"a": 1.0, "b":"\\u00e9"}\r'
     assert decode_line(line) == (line.strip(), {"a": 1.0, "b": "é"})
-    for bad in (b"text", b"[1]", b'{"half', b"\xff", b'{"a":NaN}', b"[" * 100_000):
+    for bad in (b"text", b"[1]", b'{"half', b"\xff", b'{"a":NaN}', b'{"a":1e400}', b"[" * 100_000):
         data, value = decode_line(bad)
         assert value == {"type": "unparsed", "text": bad.decode("utf-8", "replace")}
         assert json.loads(data) == value
+
+
+def test_every_line_that_is_kept_can_be_read_again_inside_of_a_page() -> None:
+    kinds = set()
+    for depth in (*range(100, 900, 100), *range(900, 1000)):
+        kept, value = decode_line(b'{"type":"deep","a":' + b"[" * depth + b"]" * depth + b"}")
+        kinds.add(value["type"])
+        page = load_json(b'{"messages":[{"data":' + b"[" * 100 + kept + b"]" * 100 + b"}]}")
+        dump_json(page)
+    assert kinds == {"deep", "unparsed"}
+    wide = b'{"a":[' + b"{}," * 5000 + b"{}]}"
+    assert decode_line(wide)[0] == wide
 
 
 # Its pipes

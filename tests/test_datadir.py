@@ -50,6 +50,9 @@ def test_a_key_without_a_date_still_has_the_same_one_at_every_start(theirs: Data
     first = theirs.load_or_create_identity()
     assert first.created_at == DataDir(theirs.path).load_or_create_identity().created_at
     assert isinstance(first.created_at, int)
+    for number in ("1e400", "NaN", "-Infinity"):  # no JSON could say so in the pairing URL
+        theirs.encryption_key_file.write_text(f'{{"key": "{KEY["key"]}", "createdAt": {number}}}')
+        assert isinstance(theirs.load_or_create_identity().created_at, int)
     theirs.encryption_key_file.write_text(json.dumps(KEY | {"createdAt": "2026-01-01T00:00:00Z"}))
     assert theirs.load_or_create_identity().created_at == "2026-01-01T00:00:00Z"
 
