@@ -233,12 +233,12 @@ class Connection:
     @property
     def opened(self) -> bool:
         """Whether the peer's first bytes have arrived, which prove that it holds the keys and hears us."""
-        return self._opened.is_set()
+        return self._secret is not None and self._secret.opened
 
     async def wait_opened(self) -> None:
         """Wait for the peer's first bytes; raises ConnectionClosed if the connection breaks before."""
         await self._opened.wait()
-        if self._secret is None or not self._secret.opened:
+        if not self.opened:
             raise self._error or ConnectionClosed("the connection ended before it was open")
 
     def start(self, noise: NoiseIK) -> None:

@@ -1,0 +1,79 @@
+"""A client whose handshake was answered: what it holds while it waits, and that nothing stays when it never comes."""
+
+import asyncio
+
+import pytest
+from sim import Dependence, Host, PortChoice, SimNetwork, run
+from sim_dht import Swarm, echo, swarm
+
+from p2pclaude.hyperdht import pending
+from p2pclaude.hyperdht.dht import HyperDHT
+from p2pclaude.hyperdht.errors import HyperDHTError
+
+
+def symmetric(net: SimNetwork, number: int) -> Host:
+    """Return a host behind a NAT with another random port for every remote endpoint."""
+    nat = net.nat(f"5.8.0.{number}", mapping=Dependence.ADDRESS_AND_PORT, ports=PortChoice.RANDOM)
+    return nat.host(f"192.168.{number}.2")
+
+
+def cone(net: SimNetwork, number: int) -> Host:
+    """Return a host behind a port-preserving NAT."""
+    return net.nat(f"5.8.0.{number}").host(f"192.168.{number}.2")
+
+
+async def joined(network: Swarm, host: Host) -> HyperDHT:
+    node = await network.join(host)
+    await asyncio.sleep(5)
+    return node
+
+
+def is_clean(node: HyperDHT) -> bool:
+    """Tell whether a node holds nothing but its own two sockets."""
+    return not node.endpoint.streams and len(node.endpoint.sockets) == 2 and not node.handlers
+
+
+@pytest.mark.parametrize("kind", ["cone", "symmetric"])
+@pytest.mark.parametrize("after", [0.15, 0.3, 1.5])
+def test_a_client_that_vanishes_leaves_nothing_behind(kind: str, after: float) -> None:
+    """Before the rounds, during them, and while 256 sockets send probes."""
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            net = network.net
+            server_node = await joined(network, (cone if kind == "cone" else symmetric)(net, 1))
+            client_host = cone(net, 2)
+            client = await joined(network, client_host)
+            server = server_node.create_server(echo)
+            await server.listen()
+            attempt = asyncio.create_task(client.connect(server.public_key))
+            await asyncio.sleep(after)
+            client_host.up = False
+            await asyncio.sleep(1)
+            attempt.cancel()
+            await asyncio.wait([attempt])
+            await asyncio.sleep(pending.PUNCH_TIMEOUT + pending.HANDSHAKE_TIMEOUT)
+            assert is_clean(server_node)
+            assert server_node.throttle.allows(asyncio.get_running_loop().time())
+            client_host.up = True
+            async with await client.connect(server.public_key, timeout=40):
+                pass
+
+    run(main(), seed=1)
+
+
+def test_a_client_that_gives_up_frees_the_server_soon() -> None:
+    """Both NATs random, no relay: the client says that it gives up."""
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            server_node = await joined(network, symmetric(network.net, 1))
+            client = await joined(network, symmetric(network.net, 2))
+            server = server_node.create_server(echo)
+            await server.listen()
+            with pytest.raises(HyperDHTError):
+                await client.connect(server.public_key)
+            await asyncio.sleep(pending.HANDSHAKE_TIMEOUT + 16)
+            assert is_clean(server_node) and is_clean(client)
+
+    run(main(), seed=1)
