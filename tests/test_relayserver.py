@@ -282,6 +282,21 @@ def test_hostile_messages() -> None:
     run(main(), seed=1)
 
 
+def test_a_large_frame_is_not_waited_for() -> None:
+    """A client that announces megabytes is broken off before they are there."""
+
+    async def main() -> None:
+        async with relay_place(1) as place:
+            client = await hand(place, (await place.clients())[0])
+            place.network.net.internet.link.bandwidth = 100_000
+            client.connection.send_frame(bytes(8 << 20))
+            await asyncio.sleep(1)
+            assert client.connection.closed and place.relay.connections == 0
+            await client.running
+
+    run(main(), seed=1)
+
+
 def test_another_id_gets_no_channel() -> None:
     """The channel's id is the client's own key, as blind-relay has it: another one is rejected."""
 

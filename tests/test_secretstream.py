@@ -104,6 +104,14 @@ def test_one_frame_can_be_as_big_as_the_format_allows() -> None:
         sender.encrypt_frame(bytes(MAX_FRAME_BYTES + 1))
 
 
+def test_frames_can_be_limited() -> None:
+    sender, receiver = opened()
+    receiver.max_frame_bytes = 100
+    assert receiver.receive_data(sender.encrypt_frame(bytes(100))) == [bytes(100)]
+    with pytest.raises(DecodeError, match="too large"):
+        receiver.receive_data(sender.encrypt_frame(bytes(101))[:3])
+
+
 def test_an_announced_length_takes_no_memory() -> None:
     _, receiver = opened()
     tracemalloc.start()

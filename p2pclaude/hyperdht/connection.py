@@ -222,6 +222,11 @@ class Connection:
         """The bytes written that have not left yet."""
         return self._stream.core.buffered
 
+    def limit_frames(self, max_bytes: int) -> None:
+        """Break the connection off when the peer announces a larger frame: what a stranger can make us keep."""
+        if self._secret is not None:
+            self._secret.max_frame_bytes = max_bytes
+
     def set_keep_alive(self, seconds: float) -> None:
         """Send an empty message whenever nothing was written for so long; 0 for never."""
         self._keep_alive = seconds

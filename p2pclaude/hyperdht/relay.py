@@ -25,6 +25,7 @@ PROTOCOL: Final = "blind-relay"
 PAIR: Final = 0  # kinds of messages on its channel
 UNPAIR: Final = 1
 LINK_TIMEOUT: Final = 15.0
+MAX_FRAME_BYTES: Final = 16384  # of what a relay and its clients say to each other: some 40 bytes a message
 KEEP_ALIVE: Final = 5.0  # seconds, on the connection to the relay: a NAT must not forget it while it carries packets
 
 
@@ -37,6 +38,7 @@ class RelayClient:
         """Called with a token that was paired when the relay ended its link, or the connection to it is over."""
         self._waiting: dict[bytes, tuple[bool, asyncio.Future[int]]] = {}
         self._paired: set[bytes] = set()
+        connection.limit_frames(MAX_FRAME_BYTES)
         self._mux = Mux(connection)
         self._channel = self._mux.open(
             PROTOCOL, connection.public_key, on_message=self._receive, on_close=self._channel_closed

@@ -20,7 +20,7 @@ from .endpoint import Socket
 from .errors import HyperDHTError
 from .handshakes import RelayPair, decode_relay_pair, decode_relay_unpair, encode_relay_pair, encode_relay_unpair
 from .mux import Channel, Mux
-from .relay import KEEP_ALIVE, PAIR, PROTOCOL, UNPAIR
+from .relay import KEEP_ALIVE, MAX_FRAME_BYTES, PAIR, PROTOCOL, UNPAIR
 from .streams import Stream, StreamSet
 from .udx.packet import DESTROY, HEADER, MAGIC, SEQ_MASK, rewrite_stream_id
 from .udx.stream import UdxStream
@@ -324,6 +324,7 @@ class RelayServer:
         self._sessions.add(session)
         self._tell(ClientConnected(session.number, connection.remote_public_key, connection.remote_address))
         connection.set_keep_alive(KEEP_ALIVE)
+        connection.limit_frames(MAX_FRAME_BYTES)
         watch = asyncio.create_task(_close_when_idle(session))
         try:
             mux = Mux(connection)

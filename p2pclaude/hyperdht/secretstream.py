@@ -50,6 +50,8 @@ class SecretStream:
     ) -> None:
         self.opened = False
         """Whether the peer's header has arrived and was right."""
+        self.max_frame_bytes = MAX_FRAME_BYTES
+        """Plaintext of the largest frame that is taken: what an unfinished one may keep in memory."""
         random_bytes = sodium.randombytes if rng is None else rng.randbytes
         self._header = stream_id(handshake_hash, is_initiator) + random_bytes(_HEADER_BYTES)
         self._header_sent = False
@@ -136,6 +138,8 @@ class SecretStream:
         """Refuse an impossible length as soon as it is announced."""
         if size < OVERHEAD if self.opened else size != _ID_BYTES + _HEADER_BYTES:
             raise DecodeError("a frame of an impossible length")
+        if self.opened and size > self.max_frame_bytes + OVERHEAD:
+            raise DecodeError("a frame that is too large")
 
     def _open(self, body: bytes) -> None:
         if body[:_ID_BYTES] != self._remote_id:
