@@ -1,10 +1,11 @@
 'use strict'
 // A HyperDHT client: config {bootstrap, host?}.
 //
-// commands: connect {key, job: "echo"|"sink"|"source"|"stay", bytes, count, parallel, fresh, timeout} -> `count` times
+// commands: connect {key, job: "echo"|"sink"|"source"|"stay", bytes, count, parallel, fresh, timeout, options} -> `count` times
 //             result {i, ok, opened, openMs, bodyMs, totalMs, bytes, sha256, sent, error}, then done.
 //             opened: "open" was emitted; ok: the whole exchange went round. opened without ok is a half-open connection.
 //             bodyMs: from open to the last byte. fresh: a DHT node of its own for every connection. timeout: milliseconds for one whole exchange.
+//             options: for dht.connect, such as {localConnection: false}.
 //           ping {key, count, bytes} -> pings {ms: [...]}: echo round trips on one connection
 //           stats -> stats {rss}
 
@@ -22,10 +23,10 @@ async function connect(command) {
   emit('done')
 }
 
-async function exchange(i, { key, job = 'echo', bytes = 64, fresh = false, timeout = 30000 }) {
+async function exchange(i, { key, job = 'echo', bytes = 64, fresh = false, timeout = 30000, options = {} }) {
   const node = fresh ? openNode() : dht
   const started = performance.now()
-  const connection = node.connect(Buffer.from(key, 'hex'))
+  const connection = node.connect(Buffer.from(key, 'hex'), { ...options })
   const result = { i, ok: false, opened: false, bytes: 0 }
   connection.on('open', () => {
     result.opened = true

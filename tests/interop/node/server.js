@@ -1,5 +1,6 @@
 'use strict'
-// A HyperDHT server: config {bootstrap, host?, seed?, private?: PORT, persistent?}.
+// A HyperDHT server: config {bootstrap, host?, seed?, private?: PORT, persistent?, deny?, options?}: deny turns every client
+// away, options are for createServer.
 //
 // The client's first line says what a connection is for:
 //   echo\n            everything comes back; the end is answered with the end
@@ -9,7 +10,7 @@
 //
 // events:   ready {publicKey, port}, connection {id, remoteKey, remoteAddress},
 //           closed {id, bytes, error, opened}: opened says that the first line arrived (false: a half-open one)
-// commands: refresh, close (stop listening), abort {id} (destroy one connection), stats -> stats {open, rss}
+// commands: refresh, suspend, resume (each answered by its name), close (stop listening), abort {id} (destroy one connection), stats -> stats {open, rss}
 
 const { HyperDHT, body, config, describe, emit, keyPairOf, openNode, serveCommands, sha256, writeAll } = require('./control')
 
@@ -17,7 +18,7 @@ const HOST = config.host || '127.0.0.1'
 const dht = config.private
   ? HyperDHT.bootstrapper(config.private, HOST, { host: HOST })
   : openNode(config.persistent ? { ephemeral: false, firewalled: false } : {})
-const server = dht.createServer(onconnection)
+const server = dht.createServer({ firewall: () => Boolean(config.deny), ...config.options }, onconnection)
 const connections = new Map()
 let lastId = 0
 
@@ -91,6 +92,14 @@ const JOBS = {
 serveCommands(
   {
     refresh: () => server.refresh(),
+    suspend: async () => {
+      await dht.suspend()
+      emit('suspend')
+    },
+    resume: async () => {
+      await dht.resume()
+      emit('resume')
+    },
     close: async () => {
       await server.close()
       emit('listening-ended')

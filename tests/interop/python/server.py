@@ -97,11 +97,19 @@ async def main() -> None:
     private = config.get("private")
     node = HyperDHT.bootstrapper(private, host, bind=host) if private else new_node()
     async with node as dht:
-        server = dht.create_server(on_connection)
+        server = dht.create_server(on_connection, allow=lambda *_: not config.get("deny"))
         await server.listen(key_pair_of(config.get("seed")))
 
         async def refresh(_: Command) -> None:
             server.refresh()
+
+        async def suspend(_: Command) -> None:
+            await dht.suspend()
+            emit("suspend")
+
+        async def resume(_: Command) -> None:
+            await dht.resume()
+            emit("resume")
 
         async def close(_: Command) -> None:
             await server.close()
@@ -114,7 +122,8 @@ async def main() -> None:
             emit("stats", open=len(connections), rss=resident_bytes())
 
         emit("ready", publicKey=server.public_key.hex(), port=dht.port)
-        await serve_commands({"refresh": refresh, "close": close, "abort": abort, "stats": stats})
+        handlers = {"refresh": refresh, "suspend": suspend, "resume": resume, "close": close, "abort": abort}
+        await serve_commands({**handlers, "stats": stats})
 
 
 if __name__ == "__main__":
