@@ -4,6 +4,7 @@ P2PCLAUDE_SEEDS=200 runs so many seeds of each case instead of the few that ever
 """
 
 import asyncio
+import itertools
 from random import Random
 
 import pytest
@@ -269,6 +270,37 @@ def test_an_outage_of_ten_seconds_kills_nothing(seed: int, writing: bool) -> Non
         _close(left, right)
 
     run(main(), seed=seed)
+
+
+def test_an_outage_is_not_taken_for_a_long_round_trip() -> None:
+    """The probe that fills a hole after the outage acknowledges much that was sent once, long ago."""
+
+    async def main() -> None:
+        net = SimNetwork(1, Link(latency=(0.02, 0.02)))
+        left, right = await connect_ends(net)
+        await _exchange(left, right, net.random("before"), 500_000)
+        await asyncio.sleep(0.5)
+        out_of_order = itertools.count()
+
+        def lose(packet: Packet) -> bool:
+            if packet.origin is right.host:
+                return True  # no acknowledgement comes through
+            return _is_udx(packet, PacketType.DATA) and next(out_of_order) == 0
+
+        net.intercept = lose
+        await left.connection.write(bytes(60_000))
+        await asyncio.sleep(0.1)
+        net.partition([left.host], [right.host])
+        await asyncio.sleep(4)  # less than a keep-alive, whose answer would give a true sample
+        net.heal()
+        net.intercept = None
+        assert await receive_all(right.connection, 60_000)
+        await asyncio.sleep(1)
+        assert left.connection.rtt is not None
+        assert left.connection.rtt < 0.2
+        _close(left, right)
+
+    run(main(), seed=1)
 
 
 def test_garbage_and_strangers_packets_change_nothing() -> None:

@@ -221,6 +221,8 @@ class Sender:
             return
         rtt, acked = self._batch_rtt, self._batch_acked
         self._batch_newest, self._batch_rtt, self._batch_acked = None, None, 0
+        if newest.count > 1:
+            rtt = None  # a repair fills a gap: what was sent once before it may have arrived long ago
         if rtt is not None:
             self.rtt.add_sample(rtt)
         if self._probe_count >= OUTAGE_ATTEMPTS:
