@@ -272,6 +272,41 @@ def test_an_outage_of_ten_seconds_kills_nothing(seed: int, writing: bool) -> Non
     run(main(), seed=seed)
 
 
+@pytest.mark.parametrize("seed", seeds(8))
+def test_a_path_that_changes_all_the_time_costs_no_byte(seed: int) -> None:
+    """Loss, latency and bandwidth change every few seconds, with outages of up to three between."""
+
+    async def disturb(net: SimNetwork, rng: Random, left: End, right: End) -> None:
+        for _ in range(20):
+            shortest = rng.choice([0.005, 0.05, 0.3])
+            net.internet.link = Link(
+                latency=(shortest, shortest * rng.choice([1, 3])),
+                loss=rng.choice([0, 0, 0.05, 0.3]),
+                duplicate=rng.choice([0, 0.1]),
+                bandwidth=rng.choice([None, 200_000, 2_000_000]),
+            )
+            await asyncio.sleep(rng.uniform(0.5, 4))
+            if rng.random() < 0.3:
+                net.partition([left.host], [right.host])
+                await asyncio.sleep(rng.uniform(0.1, 3))
+                net.heal()
+        net.internet.link = Link()
+
+    async def main() -> None:
+        net = SimNetwork(seed)
+        rng = net.random("changes")
+        left, right = await connect_ends(net)
+        disturbing = asyncio.create_task(disturb(net, rng, left, right))
+        async with asyncio.timeout(300):
+            while not disturbing.done():
+                await _exchange(left, right, rng, rng.choice([100, 10_000, 1_000_000]))
+                await asyncio.sleep(rng.choice([0, 0, 0.5, 7]))
+            await _end(left, right)
+        _close(left, right)
+
+    run(main(), seed=seed)
+
+
 def test_an_outage_is_not_taken_for_a_long_round_trip() -> None:
     """The probe that fills a hole after the outage acknowledges much that was sent once, long ago."""
 

@@ -38,10 +38,12 @@ class RttEstimator:
         """Return the seconds without an answer after which to probe, when `attempts` probes were in vain.
 
         Twice the smoothed time like a tail loss probe of RFC 8985, or more when it varies much; doubled for each
-        attempt up to a second.
+        attempt up to a second. Later probes do not wait for the variation, which a queue's end leaves large.
         """
         if self.srtt is None:
             base = INITIAL_TIMEOUT_S
         else:
             base = max(2 * self.srtt, self.srtt + 4 * self.variation) + GRANULARITY_S
-        return max(base, min(base * 2.0 ** min(attempts, 10), MAX_TIMEOUT_S))
+        if not attempts:
+            return base
+        return min(base * 2.0 ** min(attempts, 10), max(2 * (self.srtt or 0.0) + GRANULARITY_S, MAX_TIMEOUT_S))
