@@ -16,23 +16,28 @@ class Inbox:
 
     @classmethod
     async def bind(cls, host: Host, port: int = 0, address: str = "0.0.0.0") -> "Inbox":
+        """Return an inbox on a new socket of `host`."""
         inbox = cls()
         inbox.socket = await host.bind(address, port, inbox.receive)
         return inbox
 
     @property
     def port(self) -> int:
+        """The port it is bound to."""
         return self.socket.address[1]
 
     @property
     def data(self) -> list[bytes]:
+        """The payloads, in the order of arrival."""
         return [data for _, data, _ in self.packets]
 
     @property
     def sources(self) -> list[Address]:
+        """The source addresses, in the order of arrival."""
         return [source for _, _, source in self.packets]
 
     def receive(self, batch: list[tuple[bytes, Address]]) -> None:
+        """Keep a batch, with the time it came."""
         now = asyncio.get_running_loop().time()
         self.batches.append(len(batch))
         self.packets += [(now, data, source) for data, source in batch]
