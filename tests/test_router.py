@@ -59,7 +59,10 @@ class FakeServer:
         return Answer(b"round " + message.payload)
 
 
-def run(test: Callable[[Router], Awaitable[None] | None], *, serving: bool = False, relay: Address | None = None) -> None:
+Check = Callable[[Router], Awaitable[None] | None]
+
+
+def run(test: Check, *, serving: bool = False, relay: Address | None = None) -> None:
     async def main() -> None:
         router = Router(ForwardStore())
         if serving:
@@ -131,7 +134,9 @@ HANDSHAKES = [
 
 
 @pytest.mark.parametrize(("who", "message", "source", "to", "expected"), HANDSHAKES)
-def test_handshake_goes_its_way(who: str, message: Handshake, source: Address, to: Address, expected: Handshake) -> None:
+def test_handshake_goes_its_way(
+    who: str, message: Handshake, source: Address, to: Address, expected: Handshake
+) -> None:
     async def check(router: Router) -> None:
         [(receiver, sent)] = await handshake(router, message, source)
         assert receiver == to
@@ -199,7 +204,9 @@ HOLEPUNCHES = [
 
 
 @pytest.mark.parametrize(("who", "message", "source", "to", "expected"), HOLEPUNCHES)
-def test_holepunch_goes_its_way(who: str, message: Holepunch, source: Address, to: Address, expected: Holepunch) -> None:
+def test_holepunch_goes_its_way(
+    who: str, message: Holepunch, source: Address, to: Address, expected: Holepunch
+) -> None:
     async def check(router: Router) -> None:
         [(receiver, sent)] = await deliver(router, Command.PEER_HOLEPUNCH, encode_holepunch(message), source)
         assert receiver == to
