@@ -1,0 +1,319 @@
+"""The application's decoders: pairing URLs, lines, sealed text, and the files of the data directory."""
+
+import base64
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from fuzz.target import Script, Target
+from p2pclaude.claude import decode_line
+from p2pclaude.datadir import DataDir
+from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, WireError
+from p2pclaude.hyperdht import KeyPair
+from p2pclaude.journal import Journal
+from p2pclaude.pairing import PREFIX, format_url, is_host_port, parse_url
+from p2pclaude.record import decode_record
+from p2pclaude.session import Info, _learn
+from p2pclaude.wire import (
+    UNKNOWN_ID,
+    LineBuffer,
+    LineTooLong,
+    SealError,
+    decode_request,
+    decode_response,
+    dump_json,
+    encode_request,
+    encode_response,
+    id_of_line,
+    load_json,
+    seal_json,
+    unseal,
+)
+
+KEY: Final = bytes(range(32))
+NONCE: Final = bytes(12)
+LINE_CAP: Final = 64
+
+
+# -- pairing URL: first byte 0 the text itself, else base64 of the rest behind the prefix
+
+
+def _read_url(data: bytes) -> None:
+    script = Script(data)
+    raw = script.byte() == 0
+    rest = script.rest()
+    text = rest.decode("utf-8", "surrogateescape") if raw else PREFIX + base64.b64encode(rest).decode()
+    try:
+        pairing = parse_url(text)
+    except DataError as error:
+        code = text.partition("code=")[2]
+        assert len(code) < 16 or code not in str(error), "the error repeats the URL"
+        return
+    again = parse_url(format_url(pairing))
+    assert (again.public_key, again.data_key) == (pairing.public_key, pairing.data_key)
+    assert all(is_host_port(entry) for entry in pairing.bootstrap)
+    assert repr(pairing) == repr(again) == "Pairing()", "a key in the repr"
+
+
+def _url_seeds() -> list[bytes]:
+    body = {
+        "v": 1,
+        "dhtPublicKey": base64.b64encode(KEY).decode(),
+        "dataKey": base64.b64encode(KEY[::-1]).decode(),
+        "metadata": {"host": "h", "platform": "linux", "createdAt": 1, "bootstrap": ["127.0.0.1:49737"]},
+    }
+    text = json.dumps(body).encode()
+    url = PREFIX.encode() + base64.b64encode(text)
+    old = b"happy://p2p-machine?code=" + base64.urlsafe_b64encode(text).rstrip(b"=") + b"&x=1"
+    return [b"\x00" + url, b"\x00" + old, b"\x01" + text]
+
+
+# -- request and response lines
+
+
+def _read_request(data: bytes) -> None:
+    named = id_of_line(data)
+    try:
+        request = decode_request(data)
+    except WireError:
+        return
+    assert named == request.id
+    assert decode_request(encode_request(request)) == request
+
+
+def _read_response(data: bytes) -> None:
+    try:
+        response = decode_response(data)
+    except WireError:
+        return
+    assert id_of_line(data) == response.id
+    assert decode_response(encode_response(response)) == response
+
+
+def _request_seeds() -> list[bytes]:
+    return [
+        b'{"id":"1","method":"ping","params":"AAAA"}',
+        b'{"id":7,"method":"\\ud800\\u00e9","x":[[[]]],"params":null}',
+        b'{"id":9007199254740992,"method":"list-sessions"}',
+        b'{"id":1e3,"method":1}',
+        b'{"id":"' + UNKNOWN_ID.encode() + b'"}',
+        b'{"id":1,"method":"ping","x":' + b"[" * 600 + b"]" * 600 + b"}",
+    ]
+
+
+def _response_seeds() -> list[bytes]:
+    return [
+        b'{"id":"1","ok":true,"result":"AAAA"}',
+        b'{"id":2,"ok":false,"error":"Session not found"}',
+        b'{"id":3,"ok":false,"error":{"a":[1,2.5,null]}}',
+        b'{"id":4,"ok":false,"error":' + b"[" * 600 + b"]" * 600 + b"}",
+    ]
+
+
+# -- lines cut out of chunks: each chunk is a length byte and as many bytes
+
+
+def _cut_lines(data: bytes) -> None:
+    script, lines, stream = Script(data), LineBuffer(LINE_CAP), b""
+    got: list[bytes] = []
+    too_long = False
+    while script.more:
+        chunk = script.chunk()
+        stream += chunk
+        try:
+            got += lines.feed(chunk)
+        except LineTooLong as error:
+            got += error.lines
+            too_long = True
+            break
+        assert lines.pending <= LINE_CAP
+    *whole, rest = stream.split(b"\n")
+    expected = next((whole[:i] for i, line in enumerate(whole) if len(line) > LINE_CAP), whole)
+    assert got == expected
+    assert too_long == (expected != whole or len(rest) > LINE_CAP)
+    if not too_long:
+        assert lines.pending == len(rest)
+
+
+def _line_seeds() -> list[bytes]:
+    return [b"\x03a\nb\x02\nc", b"\x40" + b"x" * 64 + b"\x01\n", b"\x01\n\x00\x02\n\n\x41" + b"y" * 65]
+
+
+# -- sealed text: first byte 0 the text itself, 1 the bytes in base64, else JSON text that is sealed
+
+
+def _open_sealed(data: bytes) -> None:
+    script = Script(data)
+    mode = script.byte() % 3
+    rest = script.rest()
+    text = _sealed(mode, rest)
+    try:
+        value = unseal(KEY, text)
+    except SealError:
+        assert mode != 2, "what this key sealed did not open"
+        return
+    except WireError:
+        return
+    assert mode == 2, "a forgery opened"
+    assert repr(value) == repr(load_json(rest))
+
+
+def _sealed(mode: int, rest: bytes) -> str:
+    if mode == 2:
+        return seal_json(KEY, rest, nonce=NONCE)
+    return base64.b64encode(rest).decode() if mode else rest.decode("latin-1")
+
+
+def _sealed_seeds() -> list[bytes]:
+    plain = b'{"sessionId":"a","text":"\\u00e9"}'
+    sealed = seal_json(KEY, plain, nonce=NONCE)
+    texts = [b"\x02" + plain, b"\x02[1,2.5,-0,1e400,null,true]", b"\x02" + b"[" * 600 + b"]" * 600, b"\x02NaN"]
+    forged = bytearray(base64.b64decode(sealed))
+    forged[-1] ^= 1
+    return [*texts, b"\x01" + bytes(forged), b"\x00" + sealed[:-8].encode()]
+
+
+# -- a line of Claude's stdout: what is kept is one line of JSON that can stand in an envelope
+
+
+def _read_claude(data: bytes) -> None:
+    line = data.replace(b"\n", b"")
+    kept, value = decode_line(line)
+    assert b"\n" not in kept
+    envelope = load_json(b'{"messages":[{"type":"session-output","seq":1,"data":' + kept + b"}]}")
+    assert dump_json(envelope["messages"][0]["data"]) == dump_json(value)
+
+
+def _claude_seeds() -> list[bytes]:
+    return [
+        b'{"type":"system","subtype":"init","cwd":"/tmp","session_id":"x","tools":["Bash"]}',
+        b'{"type":"assistant","message":{"role":"assistant","content":[{"type":"text","text":"\\ud83d\\ude00"}]}}',
+        b'{"type":"result","subtype":"success","is_error":false,"total_cost_usd":0.01,"result":"\xc3\xa9"}\r',
+        b"stray words \xff\xfe",
+        b'{"type":"assistant","mess',
+        b'{"a":' + b"[" * 900 + b"]" * 900 + b"}",
+    ]
+
+
+# -- files of the data directory
+
+
+def _read_session(data: bytes) -> None:
+    try:
+        info = Info.decode(data)
+    except WireError:
+        return
+    assert isinstance(info.session_id, str)
+    assert isinstance(info.created_at, int)
+
+
+def _session_seeds() -> list[bytes]:
+    info = {
+        "session_id": "a1", "claude_id": "8f1d2c0e-5f0b-4b5e-9a57-0d6f3f1c7f52", "directory": "/tmp", "mark": 3,
+        "created_at": 1, "permission_mode": "plan", "model": None, "state": "dormant", "begun": True, "last_seq": 9,
+    }  # fmt: skip
+    return [json.dumps(info).encode(), json.dumps({**info, "later": [1], "error": "x", "exit_status": -9}).encode()]
+
+
+@cache
+def _directory() -> Path:
+    """Return a directory in memory where there is one: the targets below read and write real files."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
+
+
+def _load_journal(data: bytes) -> None:
+    path = _directory() / "journal.jsonl"
+    path.write_bytes(data)
+    others: list[tuple[int, bytes]] = []
+    journal = Journal.open(path, on_other=lambda seq, line: others.append((seq, line)))
+    try:
+        lines = data.split(b"\n")[:-1]
+        assert journal.last_seq == len(lines)
+        page = journal.read(0, max_bytes=len(data) + 1)
+        assert page.lines == lines
+        assert page.next == len(lines)
+        outputs = journal.read(0, max_bytes=len(data) + 1, outputs_only=True).lines
+        assert len(outputs) + len(others) == len(lines)
+        for seq, line in others:
+            _learn(seq, line, {}, set())
+        journal.start_of_last(2)
+        assert journal.append_output(b"{}") == len(lines) + 1
+        assert load_json(journal.read(len(lines)).lines[0])["seq"] == len(lines) + 1
+    finally:
+        journal.close()
+
+
+def _journal_seeds() -> list[bytes]:
+    output = b'{"type":"session-output","seq":1,"timestamp":1,"data":{"type":"result"}}\n'
+    message = b'{"type":"message","seq":2,"timestamp":2,"messageId":"m","data":{"type":"user"}}\n'
+    turn = b'{"type":"turn","seq":3,"timestamp":3,"message":2}\n'
+    return [output + message + turn, output * 3 + turn[:-9], message + b"\x00\xff\n\n" + turn, b"[]\n1\n"]
+
+
+# Two files, each behind its length of two bytes; a length of 0 leaves the file out.
+def _load_keys(data: bytes) -> None:
+    directory = _directory() / "data"
+    data_dir, script = DataDir(directory), Script(data)
+    contents = (script.long_chunk(), script.rest())
+    for path, content in zip((data_dir.keypair_file, data_dir.encryption_key_file), contents, strict=True):
+        path.unlink(missing_ok=True)
+        if content:
+            path.write_bytes(content)
+    data_dir.write_pairing_url("x")  # so that a missing key is an error and none is made
+    try:
+        identity = data_dir.load_or_create_identity()
+    except P2PClaudeError as error:
+        assert isinstance(error, DataError), error
+        return
+    assert len(identity.public_key) == len(identity.data_key) == 32
+    metadata = {"host": "h", "createdAt": identity.created_at}
+    load_json(dump_json(metadata))
+
+
+def _key_seeds() -> list[bytes]:
+    pair = KeyPair.from_seed(KEY)
+    keys = {"publicKey": pair.public_key, "secretKey": pair.secret_key}
+    first = json.dumps({name: base64.b64encode(key).decode() for name, key in keys.items()}).encode()
+    inputs = []
+    for created in ("1700000000000", '"2026-01-01"', "null", "1e400", "-1.5"):
+        second = b'{"key":"' + base64.b64encode(KEY) + b'","createdAt":' + created.encode() + b"}"
+        inputs.append(len(first).to_bytes(2, "little") + first + second)
+    return inputs
+
+
+# -- the session record: first byte 0 the value itself, else JSON text that is sealed
+
+
+def _read_record(data: bytes) -> None:
+    script = Script(data)
+    raw = script.byte() == 0
+    rest = script.rest()
+    value = rest if raw else seal_json(KEY, rest, nonce=NONCE).encode()
+    try:
+        record = decode_record(1, value, KEY)
+    except (Refused, ProtocolError):
+        return
+    assert all(isinstance(session, dict) for session in record.sessions)
+    assert isinstance(record.omitted, int)
+
+
+def _record_seeds() -> list[bytes]:
+    body = b'{"sessions":[{"sessionId":"a","pid":1,"createdAt":2,"directory":"/"},5],"updatedAt":3,"omitted":1}'
+    return [b"\x00" + body, b"\x01" + body, b"\x00" + seal_json(KEY, body, nonce=NONCE).encode(), b"\x01[]", b"\x00AA"]
+
+
+TARGETS: Final = (
+    Target("pairing_url", _read_url, seeds=_url_seeds),
+    Target("wire_request", _read_request, seeds=_request_seeds),
+    Target("wire_response", _read_response, seeds=_response_seeds),
+    Target("wire_lines", _cut_lines, seeds=_line_seeds),
+    Target("sealed", _open_sealed, seeds=_sealed_seeds),
+    Target("claude_line", _read_claude, max_bytes=4096, seeds=_claude_seeds),
+    Target("session_info", _read_session, seeds=_session_seeds),
+    Target("session_record", _read_record, seeds=_record_seeds),
+    Target("journal", _load_journal, 1500, max_bytes=4096, seeds=_journal_seeds),
+    Target("key_files", _load_keys, 800, seeds=_key_seeds),
+)

@@ -1,0 +1,40 @@
+"""Virtual time for targets of ring 2: one fresh event loop an input, and no error may be swallowed."""
+
+import logging
+from collections.abc import Coroutine
+from typing import Any, Final
+
+from sim import SimLoop
+
+WALL_SECONDS: Final = 30.0
+
+
+class _Errors(logging.Handler):
+    """Remembers what the library caught and logged as an error."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+_errors: Final = _Errors()
+logging.getLogger("p2pclaude").addHandler(_errors)
+logging.getLogger("p2pclaude").propagate = False
+logging.getLogger("asyncio").addHandler(_errors)
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run `main` in virtual time; raises what it raises, or the first error that somebody swallowed."""
+    loop = SimLoop(wall_limit=WALL_SECONDS)
+    _errors.records.clear()
+    try:
+        loop.run_until_complete(main)
+    finally:
+        loop.close()
+    for record in _errors.records:
+        raise AssertionError(f"logged: {record.getMessage()}") from (record.exc_info or (None, None))[1]
+    for context in loop.swallowed:
+        raise AssertionError(f"swallowed: {context['message']}") from context.get("exception")
