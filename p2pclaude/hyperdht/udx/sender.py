@@ -413,8 +413,8 @@ class Sender:
         return probe - size - OVERHEAD_BYTES if probe else 0
 
     def _after_send(self, allowance: int, budget: int, now: float) -> None:
-        """Note why nothing more leaves: pacing, the congestion window, the peer's window, or no data."""
-        more = bool(self._lost or self.queued)
+        """Note why nothing more leaves: pacing (END waits for it too), a window, or no data."""
+        more = bool(self._lost or self.queued or self._end_due)
         window_closed = self.queued > 0 and not self._packets and self.peer_window <= 0
         if more and budget <= 0 and not window_closed:
             congestion = self.congestion
