@@ -249,13 +249,18 @@ class Daemon:
             public_key=short(identity.public_key),
             data_dir=str(data_dir.path),
             root_dir=None if settings.root_dir is None else str(settings.root_dir),
-            network="private" if self._options.private else "public",
+            network=self._network(),
             port=dht.port,
             claude=self._claude_found(),
         )
         if self._terminal.isatty():
             print(url, file=self._terminal, flush=True)
         self.started.set()
+
+    def _network(self) -> str:
+        if self._options.private:
+            return "private"
+        return ",".join(self._options.bootstrap) if self._options.bootstrap else "public"
 
     def _claude_found(self) -> str | None:
         try:
@@ -323,6 +328,8 @@ def _pairing(options: DaemonOptions, identity: Identity) -> Pairing:
     if options.private:
         port = PRIVATE_PORT if options.port is None else options.port
         metadata["bootstrap"] = [f"{_private_host(options)}:{port}"]
+    elif options.bootstrap:
+        metadata["bootstrap"] = list(options.bootstrap)
     if options.relay is not None:
         metadata["relay"] = options.relay.hex()
     return Pairing(identity.public_key, identity.data_key, metadata)

@@ -41,6 +41,8 @@ MAX_IN_FLIGHT = 32
 """Requests of one connection that are worked on at once; what follows is not read until one is answered."""
 MAX_IN_FLIGHT_BYTES = 2 * MAX_REQUEST_LINE
 """Length of these requests together; one may always be worked on."""
+FRAME_SLACK = 1024
+"""A client may write a whole line as one encrypted frame; this is room for what else stands in it."""
 EOF_SECONDS = 5.0
 """A connection whose other side has ended it stays open for answers that are still due, so long at most."""
 
@@ -68,6 +70,9 @@ class PeerConnection(Protocol):
 
     async def write(self, data: bytes) -> None:
         """Send bytes as a whole, from any task. Raises ConnectionError."""
+
+    def limit_frames(self, max_bytes: int) -> None:
+        """Take no larger frame: what is unfinished of one is kept in memory."""
 
     async def close(self) -> None:
         """End it in order."""
@@ -119,6 +124,7 @@ class Service:
             self._log(Event.REFUSED, connection=self._count, reason=f"{MAX_CONNECTIONS} connections are open")
             connection.abort()
             return None
+        connection.limit_frames(MAX_REQUEST_LINE + FRAME_SLACK)
         peer = _Peer(connection, self._count)
         if len(self._unproven) >= MAX_UNPROVEN:
             self._refuse(next(iter(self._unproven.values())), "too many have not proved the key")

@@ -30,6 +30,7 @@ class FakeConnection:
         self.remote_address: tuple[str, int] | None = ("192.0.2.7", 40000)
         self.peer: FakeConnection = self
         self.closed = False
+        self.max_frame_bytes = 0
         self._unread = bytearray()
         self._eof = False
         self._error: str | None = None
@@ -82,6 +83,10 @@ class FakeConnection:
             except TimeoutError:
                 self.abort()
             self.closed = True
+
+    def limit_frames(self, max_bytes: int) -> None:
+        """Note the largest frame that would be taken."""
+        self.max_frame_bytes = max_bytes
 
     def abort(self) -> None:
         """Break off."""

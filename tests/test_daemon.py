@@ -287,6 +287,8 @@ def test_a_private_network_stands_in_the_url(place: Place) -> None:
     assert entry.endswith(":1234")
     assert not entry.startswith("0.0.0.0")
     assert parse_url(pairing_url(DaemonOptions(data_dir=str(place.path / "d")))).bootstrap == ()
+    elsewhere = DaemonOptions(data_dir=str(place.path / "d"), bootstrap=("192.0.2.9:1",))
+    assert parse_url(pairing_url(elsewhere)).bootstrap == ("192.0.2.9:1",)
 
 
 # As a process, on the real library

@@ -232,6 +232,15 @@ def test_a_slow_reader_holds_up_nobody_else() -> None:
     on_bench(work)
 
 
+def test_frames_are_no_larger_than_lines() -> None:
+    async def work(one: Bench) -> None:
+        caller = one.caller()
+        assert await caller.call("echo", 1) == 1
+        assert MAX_REQUEST_LINE < caller.connection.peer.max_frame_bytes < MAX_REQUEST_LINE + 4096
+
+    on_bench(work)
+
+
 def test_a_stranger_has_ten_seconds() -> None:
     async def work(one: Bench) -> None:
         loop = asyncio.get_running_loop()

@@ -64,6 +64,32 @@ def test_every_byte_arrives_whatever_is_lost_doubled_or_reordered(seed: int, los
     run(main(), seed=seed)
 
 
+def test_closing_does_not_wait_for_what_nobody_reads() -> None:
+    async def main() -> None:
+        net = SimNetwork(1, Link(latency=(0.01, 0.01), hops=8))
+        left, right = await connect_ends(net)
+
+        async def flood() -> None:
+            with pytest.raises(ConnectionClosed):
+                while True:
+                    await left.connection.write(bytes(100_000))
+                    await asyncio.sleep(0.001)
+
+        flooding = asyncio.create_task(flood())
+        await asyncio.sleep(2)  # the reader's buffers and the window are full
+        closing = asyncio.create_task(right.connection.close())
+        await asyncio.sleep(0.5)
+        left.connection._end()
+        flooding.cancel()
+        started = asyncio.get_running_loop().time()
+        await closing
+        assert asyncio.get_running_loop().time() - started < 0.5
+        assert right.connection._error is None
+        _close(left, right)
+
+    run(main(), seed=1)
+
+
 def test_one_side_may_go_on_writing_after_the_other_has_ended() -> None:
     async def main() -> None:
         net = SimNetwork(1, Link(latency=(0.01, 0.04), loss=0.05))

@@ -63,6 +63,7 @@ class Connection:
         self._withheld = 0  # received raw bytes not yet given back to the peer's window
         self._messages: deque[bytes] = deque(maxlen=256)
         self._eof = False
+        self._discarding = False
         self._ended = False
         self._error: ConnectionClosed | None = None
         self._readable = asyncio.Event()
@@ -177,18 +178,27 @@ class Connection:
         return self._messages.popleft() if self._messages else None
 
     async def close(self, timeout: float = CLOSE_TIMEOUT) -> None:
-        """End the connection: everything written is delivered first.
+        """End the connection: everything written is delivered first, what still comes in is dropped.
 
         Breaks it off after `timeout` seconds in which the peer acknowledged nothing: a slow path is no dead one.
         """
         if self.closed:
             return
         self._end()
+        self._stop_reading()
         try:
             while not await self._closes_within(timeout):
                 pass
         finally:
             self.abort()
+
+    def _stop_reading(self) -> None:
+        """Drop what nobody will read, or the peer's end could not come through behind it."""
+        self._discarding = True
+        self._chunks.clear()
+        self._unread = 0
+        self._stream.consume(self._withheld)
+        self._withheld = 0
 
     async def _closes_within(self, timeout: float) -> bool:
         """Tell whether there is nothing to wait for any longer: the end came, or no progress towards it."""
@@ -269,7 +279,7 @@ class Connection:
             self._stream.destroy()
             return
         for message in messages:
-            if message:  # an empty one is the peer's keep-alive
+            if message and not self._discarding:  # an empty one is the peer's keep-alive
                 self._chunks.append(message)
                 self._unread += len(message)
         if self._unread > READ_HIGH_WATER:

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_PENDING: Final = 256  # clients whose first packet has not come yet
-HANDSHAKES_OF_HOST: Final = 50.0  # a second; each costs about half a millisecond
-HANDSHAKES_OF_ALL: Final = 200.0
+HANDSHAKES_OF_HOST: Final = 100.0  # a second; each costs about half a millisecond
+HANDSHAKES_OF_ALL: Final = 300.0
 MAX_ANSWERS: Final = 4096  # answers kept for repeats
 
 OnConnection = Callable[[Connection], Awaitable[None]]
