@@ -467,10 +467,14 @@ def _secret_seeds() -> list[bytes]:
     ]
 
 
+def _frame_seeds() -> list[bytes]:
+    return [b"\x01\x14\x00\x00" + bytes(40), b"\x00\x38\x00\x00" + bytes(56)]
+
+
 TARGETS: Final = (
     Target("udx_pair", _run_pair, 300, max_bytes=400, seeds=_pair_seeds),
     Target("udx_hostile", _attack, 1000, max_bytes=1000, seeds=_attack_seeds),
     Target("noise", _shake_hands, 250, max_bytes=600, seeds=_noise_seeds),
     Target("secret_stream", _run_secret_stream, 1500, max_bytes=600, seeds=_secret_seeds),
-    Target("secret_frames", _hostile_frames, 4000, seeds=lambda: [b"\x01\x14\0\0" + bytes(40), b"\0\x38\0\0" + bytes(56)]),
+    Target("secret_frames", _hostile_frames, 4000, seeds=_frame_seeds),
 )
