@@ -124,7 +124,7 @@ def test_a_defect_is_an_answer_and_a_log_line_without_its_text() -> None:
         (b'{"id":"1","params":"x"}\n', Response("1", False, error="the request names no method")),
         (b'{"id":"1","method":"echo"}\n', Response("1", False, error=WRONG_KEY)),
         (b'{"id":"1","method":"echo","params":"!"}\n', Response("1", False, error=WRONG_KEY)),
-        (request("1", "echo", {}, key=bytes(32)), Response("1", False, error=WRONG_KEY)),
+        pytest.param(request("1", "echo", {}, key=bytes(32)), Response("1", False, error=WRONG_KEY), id="wrong key"),
     ],
 )
 def test_bad_lines_are_answered_and_harm_nobody(line: bytes, answer: Response) -> None:
