@@ -157,4 +157,4 @@ def _mux_seeds() -> list[bytes]:
     return [raw, offered, waiting, ours, ours + offered + waiting]
 
 
-TARGETS: Final = (Target("mux", _run_mux, 1500, max_bytes=1000, seeds=_mux_seeds),)
+TARGETS: Final = (Target("mux", _run_mux, 4000, max_bytes=1000, seeds=_mux_seeds),)

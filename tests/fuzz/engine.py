@@ -1,6 +1,7 @@
 """Runs a target over its corpus and over mutations of it; keeps the input that failed."""
 
 import hashlib
+import os
 import random
 import signal
 import time
@@ -18,6 +19,15 @@ HERE: Final = Path(__file__).resolve().parent
 CORPUS: Final = HERE / "corpus"
 BUILD: Final = HERE.parent.parent / "build" / "fuzz"
 HANG_SECONDS: Final = 20.0  # of CPU time, for one input
+
+scratch: Path | None = None
+"""Where targets may write files, in a process that is not able to clean up behind itself; else they choose a place."""
+
+
+def memory() -> Path | None:
+    """Return a directory in memory, None where there is none known."""
+    path = Path("/dev/shm")
+    return path if os.access(path, os.W_OK) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fuzz import engine
-from fuzz.engine import BUILD, CORPUS, Result
+from fuzz.engine import CORPUS, Result
 from fuzz.target import Target
 
 TIMEOUT_SECONDS = 20
@@ -45,20 +46,21 @@ def run(
     """Run one target in a process of its own.
 
     By number, a run starts from the committed corpus and repeats with its seed. By time, it goes on from what earlier
-    ones found, in `BUILD/found`, and keeps what it finds.
+    ones found, in `engine.BUILD/found`, and keeps what it finds.
     """
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        found = BUILD / "found" / target.name if seconds is not None else Path(scratch, "found")
+    engine.BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=engine.memory()) as scratch:
+        found = engine.BUILD / "found" / target.name if seconds is not None else Path(scratch, "found")
         seeds = Path(scratch, "seeds")
-        for directory in (found, seeds, BUILD / "crashes"):
+        for directory in (found, seeds, Path(scratch, "files"), engine.BUILD / "crashes"):
             directory.mkdir(parents=True, exist_ok=True)
         for data in target.seeds():
             (seeds / engine.name_of(data)).write_bytes(data)
         directories = [found, seeds, *([CORPUS / target.name] if (CORPUS / target.name).is_dir() else [])]
-        log = BUILD / f"{target.name}.log"
+        log = engine.BUILD / f"{target.name}.log"
         start = time.perf_counter()
-        status = _in_child(atheris, target, _arguments(target, runs, seconds, seed, directories), log)
+        arguments = _arguments(target, runs, seconds, seed, directories)
+        status = _in_child(atheris, target, arguments, log, Path(scratch, "files"))
         result = _result(target, log, status, time.perf_counter() - start)
         _join_found(found, target)
         return result
@@ -76,14 +78,14 @@ def _arguments(
         f"-max_len={target.max_bytes}",
         f"-timeout={TIMEOUT_SECONDS}",
         f"-rss_limit_mb={MEMORY_MB}",
-        f"-artifact_prefix={BUILD}/crashes/{target.name}-",
+        f"-artifact_prefix={engine.BUILD}/crashes/{target.name}-",
         "-print_final_stats=1",
         "-reload=0",
         *map(str, directories),
     ]
 
 
-def _in_child(atheris: Any, target: Target, arguments: list[str], log: Path) -> int:
+def _in_child(atheris: Any, target: Target, arguments: list[str], log: Path, files: Path) -> int:
     """Fork, run libFuzzer in the child with its words in `log`, and return the exit status."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -94,10 +96,20 @@ def _in_child(atheris: Any, target: Target, arguments: list[str], log: Path) -> 
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        atheris.Setup(arguments, target.run)
+        engine.scratch = files
+        atheris.Setup(arguments, partial(_checked, target))
         atheris.Fuzz()
     finally:
         os._exit(70)  # libFuzzer has ended the process already, unless it could not begin
+
+
+def _checked(target: Target, data: bytes) -> None:
+    """Run one input; keep it if it fails. (libFuzzer itself keeps those that hang or eat all memory.)"""
+    try:
+        target.run(data)
+    except Exception:
+        os.write(2, f"Test unit written to {engine.keep(target, data)}\n".encode())
+        raise
 
 
 def _result(target: Target, log: Path, status: int, seconds: float) -> Result:

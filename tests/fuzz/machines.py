@@ -472,9 +472,9 @@ def _frame_seeds() -> list[bytes]:
 
 
 TARGETS: Final = (
-    Target("udx_pair", _run_pair, 300, max_bytes=400, seeds=_pair_seeds),
-    Target("udx_hostile", _attack, 1000, max_bytes=1000, seeds=_attack_seeds),
-    Target("noise", _shake_hands, 250, max_bytes=600, seeds=_noise_seeds),
-    Target("secret_stream", _run_secret_stream, 1500, max_bytes=600, seeds=_secret_seeds),
-    Target("secret_frames", _hostile_frames, 4000, seeds=_frame_seeds),
+    Target("udx_pair", _run_pair, 800, max_bytes=400, seeds=_pair_seeds),
+    Target("udx_hostile", _attack, 4000, max_bytes=1000, seeds=_attack_seeds),
+    Target("noise", _shake_hands, 600, max_bytes=600, seeds=_noise_seeds),
+    Target("secret_stream", _run_secret_stream, 5000, max_bytes=600, seeds=_secret_seeds),
+    Target("secret_frames", _hostile_frames, 10_000, seeds=_frame_seeds),
 )

@@ -479,6 +479,6 @@ def _server_seeds() -> list[bytes]:
 
 
 TARGETS: Final = (
-    Target("rpc", _run_rpc, 120, max_bytes=1000, seeds=_rpc_seeds),
-    Target("server", _run_server, 60, max_bytes=800, seeds=_server_seeds),
+    Target("rpc", _run_rpc, 800, max_bytes=1000, seeds=_rpc_seeds),
+    Target("server", _run_server, 200, max_bytes=800, seeds=_server_seeds),
 )

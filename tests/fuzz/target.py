@@ -21,7 +21,7 @@ class Target:
 
     name: str
     run: Callable[[bytes], object]
-    runs: int = 3000
+    runs: int = 10_000
     max_bytes: int = 1500
     seeds: Callable[[], Iterable[bytes]] = no_seeds
 

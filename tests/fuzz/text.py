@@ -1,12 +1,15 @@
 """The application's decoders: pairing URLs, lines, sealed text, and the files of the data directory."""
 
+import atexit
 import base64
 import json
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Final
 
+from fuzz import engine
 from fuzz.target import Script, Target
 from p2pclaude.claude import decode_line
 from p2pclaude.datadir import DataDir
@@ -220,8 +223,9 @@ def _session_seeds() -> list[bytes]:
 @cache
 def _directory() -> Path:
     """Return a directory in memory where there is one: the targets below read and write real files."""
-    memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
+    path = tempfile.mkdtemp(prefix="fuzz-", dir=engine.scratch or engine.memory())
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
 
 
 def _load_journal(data: bytes) -> None:
@@ -314,6 +318,6 @@ TARGETS: Final = (
     Target("claude_line", _read_claude, max_bytes=4096, seeds=_claude_seeds),
     Target("session_info", _read_session, seeds=_session_seeds),
     Target("session_record", _read_record, seeds=_record_seeds),
-    Target("journal", _load_journal, 1500, max_bytes=4096, seeds=_journal_seeds),
-    Target("key_files", _load_keys, 800, seeds=_key_seeds),
+    Target("journal", _load_journal, 3000, max_bytes=4096, seeds=_journal_seeds),
+    Target("key_files", _load_keys, 2000, seeds=_key_seeds),
 )
