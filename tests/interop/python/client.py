@@ -1,4 +1,7 @@
-"""A HyperDHT client: the Python twin of `node/client.js`, with the same configuration, commands and events."""
+"""A HyperDHT client: the Python twin of `node/client.js`, with the same configuration, commands and events.
+
+Beyond it: `relay` in the configuration is the key of a blind relay, and a result has `how` the server was reached.
+"""
 
 import asyncio
 import hashlib
@@ -8,7 +11,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from interop.python.control import Command, Handler, body, describe, digest_of, emit, resident_bytes, serve_commands
-from interop.python.nodes import new_node
+from interop.python.nodes import new_node, relay_through
 
 from p2pclaude.hyperdht import Connection, ConnectionClosed, HyperDHT
 
@@ -84,7 +87,8 @@ async def exchange(number: int, command: Command, dht: HyperDHT) -> Result:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(asyncio.timeout(command.get("timeout", 30000) / 1000))
             node = await stack.enter_async_context(new_node()) if command.get("fresh") else dht
-            connection = await stack.enter_async_context(await node.connect(bytes.fromhex(command["key"])))
+            connecting = node.connect(bytes.fromhex(command["key"]), relay_through=relay_through())
+            connection = await stack.enter_async_context(await connecting)
             result.update(opened=True, openMs=(time.perf_counter() - started) * 1000, how=connection.how)
             result.update(await job(connection, command.get("bytes", 64)))
     except Exception as error:

@@ -15,6 +15,11 @@ def new_node(**options: Any) -> HyperDHT:
     return HyperDHT(bootstrap=config.get("bootstrap", []), host=host, **options)
 
 
+def relay_through() -> bytes | None:
+    """Return the public key of the blind relay that the configuration names as `relay`."""
+    return bytes.fromhex(config["relay"]) if config.get("relay") else None
+
+
 def key_pair_of(seed: str | None) -> KeyPair:
     """Make the key pair of a hexadecimal seed, or a new one."""
     return KeyPair.from_seed(bytes.fromhex(seed)) if seed else KeyPair.generate()

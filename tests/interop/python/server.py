@@ -1,4 +1,7 @@
-"""A HyperDHT server: the Python twin of `node/server.js`, with the same configuration, jobs, events and commands."""
+"""A HyperDHT server: the Python twin of `node/server.js`, with the same configuration, jobs, events and commands.
+
+Beyond it: `relay` in the configuration is the key of a blind relay to name to clients.
+"""
 
 import asyncio
 import hashlib
@@ -14,7 +17,7 @@ from interop.python.control import (
     resident_bytes,
     serve_commands,
 )
-from interop.python.nodes import key_pair_of, new_node
+from interop.python.nodes import key_pair_of, new_node, relay_through
 
 from p2pclaude.hyperdht import Connection, HyperDHT
 
@@ -97,7 +100,9 @@ async def main() -> None:
     private = config.get("private")
     node = HyperDHT.bootstrapper(private, host, bind=host) if private else new_node()
     async with node as dht:
-        server = dht.create_server(on_connection, allow=lambda *_: not config.get("deny"))
+        server = dht.create_server(
+            on_connection, allow=lambda *_: not config.get("deny"), relay_through=relay_through()
+        )
         await server.listen(key_pair_of(config.get("seed")))
 
         async def refresh(_: Command) -> None:
