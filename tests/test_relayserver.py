@@ -213,7 +213,7 @@ def test_halves_and_idle_connections_expire() -> None:
             one.pair(TOKEN)
             await asyncio.sleep(WAIT_SECONDS - 5)
             assert (place.relay.waiting, one.connection.closed) == (1, False)
-            await asyncio.sleep(13)
+            await asyncio.sleep(16)
             assert two.connection.closed
             assert place.relay.waiting == 0
             await asyncio.sleep(IDLE_SECONDS)

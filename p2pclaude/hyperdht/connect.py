@@ -9,7 +9,7 @@ lib/connect.js.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any, Final
@@ -42,19 +42,22 @@ from .handshakes import (
     encode_noise_payload,
 )
 from .holepunch import RELAYED_RETRIES, ClientHolepunch, Secrets
+from .node import Node
 from .noise import NoiseIK
 from .paths import Paths
 from .puncher import Puncher
 from .query import Query
 from .relay import open_link
-from .requests import Reply
+from .tasks import cancel_all
 
 if TYPE_CHECKING:
     from .dht import HyperDHT
 
 log = logging.getLogger(__name__)
 
-PARALLEL_HANDSHAKES: Final = 2
+PARALLEL_HANDSHAKES: Final = 3
+LOOKUPS: Final = 3  # while answers get lost
+ENOUGH_RELAYS: Final = 3  # as many as a server has
 PATH_TIMEOUT: Final = 10.0  # as long as a server keeps the stream of a handshake
 LAST_CHANCE: Final = 1.0
 MAX_PUNCHES: Final = 3
@@ -115,6 +118,39 @@ async def connect(
         raise Timeout(f"not connected after {timeout:g} seconds") from error
 
 
+class RelaySearch:
+    """Finds the nodes that know a peer; the search begins with the first `next`."""
+
+    def __init__(self, node: Node, target: bytes) -> None:
+        self._node = node
+        self._target = target
+        self._found: set[Address] = set()
+        self._lookups = 1
+        self._query = self._look_up()
+
+    def _look_up(self) -> Query:
+        return self._node.query(Command.FIND_PEER, self._target, retries=3)
+
+    async def next(self) -> Address | None:
+        """Return another node that knows the peer, None when there is none.
+
+        Looks again when answers got lost: nodes that know the peer are few, and theirs may be among them.
+        """
+        while True:
+            async for reply in self._query:
+                if reply.value is not None and reply.error == 0 and reply.source not in self._found:
+                    self._found.add(reply.source)
+                    return reply.source
+            if not self._query.resends or len(self._found) >= ENOUGH_RELAYS or self._lookups == LOOKUPS:
+                return None
+            self._lookups += 1
+            self._query = self._look_up()
+
+    def cancel(self) -> None:
+        """End the search."""
+        self._query.cancel()
+
+
 class Attempt:
     """One handshake and the search for a path; `run` it once. The relay it took is added to `avoid`."""
 
@@ -166,11 +202,11 @@ class Attempt:
         """Return the first valid handshake that any relay brings back."""
         message = self._noise.write_message(encode_noise_payload(self._payload()))
         failures: list[HyperDHTError] = []
-        query = self._dht.node.query(Command.FIND_PEER, self._target, retries=3)
+        search = RelaySearch(self._dht.node, self._target)
         try:
-            shaken = await self._first_of(message, query, self._known_relays(), failures)
+            shaken = await self._first_of(message, search, self._known_relays(), failures)
         finally:
-            query.cancel()
+            search.cancel()
         if shaken is not None:
             return shaken
         if refusals := [failure for failure in failures if isinstance(failure, HandshakeFailed)]:
@@ -196,30 +232,29 @@ class Attempt:
         )
 
     async def _first_of(
-        self, message: bytes, query: Query, known: Sequence[Address], failures: list[HyperDHTError]
+        self, message: bytes, search: "RelaySearch", known: Sequence[Address], failures: list[HyperDHTError]
     ) -> Shaken | None:
-        """Shake hands through `known` relays and those a query finds, a few at a time, until one succeeds."""
+        """Shake hands through `known` relays and those a search finds, a few at a time, until one succeeds."""
         waiting: list[Address] = sorted(known, key=self._avoid.__contains__)
         tried: set[Address] = set()
         running: list[asyncio.Task[Shaken]] = []  # in order, so that a simulation replays
-        replies = aiter(query)
-        search: asyncio.Task[Reply | None] | None = asyncio.create_task(_next_relay(replies))
+        finding: asyncio.Task[Address | None] | None = asyncio.create_task(search.next())
         try:
             while True:
                 # A relay that led nowhere before is asked when no other one is to be had.
-                while waiting and len(running) < PARALLEL_HANDSHAKES and (waiting[0] not in self._avoid or not search):
+                while waiting and len(running) < PARALLEL_HANDSHAKES and (waiting[0] not in self._avoid or not finding):
                     relay = waiting.pop(0)
                     if relay not in tried:
                         tried.add(relay)
                         running.append(asyncio.create_task(self._shake_hands_through(relay, message)))
-                pending = [*running] if search is None else [*running, search]
+                pending = [*running] if finding is None else [*running, finding]
                 if not pending:
                     return None
                 await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                if search is not None and search.done():
-                    found = search.result()
-                    search = None if found is None else asyncio.create_task(_next_relay(replies))
-                    waiting.extend(() if found is None else (found.source,))
+                if finding is not None and finding.done():
+                    found = finding.result()
+                    finding = None if found is None else asyncio.create_task(search.next())
+                    waiting.extend(() if found is None else (found,))
                     waiting.sort(key=self._avoid.__contains__)
                 for task in [task for task in running if task.done()]:
                     running.remove(task)
@@ -229,7 +264,7 @@ class Attempt:
                         raise error
                     failures.append(error)
         finally:
-            _cancel((*running, *(() if search is None else (search,))))
+            cancel_all((*running, *(() if finding is None else (finding,))))
 
     async def _shake_hands_through(self, relay: Address, message: bytes) -> Shaken:
         reply = await self._dht.node.rpc.request(
@@ -274,10 +309,10 @@ class Attempt:
         except BaseException:
             if puncher is not None:
                 puncher.close()
-            _cancel(efforts)
+            cancel_all(efforts)
             raise
         finally:
-            _cancel(probes)
+            cancel_all(probes)
         self._dht.node.spawn(self._settle(puncher, efforts))
 
     def _efforts(self, shaken: Shaken, puncher: Puncher | None) -> Iterator[Coroutine[Any, Any, None]]:
@@ -351,7 +386,7 @@ class Attempt:
         try:
             await self._paths.settle(puncher)
         finally:
-            _cancel(efforts)
+            cancel_all(efforts)
             if puncher is not None:
                 puncher.close(keep=self._stream.own_socket)
 
@@ -380,26 +415,5 @@ class Attempt:
             reply = await self._dht.node.rpc.request(address, InternalCommand.PING, internal=True)
         except HyperDHTError:
             return
-        if self._stream.core.srtt is None:
+        if not self._stream.acknowledged:
             self._paths.take(reply.socket, address)
-
-
-def _cancel(tasks: Iterable["asyncio.Task[Any]"]) -> None:
-    """Cancel tasks that nobody awaits any longer."""
-    for task in tasks:
-        task.cancel()
-        task.add_done_callback(_ignore_outcome)
-
-
-def _ignore_outcome(task: "asyncio.Task[Any]") -> None:
-    """Look at what became of a task that nobody awaits, so that asyncio does not report it as lost."""
-    if not task.cancelled():
-        task.exception()
-
-
-async def _next_relay(replies: AsyncIterator[Reply]) -> Reply | None:
-    """Return the next node that knows the peer, None when the query has ended."""
-    async for reply in replies:
-        if reply.value is not None and reply.error == 0:
-            return reply
-    return None

@@ -22,7 +22,8 @@ READ_BYTES: Final = 65536
 READ_HIGH_WATER: Final = 1 << 20  # unread plaintext above which the peer's window is no longer opened
 WRITE_HIGH_WATER: Final = 1 << 20  # bytes not acknowledged above which write() waits
 WRITE_CHUNK: Final = 256 << 10  # sealed at a time, so that a large write neither doubles in memory nor holds the loop
-CLOSE_TIMEOUT: Final = 3.0
+CLOSE_TIMEOUT: Final = 6.0  # an end is sent eight times meanwhile
+CLOSE_INTERVAL: Final = 0.5  # between looks at what was acknowledged
 
 _REASONS: Final = {
     "ECONNRESET": "the peer broke the connection off",
@@ -187,8 +188,7 @@ class Connection:
         self._end()
         self._stop_reading()
         try:
-            while not await self._closes_within(timeout):
-                pass
+            await self._wait_for_end(timeout)
         finally:
             self.abort()
 
@@ -200,15 +200,17 @@ class Connection:
         self._stream.consume(self._withheld)
         self._withheld = 0
 
-    async def _closes_within(self, timeout: float) -> bool:
-        """Tell whether there is nothing to wait for any longer: the end came, or no progress towards it."""
-        unsent = self._stream.core.buffered
-        try:
-            async with asyncio.timeout(timeout):
-                await self._closed.wait()
-        except TimeoutError:
-            return self._stream.core.buffered >= unsent
-        return True
+    async def _wait_for_end(self, timeout: float) -> None:
+        """Wait until the connection has ended, or nothing was acknowledged for so long."""
+        loop, sender = asyncio.get_running_loop(), self._stream.core.sender
+        acknowledged, since = sender.acked_below, loop.time()
+        while not self.closed and loop.time() - since < timeout:
+            try:
+                async with asyncio.timeout(min(CLOSE_INTERVAL, timeout)):
+                    await self._closed.wait()
+            except TimeoutError:
+                if sender.acked_below != acknowledged:
+                    acknowledged, since = sender.acked_below, loop.time()
 
     def abort(self) -> None:
         """Break the connection off at once; what was not delivered is lost."""

@@ -33,7 +33,7 @@ from .udp import UdpNetwork
 CONNECT_TIMEOUT: Final = 20.0
 DESTROY_TIMEOUT: Final = 5.0
 HANDLER_GRACE: Final = 1.0
-KEEP_ALIVE: Final = 5.0
+KEEP_ALIVE: Final = 3.0  # with UDX's patience a dead peer is noticed within 15 seconds
 MAX_REMEMBERED_PEERS: Final = 512
 
 

@@ -10,7 +10,7 @@ it claims, before anything is sent there in numbers. Source: hyperdht lib/connec
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +30,7 @@ from .handshakes import (
 from .puncher import Puncher
 from .requests import IncomingRequest
 from .router import Answer
+from .tasks import cancel_all
 
 if TYPE_CHECKING:
     from .announcer import Announcer
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 RELAYED_RETRIES: Final = 6  # on the way client, relay, server and back a packet may get lost four times
 SECRET_BYTES: Final = 32
+MAX_WAYS: Final = 3  # relays that a round is sent through
 REMOTE_ANALYSIS_PAUSE: Final = 0.5  # what the other side may need to classify its NAT
 
 
@@ -65,10 +67,11 @@ class Secrets:
 
 @dataclass(frozen=True, slots=True)
 class RoundReply:
-    """What came back for a round: the payload, and the server's address as the relay saw it."""
+    """What came back for a round: the payload, the server's address as the relay saw it, and the relay."""
 
     payload: HolepunchPayload
     peer_address: Address
+    relay: Address
 
 
 class ClientHolepunch:
@@ -93,8 +96,9 @@ class ClientHolepunch:
         self._slot = slot
         self._relay_address = relay_address
         self._server_address = server_address
-        # The server's NAT is open towards its own relays; ours, if it is one of them, saves a leg.
-        self._server_relay = next((path for path in relays if path.relay_address == relay_address), relays[0])
+        # The server's NAT is open towards its own relays; the one that brought the handshake is known to work.
+        first = sorted(relays, key=lambda path: path.relay_address != relay_address)[:MAX_WAYS]
+        self._relays = [(path.relay_address, path.peer_address) for path in first]
         self._round = 0
 
     async def run(self) -> None:
@@ -121,15 +125,13 @@ class ClientHolepunch:
                 break
             reply = await self._probe_round()
         await self._check_kinds()
-        if self._server_relay.relay_address == self._relay_address and reply.peer_address != self._server_address:
+        if reply.relay == self._relay_address and reply.peer_address != self._server_address:
             self._server_address = reply.peer_address  # the server opened another socket
             puncher.open_session(self._server_address)
         return reply.payload.token
 
     async def _probe_round(self) -> RoundReply:
-        return await self._exchange(
-            self._server_relay.relay_address, self._server_relay.peer_address, remote_address=self._server_address
-        )
+        return await self._exchange(self._relays, remote_address=self._server_address)
 
     async def _check_kinds(self) -> None:
         kinds = self._puncher.nat.firewall, self._puncher.remote_firewall
@@ -146,9 +148,9 @@ class ClientHolepunch:
         puncher.nat.freeze()
         if not puncher.may_punch():
             raise TryLater("this node is busy with other hole punches")
+        own = (self._relay_address, self._server_address)
         await self._exchange(
-            self._relay_address,
-            self._server_address,
+            [own, *(way for way in self._relays if way[0] != self._relay_address)],
             punching=True,
             token=self._secrets.token(self._server_address),
             remote_token=remote_token,
@@ -160,15 +162,14 @@ class ClientHolepunch:
 
     async def _exchange(
         self,
-        relay: Address,
-        peer: Address,
+        ways: Sequence[tuple[Address, Address]],
         *,
         punching: bool = False,
         remote_address: Address | None = None,
         token: bytes | None = None,
         remote_token: bytes | None = None,
     ) -> RoundReply:
-        """Send one round through a relay and take in what the server says."""
+        """Send one round through relays and take in what the server says."""
         nat = self._puncher.nat
         payload = HolepunchPayload(
             firewall=nat.firewall,
@@ -179,7 +180,7 @@ class ClientHolepunch:
             token=token,
             remote_token=remote_token,
         )
-        reply = await self._send(relay, peer, payload)
+        reply = await self._send(ways, payload)
         self._check_error(reply.payload.error)
         echoed = token is not None and reply.payload.remote_token == token
         self._puncher.update_remote(
@@ -190,9 +191,28 @@ class ClientHolepunch:
         )
         return reply
 
-    async def _send(self, relay: Address, peer: Address, payload: HolepunchPayload) -> RoundReply:
+    async def _send(self, ways: Sequence[tuple[Address, Address]], payload: HolepunchPayload) -> RoundReply:
+        """Send a round through several relays at once and return the first valid answer.
+
+        A packet lost on one of the four legs then costs no time; a relay that spoils rounds spoils nothing. The server
+        takes each copy for a repetition.
+        """
         self._round += 1
-        message = Holepunch(Mode.FROM_CLIENT, self._slot, self._secrets.seal(payload), peer)
+        sealed = self._secrets.seal(payload)
+        failure: HyperDHTError | None = None
+        asking = [asyncio.create_task(self._send_through(relay, peer, sealed)) for relay, peer in ways]
+        try:
+            for answered in asyncio.as_completed(asking):
+                try:
+                    return await answered
+                except HyperDHTError as error:
+                    failure = error
+            raise HolepunchError("no relay brought back a valid answer of the other side") from failure
+        finally:
+            cancel_all(asking)
+
+    async def _send_through(self, relay: Address, peer: Address, sealed: bytes) -> RoundReply:
+        message = Holepunch(Mode.FROM_CLIENT, self._slot, sealed, peer)
         reply = await self._dht.node.rpc.request(
             relay,
             Command.PEER_HOLEPUNCH,
@@ -202,14 +222,11 @@ class ClientHolepunch:
             retries=RELAYED_RETRIES,
         )
         if reply.socket is self._puncher.socket:
-            self._puncher.nat.add(reply.to, reply.source)
-        try:
-            answer = decode_holepunch(reply.value or b"")
-            if answer.mode != Mode.REPLY:
-                raise DecodeError("not the reply of a round")
-            return RoundReply(self._secrets.open(answer.payload), answer.peer_address or relay)
-        except DecodeError as error:
-            raise HolepunchError("a relay brought back no valid round") from error
+            self._puncher.learn(reply.to, reply.source)
+        answer = decode_holepunch(reply.value or b"")
+        if answer.mode != Mode.REPLY:
+            raise DecodeError("not the reply of a round")
+        return RoundReply(self._secrets.open(answer.payload), answer.peer_address or relay, relay)
 
     def _check_error(self, error: int) -> None:
         if error == HandshakeError.TRY_LATER:
@@ -221,7 +238,7 @@ class ClientHolepunch:
         """Tell the server that we give up, so that it need not wait."""
         payload = HolepunchPayload(error=HandshakeError.ABORTED, round=self._round)
         try:
-            await self._send(self._server_relay.relay_address, self._server_relay.peer_address, payload)
+            await self._send(self._relays, payload)
         except HyperDHTError:
             pass  # it will notice by itself
 
@@ -276,7 +293,7 @@ class ServerHolepunch:
 
     def _learn(self, payload: HolepunchPayload, peer: Address, request: IncomingRequest) -> None:
         if request.socket is self.puncher.socket:
-            self.puncher.nat.add(request.to, request.source)
+            self.puncher.learn(request.to, request.source)
         if payload.round < self._round:
             return
         self._round = payload.round

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 UPGRADE_CHECK: Final = 3.0  # seconds a direct way has to prove itself after the relay's
 MIGRATION_SILENCE: Final = 0.5  # seconds in which packets come from elsewhere only
 SETTLE_INTERVAL: Final = 0.1
+FIRST_REPEAT: Final = 0.15  # seconds after which the first packets are sent again; nothing is known of the way yet,
+REPEAT_BACKOFF: Final = 1.4  # so that a lost packet costs little, and a long way a few needless ones
+LAST_REPEAT: Final = 0.5
 
 
 class Paths:
@@ -37,6 +40,7 @@ class Paths:
         self._link: RelayLink | None = None
         self._heard_direct = False
         self._upgraded = False
+        self._repeating = False
         self._other: tuple[Socket, Address] | None = None  # another way that packets come on, and since when
         self._other_since = 0.0
         self.remote_id: int | None = None
@@ -66,7 +70,7 @@ class Paths:
         if self.remote_id is None:
             return
         if self._is_open_to_change():
-            self._stream.connect(socket, self.remote_id, address)
+            self._connect(socket, self.remote_id, address)
         elif self.on_relay:
             self._upgrade(socket, address)
         else:
@@ -79,7 +83,7 @@ class Paths:
             self._other, self._other_since = (socket, address), now
             self._stream.heard = False
         elif now - self._other_since >= MIGRATION_SILENCE and self.remote_id is not None:
-            self._stream.connect(socket, self.remote_id, address)
+            self._connect(socket, self.remote_id, address)
 
     def use_relay(self, link: RelayLink) -> None:
         """Know a relay's way; it is used until a direct one shows itself."""
@@ -97,17 +101,35 @@ class Paths:
     def _is_open_to_change(self) -> bool:
         if self._connection.is_initiator:
             return not self._connection.opened
-        return self._stream.core.srtt is None and not self._upgraded
+        return not self._stream.acknowledged and not self._upgraded
+
+    def _connect(self, socket: Socket, remote_id: int, address: Address) -> None:
+        self._stream.connect(socket, remote_id, address)
+        if not self._repeating:
+            self._repeating = True
+            self._repeat_after(FIRST_REPEAT)
+
+    def _repeat_after(self, pause: float) -> None:
+        asyncio.get_running_loop().call_later(pause, self._repeat, min(pause * REPEAT_BACKOFF, LAST_REPEAT))
+
+    def _repeat(self, pause: float) -> None:
+        """Send the first packets again while it is not certain that they arrived; to nobody who was not heard yet."""
+        initiator, opened = self._connection.is_initiator, self._connection.opened
+        if self._stream.acknowledged or self._connection.closed or (initiator and opened):
+            return
+        if initiator or opened:
+            self._stream.repeat()
+        self._repeat_after(pause)
 
     def _take_relay(self, link: RelayLink) -> None:
-        self._stream.connect(link.socket, link.remote_id, link.address)
+        self._connect(link.socket, link.remote_id, link.address)
 
     def _upgrade(self, socket: Socket, address: Address) -> None:
         """Leave the relay for a direct way, and see whether it works."""
         assert self.remote_id is not None
         log.debug("leaving the relay for a direct way")
         self._heard_direct, self._upgraded = False, True
-        self._stream.connect(socket, self.remote_id, address)
+        self._connect(socket, self.remote_id, address)
         self._stream.send_message(b"")  # shows the peer the new way if there is nothing else to send
         self._stream.on_packet = self._listen
         asyncio.get_running_loop().call_later(UPGRADE_CHECK, self._check_upgrade)
@@ -135,7 +157,7 @@ class Paths:
         probes; a way it finds is taken by `take`.
         """
         while not self._connection.closed and (
-            self._stream.core.srtt is None or (self._link is not None and puncher is not None and puncher.punching)
+            not self._stream.acknowledged or (self._link is not None and puncher is not None and puncher.punching)
         ):
             await asyncio.sleep(SETTLE_INTERVAL)
         if puncher is not None:

@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 PROBE: Final = b"\x00"
 LOW_TTL: Final = 5  # enough to pass the own NATs, too little to reach the peer's
-SAMPLES: Final = 6  # nodes asked how they see us: four must answer
+SAMPLES: Final = 8  # nodes asked how they see us: four must answer, and packets get lost
 MAX_REOPENS: Final = 3
 BIRTHDAY_SOCKETS: Final = 256
 RANDOM_PROBES: Final = 3500
 RANDOM_INTERVAL: Final = 0.02
-RANDOM_BURST: Final = 2  # probes an interval: at a hundred a second one of 256 sockets is hit within 7.5 s in 95 %
+RANDOM_BURST: Final = 4  # probes an interval: at 200 a second one of 256 sockets is hit within 6 s in 99 %
 LOW_TTL_CYCLES: Final = 1
 UNVERIFIED_EVERY: Final = 4  # rounds; an address the peer only claims could be a victim's
 MAX_REMOTE_ADDRESSES: Final = 8
@@ -89,6 +89,7 @@ class Puncher:
         self.sockets: list[Socket] = []
         """The first one sends the rounds; random punching adds many."""
         self._sampling: asyncio.Task[None] | None = None
+        self._known = asyncio.Event()  # the verdict on the NAT, or that there is none to be had
         self._reopening: asyncio.Task[None] | None = None
         self._punching: asyncio.Task[None] | None = None
         self._random = False
@@ -113,7 +114,7 @@ class Puncher:
     async def open(self) -> None:
         """Bind the socket and begin to find out about the NAT."""
         self.sockets = [await self._bind()]
-        self._sampling = asyncio.create_task(self._sample(self.nat, self.socket))
+        self._begin_sampling()
 
     def hand_over(self, stream: Stream) -> None:
         """Stop, and leave the socket that the stream has settled for to it."""
@@ -141,6 +142,24 @@ class Puncher:
         return socket
 
     # The own NAT
+
+    def learn(self, to: Address, source: Address) -> None:
+        """Take one more sample: where the node at `source` sees the socket."""
+        self._learn(self.nat, to, source)
+
+    def _learn(self, nat: NatClassifier, to: Address, source: Address) -> None:
+        nat.add(to, source)
+        if nat is self.nat and nat.firewall != Firewall.UNKNOWN:
+            self._known.set()
+
+    def _begin_sampling(self) -> None:
+        self._known.clear()
+        self._sampling = asyncio.create_task(self._sample(self.nat, self.socket))
+        self._sampling.add_done_callback(self._sampled)
+
+    def _sampled(self, sampling: "asyncio.Task[None]") -> None:
+        if sampling is self._sampling:
+            self._known.set()
 
     async def _sample(self, nat: NatClassifier, socket: Socket) -> None:
         """Ask nodes how they see the socket."""
@@ -176,7 +195,7 @@ class Puncher:
             )
         except HyperDHTError:
             return
-        nat.add(reply.to, reply.source)
+        self._learn(nat, reply.to, reply.source)
 
     async def analyse(self, *, reopen: bool) -> bool:
         """Wait for a verdict on the own NAT and tell whether it leaves a chance.
@@ -194,8 +213,8 @@ class Puncher:
         return self._is_stable()
 
     async def _wait_decided(self) -> None:
-        if self._sampling is not None and not self.nat.decided:
-            await asyncio.wait([self._sampling])
+        if self.nat.firewall == Firewall.UNKNOWN:  # some node will be slow to answer: it need not be waited for
+            await self._known.wait()
 
     def _is_stable(self) -> bool:
         both_random = self.remote_firewall == Firewall.RANDOM and self.nat.firewall == Firewall.RANDOM
@@ -210,7 +229,7 @@ class Puncher:
             for old in former:
                 old.close()
             self.nat = NatClassifier(self._node.firewalled)
-            self._sampling = asyncio.create_task(self._sample(self.nat, socket))
+            self._begin_sampling()
             await self._wait_decided()
 
     # The other side

@@ -63,6 +63,8 @@ class Query:
         self.retries = retries
         self.successes = 0
         self.errors = 0
+        self.resends = 0
+        """Requests that had to be sent again: what nobody knows may be what somebody's lost answer said."""
         self.commit_errors: list[Exception] = []
         """What went wrong in the last `commit`, one entry a node."""
         self.on_reply: Callable[[Reply], None] | None = None
@@ -253,6 +255,7 @@ class Query:
 
     def _on_resend(self, call: OutgoingRequest) -> None:
         if call in self._calls:
+            self.resends += 1
             self._straggling[call] = call.sends
             self._guard(self._advance)
 

@@ -253,7 +253,8 @@ class Rpc:
             return call.timeout
         timeouts = self.timeouts
         wait = timeouts.get_relayed(call.sends) if call.relayed else timeouts.get(call.to, call.sends, now)
-        return wait if call.sends <= call.retries else max(wait, LAST_TIMEOUT)
+        last = 2 * LAST_TIMEOUT if call.relayed else LAST_TIMEOUT  # two nodes may be busy
+        return wait if call.sends <= call.retries else max(wait, last)
 
     def _count_send(self, call: OutgoingRequest) -> None:
         self._window.sent()

@@ -80,6 +80,11 @@ class Stream:
         """Whether the stream is over for good."""
         return self._streams.find_id(self.id) is not self
 
+    @property
+    def acknowledged(self) -> bool:
+        """Whether the peer has acknowledged a packet: then it hears us."""
+        return self.core.sender.acked_below > 0
+
     def connect(self, socket: "Socket", remote_id: int, address: Address) -> None:
         """Set the way to the peer and its id for the stream, which a relay changes; what was queued leaves now."""
         now = self._streams.now()
@@ -89,6 +94,11 @@ class Stream:
             self.core.remote_id = remote_id
             self.core.reset_path(now)
         self.socket, self.address = socket, address
+        self.flush()
+
+    def repeat(self) -> None:
+        """Send the first packets again, on a way that has not shown yet how long an answer takes."""
+        self.core.reset_path(self._streams.now())
         self.flush()
 
     def write(self, data: bytes) -> None:

@@ -14,6 +14,7 @@ from .encoding import Address
 MIN_TIMEOUT: Final = 0.25
 MAX_TIMEOUT: Final = 4.0
 UNKNOWN_TIMEOUT: Final = 0.5  # the first send, before anybody answered
+RELAYED_LIMIT: Final = 1.0  # the first send of what another node passes on
 LAST_TIMEOUT: Final = 1.0  # after the last send at least: a near node may be busy
 BACKOFF: Final = 1.4
 BACKOFF_LIMIT: Final = 1.0  # or twice what the host needs: in loss, patience between sends gains nothing
@@ -73,8 +74,13 @@ class AdaptiveTimeouts:
             self._all.add(rtt, now)
 
     def get_relayed(self, attempt: int) -> float:
-        """Return the seconds to wait for an answer that a node fetches from another one, whose distance is unknown."""
-        return self._backed_off(UNKNOWN_TIMEOUT, attempt)
+        """Return the seconds to wait for an answer that a node fetches from another one, whose distance is unknown.
+
+        It goes two ways instead of one, so twice what the network as a whole needs.
+        """
+        if self._all is None:
+            return self._backed_off(UNKNOWN_TIMEOUT, attempt)
+        return self._backed_off(min(max(2 * self._all.timeout, MIN_TIMEOUT), RELAYED_LIMIT), attempt)
 
     def get(self, address: Address, attempt: int, now: float) -> float:
         """Return the seconds to wait after send number `attempt` (from 1) to `address`."""

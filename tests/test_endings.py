@@ -1,0 +1,95 @@
+"""Ends of connections as an application sees them: clean ones with the default patience, dead peers, outages."""
+
+import asyncio
+
+import pytest
+from sim import Link, SimNetwork, run
+from sim_peers import End, connect_ends, receive_all, seeds
+
+from p2pclaude.hyperdht.connection import Connection
+from p2pclaude.hyperdht.dht import KEEP_ALIVE
+from p2pclaude.hyperdht.errors import ConnectionClosed
+
+
+def _forget(*ends: End) -> None:
+    for end in ends:
+        end.endpoint.close()
+
+
+async def _serve(connection: Connection) -> None:
+    """Answer and end, as a server's handler does."""
+    while await connection.read():
+        pass
+    await connection.write(b"bye")
+    await connection.close()
+
+
+def test_a_close_with_the_usual_patience_is_clean_on_both_sides() -> None:
+    """Neither side takes lost packets of a clean end for a dead peer; P2PCLAUDE_SEEDS=10000 for the long run."""
+
+    async def one(net: SimNetwork, number: int) -> None:
+        client, server = await connect_ends(net, f"{number} ")
+        serving = asyncio.create_task(_serve(server.connection))
+        await client.connection.write(b"x" * 2000)
+        await client.connection.write_eof()
+        assert await receive_all(client.connection)
+        await client.connection.close()
+        await serving
+        for end in (client, server):
+            assert end.connection._error is None
+        await asyncio.sleep(30)
+        _forget(client, server)
+
+    async def main(first: int, count: int) -> None:
+        net = SimNetwork(first, Link(latency=(0.05, 0.05), loss=0.1))
+        await asyncio.gather(*(one(net, number) for number in range(count)))
+
+    total = len(seeds(300))
+    for first in range(0, total, 500):
+        run(main(first, min(500, total - first)), seed=first, wall_limit=300)
+
+
+@pytest.mark.parametrize("seed", seeds(5))
+def test_a_dead_idle_peer_is_noticed_within_fifteen_seconds(seed: int) -> None:
+    async def main() -> float:
+        net = SimNetwork(seed, Link(latency=(0.05, 0.05)))
+        left, right = await connect_ends(net)
+        for end in (left, right):
+            end.connection.set_keep_alive(KEEP_ALIVE)
+        await left.connection.write(b"hello")
+        await receive_all(right.connection, 5)
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(60 + net.rng.uniform(0, KEEP_ALIVE))
+        right.host.up = False
+        gone = loop.time()
+        with pytest.raises(ConnectionClosed, match="answer"):
+            await left.connection.read()
+        seconds = loop.time() - gone
+        _forget(left, right)
+        return seconds
+
+    assert 11 < run(main(), seed=seed) <= 15
+
+
+@pytest.mark.parametrize("rtt", [0.02, 0.1, 0.4])
+@pytest.mark.parametrize("seed", seeds(8))
+def test_an_outage_of_ten_seconds_at_any_moment_kills_no_idle_connection(seed: int, rtt: float) -> None:
+    async def main() -> None:
+        net = SimNetwork(seed, Link(latency=(rtt / 2, rtt / 2)))
+        left, right = await connect_ends(net)
+        for end in (left, right):
+            end.connection.set_keep_alive(KEEP_ALIVE)
+        await left.connection.write(b"hello")
+        await receive_all(right.connection, 5)
+        for _ in range(3):
+            await asyncio.sleep(20 + net.rng.uniform(0, KEEP_ALIVE))
+            net.partition([left.host], [right.host])
+            await asyncio.sleep(10)
+            net.heal()
+            await left.connection.write(b"hello")
+            async with asyncio.timeout(3):
+                await receive_all(right.connection, 5)
+        assert not left.connection.closed and not right.connection.closed
+        _forget(left, right)
+
+    run(main(), seed=seed)
