@@ -13,6 +13,10 @@ from sim_peers import seeds
 from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import HolepunchError, HyperDHTError
+from p2pclaude.hyperdht.handshakes import Holepunch
+from p2pclaude.hyperdht.holepunch import ServerHolepunch
+from p2pclaude.hyperdht.requests import IncomingRequest
+from p2pclaude.hyperdht.router import Answer
 
 KINDS = ("open", "cone", "random")
 PAIRS = [(server, client) for server in KINDS for client in KINDS if (server, client) != ("random", "random")]
@@ -81,7 +85,7 @@ def test_two_random_nats_fail_with_the_true_cause_and_leave_nothing(seed: int) -
             await server.listen()
             loop = asyncio.get_running_loop()
             started = loop.time()
-            with pytest.raises(HolepunchError):
+            with pytest.raises(HolepunchError, match="both sides are behind NATs with random ports"):
                 await client.connect(server.public_key, timeout=DEADLINE)
             assert loop.time() - started <= DEADLINE
             await asyncio.sleep(60)
@@ -90,6 +94,31 @@ def test_two_random_nats_fail_with_the_true_cause_and_leave_nothing(seed: int) -
             assert len(server_node.endpoint.sockets) == len(client.endpoint.sockets) == 2
 
     run(main(), seed=seed)
+
+
+@pytest.mark.parametrize(("server_kind", "client_kind"), [("random", "cone"), ("cone", "random")])
+def test_random_punching_is_asked_for_once(
+    server_kind: str, client_kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upstream's server gives up at the second time of asking, whichever relay it comes through."""
+    asked: list[int] = []
+    handle = ServerHolepunch.handle
+
+    async def watch(punch: ServerHolepunch, message: Holepunch, request: IncomingRequest) -> Answer | None:
+        payload = punch._secrets.open(message.payload)
+        asked.extend([payload.round] if payload.punching else [])
+        return await handle(punch, message, request)
+
+    async def main() -> None:
+        async with swarm(1, 12, internet()) as network:
+            server_node, client = await _pair(network, server_kind, client_kind)
+            server = await serve(server_node, server_node.key_pair)
+            connection = await client.connect(server.public_key, timeout=40)
+            await connection.close()
+            assert len(asked) == 1
+
+    monkeypatch.setattr(ServerHolepunch, "handle", watch)
+    run(main(), seed=1)
 
 
 @pytest.mark.parametrize(("server_kind", "client_kind"), [("random", "cone"), ("cone", "random")])

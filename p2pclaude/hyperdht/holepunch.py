@@ -41,7 +41,10 @@ log = logging.getLogger(__name__)
 RELAYED_RETRIES: Final = 6  # on the way client, relay, server and back a packet may get lost four times
 SECRET_BYTES: Final = 32
 MAX_WAYS: Final = 3  # relays that a round is sent through
+SINGLE_TIMEOUT: Final = 1.0  # of a round that must not be repeated without need
 REMOTE_ANALYSIS_PAUSE: Final = 0.5  # what the other side may need to classify its NAT
+
+BOTH_RANDOM: Final = "both sides are behind NATs with random ports; only a relay could help"
 
 
 class Secrets:
@@ -140,7 +143,7 @@ class ClientHolepunch:
             raise HolepunchError("too few nodes answered to tell what kind of NAT stands between")
         if kinds == (Firewall.RANDOM, Firewall.RANDOM):
             await self._abort()
-            raise HolepunchError("both sides are behind NATs with random ports; only a relay could help")
+            raise HolepunchError(BOTH_RANDOM)
 
     async def _punch_round(self, remote_token: bytes | None) -> None:
         """Agree to punch, and begin."""
@@ -151,6 +154,7 @@ class ClientHolepunch:
         own = (self._relay_address, self._server_address)
         await self._exchange(
             [own, *(way for way in self._relays if way[0] != self._relay_address)],
+            in_turn=puncher.needs_random,
             punching=True,
             token=self._secrets.token(self._server_address),
             remote_token=remote_token,
@@ -164,6 +168,7 @@ class ClientHolepunch:
         self,
         ways: Sequence[tuple[Address, Address]],
         *,
+        in_turn: bool = False,
         punching: bool = False,
         remote_address: Address | None = None,
         token: bytes | None = None,
@@ -180,8 +185,8 @@ class ClientHolepunch:
             token=token,
             remote_token=remote_token,
         )
-        reply = await self._send(ways, payload)
-        self._check_error(reply.payload.error)
+        reply = await (self._send_in_turn if in_turn else self._send)(ways, payload)
+        self._check_error(reply.payload)
         echoed = token is not None and reply.payload.remote_token == token
         self._puncher.update_remote(
             reply.payload.firewall,
@@ -211,7 +216,25 @@ class ClientHolepunch:
         finally:
             cancel_all(asking)
 
-    async def _send_through(self, relay: Address, peer: Address, sealed: bytes) -> RoundReply:
+    async def _send_in_turn(self, ways: Sequence[tuple[Address, Address]], payload: HolepunchPayload) -> RoundReply:
+        """Send a round through one relay after the other and return the first valid answer.
+
+        For the round that starts random punching: an upstream server takes a copy of it for a second random punch,
+        answers TRY_LATER and abandons the one under way.
+        """
+        self._round += 1
+        sealed = self._secrets.seal(payload)
+        failure: HyperDHTError | None = None
+        for relay, peer in (*ways, *ways):
+            try:
+                return await self._send_through(relay, peer, sealed, retries=0, timeout=SINGLE_TIMEOUT)
+            except HyperDHTError as error:
+                failure = error
+        raise HolepunchError("no relay brought back a valid answer of the other side") from failure
+
+    async def _send_through(
+        self, relay: Address, peer: Address, sealed: bytes, retries: int = RELAYED_RETRIES, timeout: float | None = None
+    ) -> RoundReply:
         message = Holepunch(Mode.FROM_CLIENT, self._slot, sealed, peer)
         reply = await self._dht.node.rpc.request(
             relay,
@@ -219,7 +242,8 @@ class ClientHolepunch:
             target=self._target,
             value=encode_holepunch(message),
             socket=self._puncher.socket,
-            retries=RELAYED_RETRIES,
+            retries=retries,
+            timeout=timeout,
         )
         if reply.socket is self._puncher.socket:
             self._puncher.learn(reply.to, reply.source)
@@ -228,11 +252,12 @@ class ClientHolepunch:
             raise DecodeError("not the reply of a round")
         return RoundReply(self._secrets.open(answer.payload), answer.peer_address or relay, relay)
 
-    def _check_error(self, error: int) -> None:
-        if error == HandshakeError.TRY_LATER:
+    def _check_error(self, payload: HolepunchPayload) -> None:
+        if payload.error == HandshakeError.TRY_LATER:
             raise TryLater("the other side is busy with other hole punches")
-        if error != HandshakeError.NONE:
-            raise HolepunchError("the other side gave the hole punch up")
+        if payload.error != HandshakeError.NONE:
+            both_random = payload.firewall == self._puncher.nat.firewall == Firewall.RANDOM
+            raise HolepunchError(BOTH_RANDOM if both_random else "the other side gave the hole punch up")
 
     async def _abort(self) -> None:
         """Tell the server that we give up, so that it need not wait."""
@@ -320,5 +345,8 @@ class ServerHolepunch:
 
     def _abort(self) -> Answer:
         self.puncher.close()
-        answer = HolepunchPayload(error=HandshakeError.ABORTED, round=self._round)
+        # The kind of our NAT tells the client why; upstream leaves it out and ignores it.
+        answer = HolepunchPayload(
+            error=HandshakeError.ABORTED, firewall=self.puncher.nat.firewall, round=self._round
+        )
         return Answer(self._secrets.seal(answer), self._dht.node.socket)
