@@ -222,6 +222,8 @@ def _print_answer(answer: Mapping[str, Any], console: Console) -> int:
     text = answer.get("result")
     if isinstance(text, str) and text:
         write_line(printable_text(text) if is_terminal() else text)
-    if answer.get("is_error") is not True and answer.get("subtype", "success") == "success":
+    subtype = answer.get("subtype", "success")
+    if answer.get("is_error") is not True and subtype == "success":
         return 0
-    return console.report(P2PClaudeError(f"the answer is an error ({answer.get('subtype', 'unknown')})"))
+    # An API error comes as a "success" that is an error: that word would only confuse here.
+    return console.report(P2PClaudeError("the answer is an error" + (f": {subtype}" if subtype != "success" else "")))

@@ -89,7 +89,7 @@ def test_words_after_two_dashes_are_text(shell: Shell) -> None:
 def test_the_answer_is_an_error(shell: Shell) -> None:
     result = shell.run("send", "-w", "@", "FAIL")
     assert (result.status, result.out) == (1, "API Error: 529 overloaded\n")
-    assert result.err == "p2pclaude-send: error: the answer is an error (success)\n"
+    assert result.err == "p2pclaude-send: error: the answer is an error\n"
 
 
 def test_the_session_ends_instead_of_answering(shell: Shell) -> None:
@@ -121,7 +121,7 @@ def test_a_chat_in_a_pipe(shell: Shell) -> None:
     hint, error = result.err.splitlines()
     session = re.fullmatch(rf"p2pclaude-send: hint: session ({UUID}), -s resumes it", hint)
     assert session
-    assert error == "p2pclaude-send: error: the answer is an error (success)"
+    assert error == "p2pclaude-send: error: the answer is an error"
     assert shell.succeed("send", "--lines", "-s", session[1], "@", text="again\n") == ["echo: again"]
 
 
