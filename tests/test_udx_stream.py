@@ -57,6 +57,16 @@ def test_sequence_numbers_wrap(seed: int) -> None:
     assert b.sender.next_seq > 2**32
 
 
+@pytest.mark.parametrize(("first", "remote_first"), [(NEAR_WRAP, 0), (0, NEAR_WRAP)])
+def test_windows_are_heard_wherever_the_numbers_begin(first: int, remote_first: int) -> None:
+    a = UdxStream(1, initial_seq=first, initial_remote_seq=remote_first)
+    b = UdxStream(2, initial_seq=remote_first, initial_remote_seq=first, receive_window=50_000)
+    pair = Pair(a=a, b=b)
+    a.write(b"x")
+    assert pair.run(lambda: a.unacked == 0)
+    assert a.sender.peer_window == 50_000
+
+
 def test_small_writes_share_packets_and_leave_at_once() -> None:
     pair = Pair()
     pair.a.sent = []

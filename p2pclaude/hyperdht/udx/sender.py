@@ -20,7 +20,7 @@ from .rtt import RttEstimator
 from .sendqueue import SendQueue
 from .windowprobe import WindowProbe
 
-GIVE_UP_S: Final = 12.0  # without progress; an outage of 10 s must kill nothing, and probes leave every second
+GIVE_UP_S: Final = 11.8  # without progress; an outage of 10 s must kill nothing, and probes leave every second
 MAX_UNDER_WAY: Final = 64 * 1024 * 1024  # whatever window the peer offers
 MAX_PACKETS_UNDER_WAY: Final = 65536  # libudx reports no gaps further ahead
 MAX_BURST_PACKETS: Final = 256  # of one call: others want a turn
@@ -59,7 +59,9 @@ class SenderStats:
 class Sender:
     """Sends bytes as numbered packets until each is acknowledged."""
 
-    def __init__(self, initial_seq: int, mtu: int, max_mtu: int, variety: int = 0) -> None:
+    def __init__(
+        self, initial_seq: int, mtu: int, max_mtu: int, variety: int = 0, initial_remote_seq: int = 0
+    ) -> None:
         self.stats = SenderStats()
         self.rtt = RttEstimator()
         self.search = MtuSearch(mtu, max_mtu)
@@ -91,7 +93,7 @@ class Sender:
         self._last_sent_at = 0.0
         self._progress_at = 0.0
         self._paced_until: float | None = None
-        self._window_from = (initial_seq - 1, 0)  # (seq, ack) of the packet the peer's window is from
+        self._window_from = (initial_remote_seq - 1, 0)  # (seq, ack) of the packet the peer's window is from
         # What one batch of acknowledgements brought, until finish_acks.
         self._batch_acked = 0
         self._batch_newest: Packet | None = None
@@ -435,7 +437,9 @@ class Sender:
     def _probe_at(self) -> float | None:
         if not self._packets:
             return None
-        return max(self._last_sent_at, self._progress_at) + self.rtt.probe_timeout(self._probe_count)
+        give_up_at = self._progress_at + GIVE_UP_S
+        probe_at = max(self._last_sent_at, self._progress_at) + self.rtt.probe_timeout(self._probe_count)
+        return give_up_at if self._last_sent_at < give_up_at < probe_at else probe_at
 
     def _alive_at(self, last_heard: float) -> float:
         """Return the last sign of a path that works; mere answers count while the peer has no room for data."""
@@ -448,7 +452,7 @@ class Sender:
             self._detect_losses(now)
         probe_at = self._probe_at()
         if probe_at is not None and probe_at <= now:
-            if now - self._alive_at(last_heard) >= GIVE_UP_S:
+            if now >= self._alive_at(last_heard) + GIVE_UP_S:
                 self.give_up = True
                 return
             self._probe_count += 1

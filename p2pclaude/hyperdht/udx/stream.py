@@ -82,7 +82,7 @@ class UdxStream:
         self.finished = False  # nothing is left to answer: the stream may be forgotten
         self.received_any = False  # a packet of the peer arrived
         self.stats = Stats()
-        self._sender = Sender(initial_seq, mtu, max_mtu, variety=local_id)
+        self._sender = Sender(initial_seq, mtu, max_mtu, local_id, initial_remote_seq)
         self._receiver = Receiver(receive_window, initial_remote_seq)
         self._events: deque[Event] = deque()
         self._messages: deque[bytes] = deque()
@@ -123,6 +123,11 @@ class UdxStream:
     def sender(self) -> Sender:
         """The sending half, for its counters and estimates."""
         return self._sender
+
+    @property
+    def receiver(self) -> Receiver:
+        """The receiving half, for its counters."""
+        return self._receiver
 
     # -- what the application does
 
@@ -333,6 +338,10 @@ class UdxStream:
             self._drain_wanted = False
             self._events.append(Drained())
         return front + out if front else out
+
+    def heartbeat(self, remote_id: int) -> bytes:
+        """Return a packet for another way than the stream's: the peer answers it, and nothing else comes of it."""
+        return self._bare_packet(HEARTBEAT, remote_id, self._receiver.advertise())
 
     def _bare_packet(self, kind: int, remote_id: int, window: int) -> bytes:
         """Return a packet that uses up no sequence number."""
