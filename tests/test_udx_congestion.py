@@ -8,6 +8,7 @@ from udx_pair import Link, Pair, noise
 from p2pclaude.hyperdht.udx.congestion import Mode
 from p2pclaude.hyperdht.udx.pacing import Pacer
 from p2pclaude.hyperdht.udx.rate import DeliveryRate
+from p2pclaude.hyperdht.udx.rtt import RttEstimator
 from p2pclaude.hyperdht.udx.stream import UdxStream
 
 MBIT_100 = 12.5e6
@@ -103,3 +104,17 @@ def test_pacer_spreads_and_forgives_late_timers() -> None:
     assert pacer.budget(1.0, rate, quantum) == 6000  # what idleness saved up is bounded
     pacer.spend(10_000)
     assert pacer.budget(1.004, rate, quantum) <= 0
+
+
+def test_a_stream_probes_before_it_gives_up_even_after_one_very_slow_answer() -> None:
+    rtt = RttEstimator()
+    rtt.add_sample(5.0)
+    assert rtt.probe_timeout(0) <= 3.0
+    pair = Pair(1, a_to_b=Link(delay=2.5), b_to_a=Link(delay=2.5))
+    pair.a.stream.write(b"slow")
+    assert pair.run(lambda: pair.a.stream.unacked == 0 and len(pair.b.received) == 4)
+    pair.a.link.delay = pair.b.link.delay = 0.02
+    lost_until = pair.now + 1.0
+    pair.a.link.blocked = lambda now, _data: now < lost_until
+    pair.a.stream.write(b"lost once")
+    assert pair.run(lambda: len(pair.b.received) == 13, seconds=10)

@@ -5,6 +5,7 @@ from typing import Final
 INITIAL_TIMEOUT_S: Final = 0.5  # before the first sample; hyperdht has just done a handshake over this path
 GRANULARITY_S: Final = 0.01  # event loops have millisecond timers, and the peer may be a busy Python program
 MAX_TIMEOUT_S: Final = 1.0  # probes in an outage leave at least this often, so that its end is noticed at once
+MAX_FIRST_TIMEOUT_S: Final = 3.0  # one slow answer must not put the first probe behind the time to give up
 
 
 class RttEstimator:
@@ -45,5 +46,5 @@ class RttEstimator:
         else:
             base = max(2 * self.srtt, self.srtt + 4 * self.variation) + GRANULARITY_S
         if not attempts:
-            return base
+            return min(base, MAX_FIRST_TIMEOUT_S)
         return min(base * 2.0 ** min(attempts, 10), max(2 * (self.srtt or 0.0) + GRANULARITY_S, MAX_TIMEOUT_S))
