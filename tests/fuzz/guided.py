@@ -120,7 +120,7 @@ def _result(target: Target, log: Path, status: int, seconds: float) -> Result:
     if status:
         written = re.search(r"Test unit written to (\S+)", text)
         crash = Path(written[1]) if written else log
-        print(text[-6000:], file=sys.stderr)
+        print(text[max(text.rfind("Test unit written to"), len(text) - 6000) :], file=sys.stderr)
     notes = f"{coverage[-1]} edges" if coverage else ""
     return Result(target.name, "atheris", int(units[1]) if units else 0, seconds, crash, notes)
 
