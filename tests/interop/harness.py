@@ -39,12 +39,17 @@ def node_modules() -> Path:
     return Path(os.environ.get("P2PCLAUDE_NODE_MODULES") or HERE / "node_modules")
 
 
-def missing_node() -> str | None:
-    """Say what is missing for the Node side, or None when all is there."""
+def node_path() -> list[Path]:
+    """Return where Node looks for packages; older versions of hyperdht may be in the second directory only."""
+    return [node_modules(), HERE / "node_modules"]
+
+
+def missing_node(package: str = "hyperdht") -> str | None:
+    """Say what is missing for the Node side, or None when all is there; `package` may be an alias of hyperdht."""
     if shutil.which("node") is None:
         return "Node.js is not installed: NO INTEROPERABILITY IS TESTED"
-    if not (node_modules() / "hyperdht" / "package.json").is_file():
-        return f"no hyperdht in {node_modules()}, run `npm ci` in tests/interop: NO INTEROPERABILITY IS TESTED"
+    if not any((directory / package / "package.json").is_file() for directory in node_path()):
+        return f"no {package} in {node_modules()}, run `npm ci` in tests/interop: NO INTEROPERABILITY IS TESTED"
     return None
 
 
@@ -68,7 +73,8 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment of a peer: this tree's package and tests on the path, warnings as errors."""
     env = dict(os.environ)
     path = [str(ROOT), str(ROOT / "tests"), *filter(None, [env.get("PYTHONPATH")])]
-    env.update(NODE_PATH=str(node_modules()), PYTHONPATH=os.pathsep.join(path), PYTHONWARNINGS="error")
+    env.update(NODE_PATH=os.pathsep.join(map(str, node_path())), PYTHONPATH=os.pathsep.join(path))
+    env["PYTHONWARNINGS"] = "error"
     for name in ("P2P_CLAUDE_DATA_DIR", "P2P_CLAUDE_BOOTSTRAP", "DEBUG", "CLAUDECODE"):
         env.pop(name, None)
     env.update(extra or {})

@@ -7,12 +7,15 @@
 
 const { createHash } = require('crypto')
 const readline = require('readline')
-const HyperDHT = require('hyperdht')
 
 // A peer that vanished may never answer a goodbye; nobody waits longer for it.
 const GOODBYE_MS = 2000
 
 const config = JSON.parse(process.argv[2] || '{}')
+
+// Which of the installed versions: `hyperdht` or one of its aliases in package.json.
+const library = (path) => require(`${config.hyperdht || 'hyperdht'}${path}`)
+const HyperDHT = library('')
 
 function emit(event, fields = {}) {
   process.stdout.write(JSON.stringify({ event, ...fields }) + '\n')
@@ -95,6 +98,7 @@ module.exports = {
   describe,
   emit,
   keyPairOf,
+  library,
   openNode,
   report,
   serveCommands,

@@ -11,9 +11,9 @@
 //   where -> {address}
 
 const c = require('compact-encoding')
-const messages = require('hyperdht/lib/messages')
-const Persistent = require('hyperdht/lib/persistent')
-const { HyperDHT, config, emit, keyPairOf, openNode, serveCommands } = require('./control')
+const { HyperDHT, config, emit, keyPairOf, library, openNode, serveCommands } = require('./control')
+const messages = library('/lib/messages')
+const Persistent = library('/lib/persistent')
 
 const FIND_PEER = 2
 const MUTABLE_PUT = 6

@@ -2,11 +2,11 @@
 // A DHT network of its own in one process, every node persistent: config {size} for nodes on 127.0.0.1, or
 // {hosts: [...]} for one on each of these addresses.
 //
-// events:   ready {bootstrap: ["host:port"], nodes: ["host:port", ...]}
+// events:   ready {bootstrap: ["host:port"], nodes: ["host:port", ...], version: of hyperdht}
 // commands: kill {index} -> killed: destroy one node without a goodbye
 
 const dgram = require('dgram')
-const { HyperDHT, config, emit, openNode, serveCommands } = require('./control')
+const { HyperDHT, config, emit, library, openNode, serveCommands } = require('./control')
 
 const hosts = config.hosts || Array(config.size || 6).fill('127.0.0.1')
 const nodes = []
@@ -23,7 +23,8 @@ async function main() {
     nodes.push(node)
     await node.fullyBootstrapped()
   }
-  emit('ready', { bootstrap: config.bootstrap, nodes: nodes.map(nameOf) })
+  const { version } = library('/package.json')
+  emit('ready', { bootstrap: config.bootstrap, nodes: nodes.map(nameOf), version })
 }
 
 function nameOf(node) {
