@@ -358,14 +358,14 @@ class Attempt:
         if not shaken.relayed or self._open_address is not None or holepunch is None or not holepunch.relays:
             return None
         puncher = Puncher(
-            self._dht.node, self._dht.rng, self._dht.throttle, is_initiator=True, on_path=self._paths.take
+            self._dht.node, self._dht.rng, self._dht.throttle, is_initiator=True, on_path=self._paths.hear_probe
         )
         await puncher.open()
         return puncher
 
     async def _punch(self, shaken: Shaken, puncher: Puncher) -> None:
         assert shaken.payload.holepunch is not None
-        await ClientHolepunch(
+        holepunch = ClientHolepunch(
             self._dht,
             self._target,
             Secrets(self._dht, shaken.noise.holepunch_secret),
@@ -374,7 +374,14 @@ class Attempt:
             relays=shaken.payload.holepunch.relays,
             relay_address=shaken.relay_address,
             server_address=shaken.server_address,
-        ).run()
+        )
+        while True:
+            try:
+                return await holepunch.run()
+            except TryLater:
+                if not self._paths.on_relay:  # else there is time
+                    raise
+                await asyncio.sleep(self._dht.rng.uniform(*TRY_LATER_PAUSE))
 
     async def _link(self, through: RelayThrough, *, is_initiator: bool) -> None:
         """Meet the server at a blind relay, and give it time to show that it is there."""

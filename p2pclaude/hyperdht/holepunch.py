@@ -112,7 +112,7 @@ class ClientHolepunch:
         """
         token = await self._probe_rounds()
         await self._punch_round(token)
-        await self._puncher.exhausted()
+        await self._puncher.wait_exhausted()
         raise HolepunchError("no probe got through the NATs")
 
     async def _probe_rounds(self) -> bytes | None:

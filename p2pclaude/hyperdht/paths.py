@@ -4,8 +4,9 @@ A direct way shows itself by a packet that arrives on it (`streams` asks `firewa
 probe; a relay's way is known once both sides are paired there. The client settles for the way on which the server's
 first bytes arrive; the server follows the client's packets until one of its own was acknowledged, which the client
 sends on the way it settled for. Later a stream moves only when its way has fallen silent and the peer goes on sending
-from elsewhere, as behind a NAT that changed its mapping. From a relay both move on to a direct way as soon as there
-is one, and back if it turns out to carry nothing. `connect` and `pending` have one such object each.
+from elsewhere, as behind a NAT that changed its mapping. From a relay both move on to a direct way as soon as one
+carries packets of the stream, and back if it turns out to carry no more of them. `connect` and `pending` have one
+such object each.
 """
 
 import asyncio
@@ -22,9 +23,12 @@ from .streams import Stream
 
 log = logging.getLogger(__name__)
 
-UPGRADE_CHECK: Final = 3.0  # seconds a direct way has to prove itself after the relay's
+UPGRADE_CHECK: Final = 2.0  # seconds after the move from a relay until a direct way must carry an answer again,
+UPGRADE_ANSWER: Final = 1.5  # and the time it has for that
+TRIES: Final = (0.0, 0.1, 0.3, 0.6)  # seconds at which a way is tried, since packets get lost
 MIGRATION_SILENCE: Final = 0.5  # seconds in which packets come from elsewhere only
 SETTLE_INTERVAL: Final = 0.1
+AGREE_TIMEOUT: Final = 15.0  # seconds on a relay until probes must be under way; one side may say "try later"
 FIRST_REPEAT: Final = 0.15  # seconds after which the first packets are sent again; nothing is known of the way yet,
 REPEAT_BACKOFF: Final = 1.4  # so that a lost packet costs little, and a long way a few needless ones
 LAST_REPEAT: Final = 0.5
@@ -63,6 +67,8 @@ class Paths:
             self.take(socket, source)
         elif self._is_open_to_change():
             self._take_relay(self._link)
+        else:
+            self._consider(socket, source)
         return True
 
     def take(self, socket: Socket, address: Address) -> None:
@@ -76,6 +82,19 @@ class Paths:
         else:
             self._consider(socket, address)
 
+    def hear_probe(self, socket: Socket, address: Address) -> None:
+        """Use a way on which a probe came; leave a relay that works only for one that carries the stream as well."""
+        if self.on_relay and self._connection.opened:
+            self._try(socket, address)
+        else:
+            self.take(socket, address)
+
+    def _try(self, socket: Socket, address: Address) -> None:
+        """Send a few packets on a way: the peer that gets one takes it, and shows that by its answer."""
+        assert self.remote_id is not None
+        for delay in TRIES:
+            asyncio.get_running_loop().call_later(delay, self._stream.try_way, socket, self.remote_id, address)
+
     def _consider(self, socket: Socket, address: Address) -> None:
         """Move to where the peer's packets come from now, if for a while none came on the stream's way."""
         now = asyncio.get_running_loop().time()
@@ -83,7 +102,11 @@ class Paths:
             self._other, self._other_since = (socket, address), now
             self._stream.heard = False
         elif now - self._other_since >= MIGRATION_SILENCE and self.remote_id is not None:
-            self._connect(socket, self.remote_id, address)
+            link = self._link
+            if link is not None and link.carries(socket, address):
+                self._take_relay(link)
+            else:
+                self._connect(socket, self.remote_id, address)
 
     def use_relay(self, link: RelayLink) -> None:
         """Know a relay's way; it is used until a direct one shows itself."""
@@ -130,9 +153,17 @@ class Paths:
         log.debug("leaving the relay for a direct way")
         self._heard_direct, self._upgraded = False, True
         self._connect(socket, self.remote_id, address)
-        self._stream.send_message(b"")  # shows the peer the new way if there is nothing else to send
+        self._try(socket, address)  # shows the peer the new way if there is nothing else to send
+        asyncio.get_running_loop().call_later(UPGRADE_CHECK, self._begin_check)
+
+    def _begin_check(self) -> None:
+        socket, address = self._stream.socket, self._stream.address
+        if self._link is None or self._connection.closed or socket is None or address is None or self.on_relay:
+            return
+        self._heard_direct = False
         self._stream.on_packet = self._listen
-        asyncio.get_running_loop().call_later(UPGRADE_CHECK, self._check_upgrade)
+        self._try(socket, address)
+        asyncio.get_running_loop().call_later(UPGRADE_ANSWER, self._check_upgrade)
 
     def _listen(self, socket: Socket, source: Address) -> None:
         if self._link is not None and self._link.carries(socket, source):
@@ -142,7 +173,7 @@ class Paths:
 
     def _check_upgrade(self) -> None:
         link = self._link
-        if link is None or link.closed or self._connection.closed:
+        if link is None or link.closed or self._connection.closed or self.on_relay:
             return
         if self._heard_direct:
             self._link = None
@@ -154,14 +185,19 @@ class Paths:
         """Wait until the way is settled for good, and close the sockets it does not need.
 
         Call it once the connection is open. While the stream goes through a relay the puncher goes on to the end of its
-        probes; a way it finds is taken by `take`.
+        probes; a way it finds is taken by `hear_probe`.
         """
-        while not self._connection.closed and (
-            not self._stream.acknowledged or (self._link is not None and puncher is not None and puncher.punching)
-        ):
+        until = asyncio.get_running_loop().time() + AGREE_TIMEOUT
+        while not self._connection.closed and (not self._stream.acknowledged or self._may_leave_relay(puncher, until)):
             await asyncio.sleep(SETTLE_INTERVAL)
         if puncher is not None:
             puncher.hand_over(self._stream)
+
+    def _may_leave_relay(self, puncher: Puncher | None, until: float) -> bool:
+        """Tell whether a direct way may still be found: probes leave, or both sides are yet to agree on that."""
+        if self._link is None or puncher is None or puncher.exhausted:
+            return False
+        return puncher.punching or asyncio.get_running_loop().time() < until
 
     def _kind(self) -> str:
         if self.on_relay:

@@ -284,7 +284,12 @@ class Puncher:
         self._punching = asyncio.create_task(strategy())
         return True
 
-    async def exhausted(self) -> None:
+    @property
+    def exhausted(self) -> bool:
+        """Whether all probes were sent, or the attempt is over."""
+        return self.closed or (self._punching is not None and self._punching.done())
+
+    async def wait_exhausted(self) -> None:
         """Wait until the last probe was sent."""
         if self._punching is not None:
             await asyncio.wait([self._punching])

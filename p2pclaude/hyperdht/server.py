@@ -65,6 +65,7 @@ class Server:
         self._budget = VerifyBudget(HANDSHAKES_OF_HOST, HANDSHAKES_OF_ALL)
         self._slots: dict[int, PendingClient] = {}
         self._hosts: dict[int, str] = {}  # of the clients in the slots
+        self._settling: dict[int, PendingClient] = {}  # clients that came, perhaps through a relay, and still punch
         self.closed = False
         """Whether `close` was called."""
 
@@ -146,7 +147,7 @@ class Server:
 
     async def handle_holepunch(self, message: Holepunch, request: IncomingRequest) -> Answer | None:
         """Answer a hole punching round of a handshake that was answered before."""
-        pending = self._slots.get(message.id)
+        pending = self._slots.get(message.id) or self._settling.get(message.id)
         return None if pending is None else await pending.handle_holepunch(message, request)
 
     def _make_room(self, host: str) -> bool:
@@ -184,7 +185,7 @@ class Server:
             pending = PendingClient(self._dht, self._announcer, self.public_key, noise, self._relay_through)
         except HyperDHTError:
             return None  # too many streams
-        slot = next(slot for slot in count() if slot not in self._slots)
+        slot = next(slot for slot in count() if slot not in self._slots and slot not in self._settling)
         self._slots[slot], self._hosts[slot] = pending, client[0]
         try:
             await pending.prepare(payload, message, request)
@@ -223,13 +224,20 @@ class Server:
             relay_addresses=self.relay_addresses or None,
         )
 
+    async def _settle(self, pending: PendingClient, slot: int) -> None:
+        try:
+            await pending.settle()
+        finally:
+            del self._settling[slot]
+
     async def _hand_out(self, pending: PendingClient, slot: int) -> None:
         """Give the connection to the application once the client is there."""
         connection = pending.connection
         try:
             if not await pending.wait_opened():
                 return
-            self._spawn(pending.settle())
+            self._settling[slot] = pending
+            self._spawn(self._settle(pending, slot))
         finally:
             if self._slots.get(slot) is pending:
                 self._release(slot)

@@ -101,6 +101,11 @@ class Stream:
         self.core.reset_path(self._streams.now())
         self.flush()
 
+    def try_way(self, socket: "Socket", remote_id: int, address: Address) -> None:
+        """Send a packet on another way, which shows the peer that it is there; the stream stays where it is."""
+        if not self.core.closed:
+            socket.send([self.core.heartbeat(remote_id)], address)
+
     def write(self, data: bytes) -> None:
         """Queue bytes; they leave at the end of this turn of the event loop, so that small writes share packets."""
         self.core.write(data)
