@@ -3,7 +3,7 @@
 import pytest
 from udx_pair import Link, Pair, noise
 
-from p2pclaude.hyperdht.udx.packet import DATA, DESTROY, END, HEADER, HEARTBEAT, SACK
+from p2pclaude.hyperdht.udx.packet import DATA, DESTROY, END, HEADER, HEARTBEAT, SACK, encode_sack
 from p2pclaude.hyperdht.udx.stream import Closed, UdxStream
 
 NEAR_WRAP = 0xFFFFFFFF - 40
@@ -480,3 +480,19 @@ def test_retransmissions_keep_number_and_payload() -> None:
         if kind_of(data) & DATA:
             payload = data[20 + data[3] :]
             assert payloads.setdefault(seq_of(data), payload) == payload
+
+
+def test_a_probe_repeats_what_the_reader_waits_for_before_other_repairs() -> None:
+    a = UdxStream(1)
+    a.connect(2, 0.0)
+    a.write(bytes(10 * 1152))
+    assert [seq_of(data) for data in a.datagrams_to_send(0.0)] == list(range(10))
+    a.sender.congestion.window = 1
+    # Three packets are missing; the window lets no repair leave but the first, which a probe sends.
+    answer = HEADER.pack(0x01FF, SACK, 0, 1, 1 << 20, 0, 0) + encode_sack([(3, 10)])
+    a.receive_datagrams([answer], 0.1)
+    a.sender.congestion.window = 1
+    assert [seq_of(data) for data in a.datagrams_to_send(0.1)] == [0]
+    a.sender.congestion.window = 1
+    a.handle_timer(1.0)
+    assert [seq_of(data) for data in a.datagrams_to_send(1.0)] == [0, 1]

@@ -310,13 +310,14 @@ class Sender:
         return not (self.peer_ended and self._packets)
 
     def _send_probes(self, burst: "_Burst") -> None:
-        """Make the peer answer: repairs or new data if there are any, else the first and the last packet again."""
+        """Make the peer answer: what its reader waits for, then repairs or new data, else the last packet again."""
         due, self._probes_due = self._probes_due, 0
+        first = next((packet for packet in self._packets.values() if packet.state != DELIVERED), None)
+        if first is not None and first.state == IN_FLIGHT:
+            due -= self._send_again(burst, first)
         sent_before = self.stats.packets
         self._send_repairs(burst, due * self.search.mtu)
         due -= self.stats.packets - sent_before
-        if due > 0:
-            due -= self._send_again(burst, self._first_in_flight())
         if due > 0:
             new_before = self.stats.packets
             self._send_new(burst, 1)
