@@ -37,15 +37,19 @@ class SoakFailure(AssertionError):
 
 @cache
 def loss_pattern(loss: float, run: int) -> bytes:
-    """Return one byte a packet, 0 for those that get lost: so many on average, `run` of them in a row."""
+    """Return one byte a packet, 0 for those that get lost: so many on average, `run` of them in a row.
+
+    Runs have an end: packets are few while a stream asks whether anybody is there, and outages are not meant.
+    """
     rng = random.Random(f"{loss} {run}")
-    ends, begins = 1 / run, loss / (1 - loss) / run
-    out = bytearray(PATTERN_BYTES)
-    losing = False
-    for i in range(PATTERN_BYTES):
-        losing = rng.random() < (1 - ends if losing else begins)
-        out[i] = not losing
-    return bytes(out)
+    begins = loss / (run - loss * (run - 1))
+    out = bytearray()
+    while len(out) < PATTERN_BYTES:
+        if rng.random() < begins:
+            out += bytes(rng.randint(1, 2 * run - 1))
+        else:
+            out.append(1)
+    return bytes(out[:PATTERN_BYTES])
 
 
 class Road:
