@@ -4,6 +4,7 @@ P2PCLAUDE_SEEDS=200 runs so many seeds of each case instead of the few that ever
 """
 
 import asyncio
+from errno import EMFILE
 
 import pytest
 from sim import Dependence, Host, Nat, PortChoice, SimNetwork, run
@@ -12,9 +13,11 @@ from sim_peers import seeds
 
 from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.dht import HyperDHT
+from p2pclaude.hyperdht.endpoint import Socket
 from p2pclaude.hyperdht.errors import HolepunchError, HyperDHTError
 from p2pclaude.hyperdht.handshakes import Holepunch
 from p2pclaude.hyperdht.holepunch import ServerHolepunch
+from p2pclaude.hyperdht.puncher import Puncher
 from p2pclaude.hyperdht.requests import IncomingRequest
 from p2pclaude.hyperdht.router import Answer
 
@@ -119,6 +122,52 @@ def test_random_punching_is_asked_for_once(
 
     monkeypatch.setattr(ServerHolepunch, "handle", watch)
     run(main(), seed=1)
+
+
+@pytest.mark.parametrize(("server_kind", "client_kind"), [("random", "cone"), ("cone", "random")])
+def test_ports_stay_open_as_long_as_upstream_probes_them(
+    server_kind: str, client_kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upstream sends a quarter of our probes in a second, for 35 seconds: the one that meets may be late."""
+    probe = Puncher._probe_random_ports
+
+    async def probe_late(puncher: Puncher) -> None:
+        await asyncio.sleep(28)
+        await probe(puncher)
+
+    async def main() -> None:
+        async with swarm(1, 12, internet()) as network:
+            server_node, client = await _pair(network, server_kind, client_kind)
+            server = await serve(server_node, server_node.key_pair)
+            began = asyncio.get_running_loop().time()
+            connection = await client.connect(server.public_key, timeout=40)
+            assert 28 < asyncio.get_running_loop().time() - began < 36
+            await connection.close()
+
+    monkeypatch.setattr(Puncher, "_probe_random_ports", probe_late)
+    run(main(), seed=1)
+
+
+def test_a_process_with_few_file_descriptors_punches_with_what_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    bind, left = Puncher._bind, 100
+
+    async def scarce(puncher: Puncher) -> Socket:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(EMFILE, "too many open files")
+        return await bind(puncher)
+
+    async def main() -> None:
+        async with swarm(2, 12, internet()) as network:
+            server_node, client = await _pair(network, "random", "cone")
+            server = await serve(server_node, server_node.key_pair)
+            async with await client.connect(server.public_key, timeout=40) as connection:
+                assert await ask(connection, b"hello") == b"hello"
+            assert left < 0
+
+    monkeypatch.setattr(Puncher, "_bind", scarce)
+    run(main(), seed=2)
 
 
 @pytest.mark.parametrize(("server_kind", "client_kind"), [("random", "cone"), ("cone", "random")])

@@ -30,6 +30,7 @@ BIRTHDAY_SOCKETS: Final = 256
 RANDOM_PROBES: Final = 3500
 RANDOM_INTERVAL: Final = 0.02
 RANDOM_BURST: Final = 4  # probes an interval: at 200 a second one of 256 sockets is hit within 6 s in 99 %
+HELD_INTERVALS: Final = 1800  # upstream sends one probe an interval, the last of them after 35 s
 LOW_TTL_CYCLES: Final = 1
 UNVERIFIED_EVERY: Final = 4  # rounds; an address the peer only claims could be a victim's
 MAX_REMOTE_ADDRESSES: Final = 8
@@ -333,11 +334,14 @@ class Puncher:
         address = self._verified_address()
         assert address is not None
         while len(self.sockets) < BIRTHDAY_SOCKETS:
-            socket = await self._bind()
+            try:
+                socket = await self._bind()
+            except OSError:  # too many open files: those there are will have to do
+                break
             self.sockets.append(socket)
             self.open_session(address, socket)
         await asyncio.sleep(0.1)
-        for number in range(RANDOM_PROBES // RANDOM_BURST):
+        for number in range(HELD_INTERVALS):
             socket = self.sockets[number % len(self.sockets)]
             low_ttl = number < LOW_TTL_CYCLES * len(self.sockets)
             socket.send([PROBE], address, LOW_TTL if low_ttl else None)
