@@ -5,7 +5,8 @@ from random import Random
 
 import pytest
 from soak.memory import BLOCK, PATTERN_BYTES, End, Road, SoakFailure, SoakPair, loss_pattern
-from soak.streams import UNITS, Progress, Result, parse_size, run_seed
+from soak.sizes import UNITS, parse_size
+from soak.streams import Progress, Result, run_seed
 
 from p2pclaude.hyperdht.udx.events import DataReceived
 from p2pclaude.hyperdht.udx.packet import DATA, HEADER

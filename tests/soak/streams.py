@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from soak.memory import BLOCK, PERIOD, End, Road, SoakFailure, SoakPair
+from soak.sizes import parse_size
 
 from p2pclaude.hyperdht.udx.stream import UdxStream
 
 LOSSES: Final = (0.0, 0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 VIRTUAL_SECONDS: Final = 3600.0
 REPORT_S: Final = 10.0
-UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True)
@@ -139,15 +139,6 @@ class Scenario:
 def run_seed(seed: int) -> Result:
     """Run the scenario of a seed."""
     return Scenario(seed).run()
-
-
-def parse_size(text: str) -> int:
-    """Read a number of bytes such as `5GB`; units are powers of 1000."""
-    number = text.rstrip("KMGTB")
-    unit = text[len(number) :]
-    if unit not in UNITS:
-        raise argparse.ArgumentTypeError(f"{unit!r} is none of {', '.join(filter(None, UNITS))}")
-    return int(float(number) * UNITS[unit])
 
 
 class Progress:
