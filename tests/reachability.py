@@ -11,6 +11,10 @@ get lost at four places; `--loss-at client` loses them at the client's access li
 Clients come in groups, each group to a DHT network and a server of its own; a failure names the seed to replay. A
 client is new to the network, of which it knows three nodes (as many as the public one has to begin with), and connects
 at once; with `--joined` it has found its neighbours before.
+
+    python tests/reachability.py --days 7
+
+runs a daemon behind a NAT whose mapping moves every hour, and a client that connects every thirty seconds.
 """
 
 import argparse
@@ -44,6 +48,7 @@ ONE_WAY: Final = 0.05  # seconds
 DEADLINE: Final = 20.0
 GROUP: Final = 20  # connects to one server
 NODES: Final = 20
+LONGEST_BLACKOUT: Final = 15.0
 PUNCH_PAUSE: Final = 5.0  # after a connect with a random NAT: a node spares its NAT that long
 LossAt = Literal["everywhere", "client"]
 
@@ -274,6 +279,62 @@ def measure(
     return total
 
 
+@dataclass(slots=True)
+class Life:
+    """What a client that connects every thirty seconds saw of a daemon: seconds until each answer, and failures."""
+
+    seconds: list[float] = field(default_factory=list)
+    failed_at: list[float] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """The share of connects that brought an answer within `LONGEST_BLACKOUT`."""
+        return len(self.seconds) / (len(self.seconds) + len(self.failed_at))
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.seconds) + len(self.failed_at)} connects, {self.share:.3%} answered, p50 "
+            f"{percentile(self.seconds, 0.5):.2f}, p99 {percentile(self.seconds, 0.99):.2f}, longest "
+            f"{max(self.seconds):.2f} s, failed at {[round(when) for when in self.failed_at]}"
+        )
+
+
+async def live(hours: float, seed: int) -> Life:
+    """Run a daemon behind a NAT that gives it other ports every hour, and every fourth hour another address."""
+    async with swarm(seed, NODES, Link(latency=(0.02, 0.08), loss=0.01, hops=8)) as network:
+        net, loop = network.net, asyncio.get_running_loop()
+        nat = net.nat("5.9.1.7")
+        node = await network.join(nat.host("192.168.1.2"))
+        client = await network.join(net.nat("5.9.2.7").host("192.168.2.2"))
+        server = node.create_server(echo)
+        await server.listen()
+        life, end, moves = Life(), loop.time() + hours * 3600, 0
+
+        async def move() -> None:
+            nonlocal moves
+            while True:
+                await asyncio.sleep(net.rng.uniform(0.9, 1.1) * 3600)
+                moves += 1
+                nat.rebind(f"5.9.{100 + moves % 100}.7" if moves % 4 == 0 else None)
+
+        moving = asyncio.create_task(move())
+        while loop.time() < end:
+            started = loop.time()
+            try:
+                async with asyncio.timeout(LONGEST_BLACKOUT):
+                    connection = await client.connect(server.public_key, timeout=LONGEST_BLACKOUT)
+                    assert await ask(connection, b"ping") == b"ping"
+            except (HyperDHTError, TimeoutError):
+                life.failed_at.append(started)
+            else:
+                life.seconds.append(loop.time() - started)
+                await connection.close()
+            await asyncio.sleep(max(0.0, started + 30 - loop.time()))
+        moving.cancel()
+        await asyncio.wait([moving])
+        return life
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--connects", type=int, default=100, help="of each case (default 100)")
@@ -281,6 +342,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--case", action="append", choices=sorted({*PAIRS, *CASES}), help="may be repeated")
     parser.add_argument("--loss", action="append", type=float, help="may be repeated (default 0, 0.1, 0.25)")
     parser.add_argument("--loss-at", choices=("everywhere", "client"), default="everywhere")
+    parser.add_argument("--days", type=float, help="the life of a daemon instead, so many days of it")
     parser.add_argument("--joined", action="store_true", help="clients have joined the network before")
     return parser.parse_args(arguments)
 
@@ -288,6 +350,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Print a line a case, and failures with the seed and number to replay; return 1 if anything is half open."""
     options = _parse(arguments)
+    if options.days:
+        limits = {"time_limit": options.days * 86_400 + 3600, "wall_limit": 36_000}
+        life = run(live(options.days * 24, options.seed), seed=options.seed, **limits)
+        print(life)
+        return int(life.share < 0.999)
     broken = False
     for case in options.case or CASES:
         for loss in options.loss if options.loss is not None else LOSSES:

@@ -7,6 +7,7 @@ shows that our address moved, and failed cycles are retried soon.
 
 import asyncio
 import logging
+from collections import deque
 from typing import Final
 
 from .constants import Command, InternalCommand
@@ -25,9 +26,12 @@ RELAYS: Final = 3
 PING_INTERVAL: Final = 3.0  # also keeps a NAT's mapping towards the relays open
 CYCLE_INTERVAL: Final = 300.0  # nodes forget after 13 minutes at the earliest
 CYCLE_TIMEOUT: Final = 60.0
-DRIFT_INTERVAL: Final = 10.0
+PARTIAL_INTERVAL: Final = 20.0  # until the next cycle when fewer nodes than wanted took the announcement
+FORGOTTEN_AFTER: Final = 600.0
+MAX_DRIFTS: Final = 3  # announcements because our address moved, in
+DRIFT_WINDOW: Final = 30.0
 FIRST_RETRY: Final = 1.0
-LAST_RETRY: Final = 30.0
+LAST_RETRY: Final = 15.0
 
 
 class Announcer:
@@ -45,7 +49,9 @@ class Announcer:
         self._closest: tuple[Address, ...] = ()
         self._wanted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._last_drift = float("-inf")
+        self._drifts: deque[float] = deque(maxlen=MAX_DRIFTS)
+        self._announced_at: dict[Address, float] = {}  # of the nodes in `relays`
+        self._partial = False
 
     @property
     def relay_addresses(self) -> tuple[Address, ...]:
@@ -99,27 +105,28 @@ class Announcer:
     async def _keep_alive(self) -> None:
         """Ping the relays until the announcement is old, some of them are gone, or our address moved."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + CYCLE_INTERVAL
+        until = loop.time() + (PARTIAL_INTERVAL if self._partial else CYCLE_INTERVAL)
         while loop.time() < until and not self._wanted.is_set():
             await self._pause(PING_INTERVAL)
             pongs = await asyncio.gather(*(self._ping(path) for path in self.relays))
-            if not all(pongs):
+            moved = any(seen not in (None, path.peer_address) for seen, path in zip(pongs, self.relays, strict=True))
+            if None in pongs or (moved and self._may_follow_drift()):
                 return
 
-    async def _ping(self, path: RelayedPath) -> bool:
-        """Tell whether a relay still answers and still sees us where handshakes will be sent."""
+    async def _ping(self, path: RelayedPath) -> Address | None:
+        """Return where a relay sees us, to which handshakes must be sent; None if it does not answer any more."""
         try:
             reply = await self._node.rpc.request(path.relay_address, InternalCommand.PING, internal=True)
         except HyperDHTError:
-            return False
-        return reply.to == path.peer_address or not self._may_follow_drift()
+            return None
+        return reply.to
 
     def _may_follow_drift(self) -> bool:
         # A NAT that changes the mapping with every packet must not keep us announcing.
         now = asyncio.get_running_loop().time()
-        if now - self._last_drift < DRIFT_INTERVAL:
+        if len(self._drifts) == MAX_DRIFTS and now - self._drifts[0] < DRIFT_WINDOW:
             return False
-        self._last_drift = now
+        self._drifts.append(now)
         return True
 
     async def _guarded_cycle(self) -> bool:
@@ -138,13 +145,32 @@ class Announcer:
         replies = [reply for reply in query.closest_replies if reply.token is not None]
         self._closest = tuple(reply.source for reply in replies)
         announced = await asyncio.gather(*(self._announce(reply) for reply in replies[:RELAYS]))
-        relays = tuple(path for path in announced if path is not None)
+        fresh = tuple(path for path in announced if path is not None)
+        self._partial = len(fresh) < min(RELAYS, len(replies))
+        relays = self._with_silent_ones(fresh)
         gone = {path.relay_address for path in self.relays} - {path.relay_address for path in relays}
         self._former = (*gone, *self._former)[: 2 * RELAYS]
         self.relays = relays
         await asyncio.gather(*(self._unannounce(address) for address in gone))
         # Without another node there is nobody to announce to; whoever asks us directly is answered all the same.
-        return bool(relays) or not self._node.firewalled
+        return bool(fresh) or not self._node.firewalled
+
+    def _with_silent_ones(self, fresh: tuple[RelayedPath, ...]) -> tuple[RelayedPath, ...]:
+        """Return these relays, and former ones in the place of those that are missing.
+
+        A node that does not answer now may be there all the same, with what it was told the last time.
+        """
+        now = asyncio.get_running_loop().time()
+        taken = {path.relay_address for path in fresh}
+        silent = [
+            path
+            for path in self.relays
+            if path.relay_address not in taken and now - self._announced_at[path.relay_address] < FORGOTTEN_AFTER
+        ]
+        relays = (*fresh, *silent)[:RELAYS]
+        known = self._announced_at | dict.fromkeys(taken, now)
+        self._announced_at = {path.relay_address: known[path.relay_address] for path in relays}
+        return relays
 
     async def _announce(self, reply: Reply) -> RelayedPath | None:
         try:

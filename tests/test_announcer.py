@@ -1,0 +1,205 @@
+"""A server stays findable: after moves of its mapping and address, failed announcements, dead relays, for hours."""
+
+import asyncio
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+from reachability import live
+from sim import Host, Nat, run
+from sim_dht import Swarm, ask, eventually, serve, swarm
+from sim_peers import seeds
+
+from p2pclaude.hyperdht import announcer
+from p2pclaude.hyperdht.announcer import Announcer
+from p2pclaude.hyperdht.dht import HyperDHT
+from p2pclaude.hyperdht.errors import HyperDHTError
+from p2pclaude.hyperdht.server import Server
+
+
+async def behind_nat(network: Swarm, number: int) -> tuple[Nat, Host, HyperDHT]:
+    """Start a node behind a cone NAT."""
+    nat = network.net.nat(f"5.8.0.{number}")
+    host = nat.host(f"192.168.{number}.2")
+    node = await network.join(host)
+    await asyncio.sleep(5)
+    return nat, host, node
+
+
+def announcer_of(server: Server) -> Announcer:
+    assert server._announcer is not None
+    return server._announcer
+
+
+async def opens(client: HyperDHT, key: bytes, timeout: float = 3.0) -> bool:
+    """Tell whether a connection comes about and carries bytes."""
+    try:
+        async with await client.connect(key, timeout=timeout) as connection:
+            return await ask(connection, b"ping") == b"ping"
+    except HyperDHTError:
+        return False
+
+
+async def seconds_until(check: Callable[[], bool], limit: float) -> float:
+    """Return how long it takes until `check()` is true."""
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    while not check():
+        assert loop.time() - started < limit, f"not within {limit} s"
+        await asyncio.sleep(0.05)
+    return loop.time() - started
+
+
+@pytest.mark.parametrize("seed", seeds(3))
+@pytest.mark.parametrize("address", [None, "5.8.0.77"])
+def test_a_moved_mapping_costs_ten_seconds_at_most(seed: int, address: str | None) -> None:
+    async def main() -> float:
+        async with swarm(seed, 12) as network:
+            nat, _, node = await behind_nat(network, 1)
+            _, _, client = await behind_nat(network, 2)
+            server = await serve(node, node.key_pair)
+            assert await opens(client, server.public_key)
+            await asyncio.sleep(network.net.rng.uniform(0, 20))
+            loop = asyncio.get_running_loop()
+            nat.rebind(address)
+            moved = loop.time()
+            assert await eventually(lambda: opens(client, server.public_key), 10, 0.1)
+            return loop.time() - moved
+
+    assert run(main(), seed=seed) <= 10
+
+
+@pytest.mark.parametrize("seed", seeds(3))
+def test_a_second_move_right_after_the_first_costs_no_more(seed: int) -> None:
+    async def main() -> None:
+        async with swarm(seed, 12) as network:
+            nat, _, node = await behind_nat(network, 1)
+            _, _, client = await behind_nat(network, 2)
+            server = await serve(node, node.key_pair)
+            for _ in range(announcer.MAX_DRIFTS):
+                nat.rebind()
+                assert await eventually(lambda: opens(client, server.public_key), 10, 0.1)
+
+    run(main(), seed=seed)
+
+
+@pytest.mark.parametrize("seed", seeds(3))
+def test_a_changed_address_is_announced_within_five_seconds(seed: int) -> None:
+    """The laptop changes networks; what counts is that the relays forward to the new place."""
+
+    async def main() -> float:
+        async with swarm(seed, 12) as network:
+            _, host, node = await behind_nat(network, 1)
+            server = await serve(node, node.key_pair)
+            new = network.net.nat("5.8.0.99")
+            await asyncio.sleep(network.net.rng.uniform(0, 10))
+            host.move(new.lan, "192.168.9.2")
+
+            def is_announced() -> bool:
+                relays = announcer_of(server).relays
+                return len(relays) >= 2 and all(path.peer_address[0] == "5.8.0.99" for path in relays)
+
+            return await seconds_until(is_announced, 30)
+
+    assert run(main(), seed=seed) <= 5
+
+
+def test_failed_announcements_are_tried_again_with_growing_pauses() -> None:
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            nat, host, node = await behind_nat(network, 1)
+            del nat
+            cycles: list[float] = []
+            cycle = Announcer._cycle
+
+            async def count(self: Announcer) -> bool:
+                cycles.append(asyncio.get_running_loop().time())
+                return await cycle(self)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Announcer, "_cycle", count)
+                host.up = False
+                server = await serve(node, node.key_pair)
+                await asyncio.sleep(300)
+                assert server.relay_addresses == ()
+                pauses = [after - before for before, after in pairwise(cycles)]
+                assert 6 <= len(cycles) <= 40, pauses
+                assert pauses[0] < 15 and max(pauses) <= announcer.LAST_RETRY + announcer.CYCLE_TIMEOUT
+                host.up = True
+                back = asyncio.get_running_loop().time()
+                await seconds_until(lambda: len(server.relay_addresses) > 0, announcer.LAST_RETRY + 5)
+                assert asyncio.get_running_loop().time() - back <= announcer.LAST_RETRY + 5
+
+    run(main(), seed=1)
+
+
+def test_a_cycle_that_hangs_is_ended_by_the_watchdog() -> None:
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            _, _, node = await behind_nat(network, 1)
+            server = await serve(node, node.key_pair)
+            hanging = 0
+
+            async def hang(self: Announcer) -> bool:
+                nonlocal hanging
+                hanging += 1
+                await asyncio.Event().wait()
+                return True
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Announcer, "_cycle", hang)
+                server.refresh()
+                await asyncio.sleep(announcer.PING_INTERVAL + 2 * announcer.CYCLE_TIMEOUT + 5)
+                assert hanging >= 2
+            await asyncio.sleep(announcer.CYCLE_TIMEOUT + announcer.LAST_RETRY)
+            cycle_relays = announcer_of(server).relays
+            assert cycle_relays
+
+    run(main(), seed=1)
+
+
+def test_relays_survive_a_cycle_whose_answers_are_lost() -> None:
+    """Nodes that did not answer the new announcement still hold the last one: clients may go on through them."""
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            _, host, node = await behind_nat(network, 1)
+            _, _, client = await behind_nat(network, 2)
+            server = await serve(node, node.key_pair)
+            before = server.relay_addresses
+            host.up = False
+            server.refresh()
+            await asyncio.sleep(30)
+            host.up = True
+            assert set(server.relay_addresses) <= set(before) and server.relay_addresses
+            assert await opens(client, server.public_key)
+
+    run(main(), seed=1)
+
+
+@pytest.mark.parametrize("how", ["stop", "crash"])
+def test_dead_relays_are_replaced(how: str) -> None:
+    async def main() -> None:
+        async with swarm(1, 20) as network:
+            _, _, node = await behind_nat(network, 1)
+            _, _, client = await behind_nat(network, 2)
+            server = await serve(node, node.key_pair)
+            before = set(server.relay_addresses)
+            for relay in [n for n in network.nodes if n.remote_address in before][:2]:
+                if how == "stop":
+                    await relay.destroy()
+                else:
+                    network.net.host((relay.remote_address or ("", 0))[0]).up = False
+            await seconds_until(
+                lambda: len(set(server.relay_addresses) - before) >= 1 and len(server.relay_addresses) == 3, 40
+            )
+            assert await opens(client, server.public_key)
+
+    run(main(), seed=1)
+
+
+def test_a_daemon_is_reachable_for_hours_behind_a_nat_that_moves_every_hour() -> None:
+    """`tests/reachability.py --days 7` is the whole week."""
+    life = run(live(2.2, 1), seed=1)
+    assert life.share >= 0.999, life
+    assert max(life.seconds) <= 15, life
