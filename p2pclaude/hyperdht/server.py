@@ -139,7 +139,7 @@ class Server:
         answering = self._answers.get(message.noise, now)
         if answering is None:
             client = message.peer_address or request.source
-            if self.closed or not self._budget.take(client[0], now) or not self._make_room(client[0]):
+            if self.closed or not self._budget.take(client[0], now):
                 return None
             answering = asyncio.create_task(self._answer(message, request))
             self._answers.set(message.noise, answering, now)
@@ -181,6 +181,8 @@ class Server:
         if payload.version != 1 or payload.udx is None:
             error = HandshakeError.VERSION_MISMATCH if payload.version != 1 else HandshakeError.ABORTED
             return Answer(noise.write_message(encode_noise_payload(self._payload(error))))
+        if not self._make_room(client[0]):  # only a client that knows the key may take another's place
+            return None
         try:
             pending = PendingClient(self._dht, self._announcer, self.public_key, noise, self._relay_through)
         except HyperDHTError:

@@ -1,0 +1,205 @@
+"""A server under load and abuse: floods of handshakes, thousands of clients, what stays when they are gone."""
+
+import asyncio
+import gc
+from random import Random
+
+import pytest
+from sim import Host, SimLoop, run
+from sim_dht import DEADLINE, Swarm, ask, serve, swarm
+from sim_peers import seeds
+
+from p2pclaude.hyperdht import server as server_module
+from p2pclaude.hyperdht.connection import Connection
+from p2pclaude.hyperdht.constants import Command, Firewall, Mode
+from p2pclaude.hyperdht.crypto import KeyPair
+from p2pclaude.hyperdht.crypto import hash as blake2b
+from p2pclaude.hyperdht.dht import HyperDHT
+from p2pclaude.hyperdht.encoding import Address
+from p2pclaude.hyperdht.handshakes import Handshake, NoisePayload, UdxInfo, encode_handshake, encode_noise_payload
+from p2pclaude.hyperdht.messages import Request, encode_request
+from p2pclaude.hyperdht.noise import NoiseIK
+from p2pclaude.hyperdht.pending import HANDSHAKE_TIMEOUT, PUNCH_TIMEOUT
+
+
+def handshake_datagram(server_key: bytes, rng: Random, to: Address, peer: Address | None) -> bytes:
+    """Return a valid handshake of a new client, as a relay (`peer` given) or the client itself sends it."""
+    noise = NoiseIK.initiator(KeyPair.generate(rng), server_key, KeyPair.generate(rng))
+    payload = NoisePayload(
+        firewall=Firewall.UNKNOWN,
+        addresses4=(),
+        udx=UdxInfo(reusable_socket=False, id=rng.getrandbits(32)),
+        secret_stream=True,
+    )
+    message = noise.write_message(encode_noise_payload(payload))
+    mode = Mode.FROM_CLIENT if peer is None else Mode.FROM_RELAY
+    value = encode_handshake(Handshake(mode, message, peer))
+    return encode_request(
+        Request(rng.getrandbits(16), to, Command.PEER_HANDSHAKE, False, None, None, blake2b(server_key), value)
+    )
+
+
+def is_clean(node: HyperDHT) -> bool:
+    """Tell whether a node holds nothing but its own two sockets."""
+    return not node.endpoint.streams and len(node.endpoint.sockets) == 2 and not node.handlers
+
+
+async def place(network: Swarm, behind_nat: bool) -> tuple[HyperDHT, Host]:
+    """Start a server's node and return it with the attacker's host."""
+    net = network.net
+    if behind_nat:
+        nat = net.nat("5.8.0.1")
+        host = nat.host("192.168.1.2")
+    else:
+        host = net.host("5.8.0.1")
+    node = await network.join(host, port=49737)
+    await asyncio.sleep(5)
+    return node, net.host("5.66.0.1")
+
+
+@pytest.mark.parametrize("hosts", ["one", "many"])
+@pytest.mark.parametrize("behind_nat", [False, True])
+def test_a_flood_of_handshakes_is_bounded_and_others_still_get_in(hosts: str, behind_nat: bool) -> None:
+    """A thousand a second: directly from one host, or in the name of a thousand through a hostile relay."""
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            node, attacker = await place(network, behind_nat)
+            client = await network.join(network.net.nat("5.8.0.2").host("192.168.2.2"))
+            server = await serve(node, node.key_pair)
+            running = await client.connect(server.public_key, timeout=DEADLINE)
+            tasks = len(asyncio.all_tasks())
+            if behind_nat:  # only who was asked gets through: the attacker is one of the server's relays
+                assert server._announcer is not None
+                path = server._announcer.relays[0]
+                attacker, to = network.net.host(path.relay_address[0]), path.peer_address
+                mapping = next(n for n in network.nodes if n.remote_address == path.relay_address)
+                send = mapping.node.socket
+            else:
+                to, send = ("5.8.0.1", 49737), None
+            flooding = asyncio.create_task(_flood(attacker, server.public_key, to, hosts, send))
+            most = 0
+            for _ in range(4):
+                await asyncio.sleep(0.5)
+                most = max(most, len(server._slots))
+                assert len(server._slots) <= server_module.MAX_PENDING
+                assert len(node.endpoint.streams) <= server_module.MAX_PENDING + 50
+                assert len(node.endpoint.sockets) <= server_module.MAX_PENDING + 50
+                assert await ask(running, b"still there") == b"still there"
+            assert most > 50  # the flood is one
+            late = await network.join(network.net.nat("5.8.0.3").host("192.168.3.2"))
+            async with await late.connect(server.public_key, timeout=DEADLINE) as connection:
+                assert await ask(connection, b"hello") == b"hello"
+            await flooding
+            await late.destroy()
+            await running.close()
+            await asyncio.sleep(HANDSHAKE_TIMEOUT + PUNCH_TIMEOUT)
+            assert is_clean(node)
+            assert not server._slots and not server._hosts and not server._settling
+            assert len(asyncio.all_tasks()) <= tasks + 3
+
+    run(main(), seed=1)
+
+
+async def _flood(attacker: Host, key: bytes, to: Address, hosts: str, send: object) -> None:
+    def peer(number: int) -> Address | None:
+        if send is None and hosts == "one":
+            return None
+        return ("5.55.5.5", 1000 + number) if hosts == "one" else (f"5.55.{number >> 8}.{number & 255}", 1000)
+
+    rng = attacker.world.random("flood")
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    socket = None if send is not None else await attacker.bind("0.0.0.0", 0, lambda _: None)
+    for number in range(2200):
+        datagram = handshake_datagram(key, rng, to, peer(number))
+        if socket is not None:
+            socket.send([datagram], to)
+        else:
+            send.send([datagram], to)  # type: ignore[attr-defined]
+        await asyncio.sleep(max(0.0, started + number / 1000 - loop.time()))
+    if socket is not None:
+        socket.close()
+
+
+async def _connect_and_close(client: HyperDHT, key: bytes, number: int) -> None:
+    connection = await client.connect(key, timeout=DEADLINE)
+    assert await ask(connection, b"x" * (number % 5 + 1))
+    if number % 7:
+        await connection.close()
+    else:
+        connection.abort()
+
+
+def _timers(loop: SimLoop) -> int:
+    return len(loop.pending_timers())
+
+
+@pytest.mark.parametrize("kind", ["open", "cone"])
+def test_hundreds_of_connects_and_closes_leave_nothing_behind(kind: str) -> None:
+    """P2PCLAUDE_SEEDS=1000 makes ten thousand of them."""
+
+    async def main() -> None:
+        async with swarm(1, 8) as network:
+            node, _ = await place(network, kind == "cone")
+            client = await network.join(network.net.nat("5.8.0.2").host("192.168.2.2"))
+            server = await serve(node, node.key_pair)
+            loop = asyncio.get_running_loop()
+            assert isinstance(loop, SimLoop)
+
+            async def rounds(count: int) -> tuple[int, int, int]:
+                for number in range(count):
+                    numbers = range(number, number + 10)
+                    await asyncio.gather(*(_connect_and_close(client, server.public_key, n) for n in numbers))
+                await asyncio.sleep(60)
+                assert is_clean(node) and is_clean(client)
+                assert not server._slots and not server._settling
+                gc.collect()
+                connections = sum(isinstance(thing, Connection) for thing in gc.get_objects())
+                return len(asyncio.all_tasks()), _timers(loop), connections
+
+            before = await rounds(5)
+            after = await rounds(len(seeds(25)))
+            assert after[0] <= before[0] + 3
+            assert after[1] <= before[1] + 10
+            assert after[2] <= 2
+            await client.destroy()
+
+    run(main(), seed=1, wall_limit=900)
+
+
+@pytest.mark.parametrize("how", ["returns", "raises", "hangs"])
+def test_a_handler_that_ends_in_any_way_ends_its_connection(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async def handle(connection: Connection) -> None:
+            await connection.read()
+            if how == "hangs":
+                await connection.wait_closed()
+            elif how == "raises":
+                raise ZeroDivisionError
+
+        async with swarm(1, 6) as network:
+            node, _ = await place(network, True)
+            client = await network.join(network.net.nat("5.8.0.2").host("192.168.2.2"))
+            server = node.create_server(handle)
+            await server.listen()
+            connection = await client.connect(server.public_key)
+            await connection.write(b"go")
+            if how == "hangs":
+                connection.abort()
+            await asyncio.sleep(40)
+            assert connection.closed or await _eof(connection)
+            await connection.close()
+            await asyncio.sleep(30)
+            assert is_clean(node)
+            caplog.clear()
+
+    if how == "raises":
+        with pytest.raises(Exception, match="swallowed"):  # logged as an error, which the simulator reports
+            run(main(), seed=1)
+    else:
+        run(main(), seed=1)
+
+
+async def _eof(connection: Connection) -> bool:
+    return await connection.read() == b""
