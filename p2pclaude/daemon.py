@@ -7,6 +7,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
@@ -34,6 +35,8 @@ PRIVATE_PORT = 49737
 """The port of a private network's bootstrap node, unless an option names another."""
 DEFAULT_REFRESH_INTERVAL = 60.0
 """Seconds between refreshes of the announcement."""
+WANTED_FILES = 8192
+"""Open files that the daemon allows itself where the system lets it."""
 SHUTDOWN_SECONDS = 10.0
 """The ordered shutdown is over by then."""
 
@@ -100,7 +103,16 @@ MakeDHT = Callable[[DaemonOptions], DHT]
 
 async def run_daemon(options: DaemonOptions) -> int:
     """Serve until SIGINT or SIGTERM, and give the exit status. Raises P2PClaudeError when it cannot start."""
+    _allow_many_files()
     return await Daemon(options).run()
+
+
+def _allow_many_files() -> None:
+    """Raise the soft limit of open files: sessions have pipes, and a hole punch through some NATs takes 480 sockets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def pairing_url(options: DaemonOptions, environ: Mapping[str, str] | None = None) -> str:

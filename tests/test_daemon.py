@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from fake_dht import Caller, FakeDHT
 from sessions_kit import Place, prepare, run
 
 from p2pclaude import presence as presence_module
-from p2pclaude.daemon import PRIVATE_PORT, Daemon, DaemonOptions, pairing_url
+from p2pclaude.daemon import PRIVATE_PORT, WANTED_FILES, Daemon, DaemonOptions, pairing_url
 from p2pclaude.errors import DataError, P2PClaudeError, TryAgain, Unavailable, UsageError
 from p2pclaude.hyperdht import KeyPair
 from p2pclaude.pairing import Pairing, parse_url
@@ -354,6 +355,22 @@ def test_the_process_ends_in_order_with_a_session_running(place: Place, number: 
     finally:
         process.kill()
         process.communicate()
+
+
+def test_the_process_allows_itself_many_files(place: Place) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    code = f"""
+import asyncio, resource
+from p2pclaude import daemon
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}))
+async def run(self):
+    print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+    return 0
+daemon.Daemon.run = run
+asyncio.run(daemon.run_daemon(daemon.DaemonOptions(data_dir={str(place.path / "data")!r})))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert ran.stdout.split() == [str(min(WANTED_FILES, hard) if hard > 0 else WANTED_FILES), str(hard)]
 
 
 def test_the_process_survives_a_closed_log(place: Place) -> None:
