@@ -107,5 +107,5 @@ def test_the_command_replays_a_file(tmp_path: Path) -> None:
     path.write_bytes(b"\x03\x01")
     done = subprocess.run([sys.executable, RUN, "message", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    refused = subprocess.run([sys.executable, RUN, "nothing"], capture_output=True, text=True)
+    refused = subprocess.run([sys.executable, RUN, "--random", "nothing"], capture_output=True, text=True)
     assert (refused.returncode, refused.stderr) == (64, "tests/fuzz/run: error: no target nothing; --list names them\n")

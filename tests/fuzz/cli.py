@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 1 when something failed, 64 for wrong usage."""
     options = parser().parse_args(arguments)
-    atheris = None if options.random or options.list else guided.load_atheris()
+    replays = len(options.words) == 2 and Path(options.words[1]).is_file()
+    atheris = None if options.random or options.list or replays else guided.load_atheris()
     with nullcontext() if atheris is None else guided.instrument(atheris):
         targets: Mapping[str, Target] = importlib.import_module("fuzz.targets").TARGETS
     if options.list:

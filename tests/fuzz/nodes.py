@@ -428,7 +428,8 @@ async def _attack_server(script: Script) -> None:
         await node.meet_helpers(0 if options & 1 else 7)
     announcer = node.server._announcer
     assert announcer is not None
-    announcer.relays = (RelayedPath(_RELAY, HERE),)
+    announcer.relays = (RelayedPath(_RELAY, HERE),)  # as if it had been announced there
+    announcer._announced_at[_RELAY] = asyncio.get_running_loop().time()
     clients = [_Client(number) for number in range(len(EPHEMERAL))]
     for _ in range(MAX_STEPS):
         if not script.more:
