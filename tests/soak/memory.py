@@ -145,6 +145,7 @@ class End:
         self.road = road  # from here to the peer
         self.peer = self
         self.timer = inf
+        self.look_at = inf  # when to see after a reader that waits
         self.arrived: Burst = []
         self.closed = False
         self.ended = False  # the peer's data and end arrived
@@ -179,6 +180,7 @@ class End:
         """Begin to wait, if nothing was on its way before."""
         if self._waiting_since == inf:
             self._waiting_since = now
+            self.look_at = now + LONG_WAIT_S
 
     def take_events(self, now: float) -> None:
         """Compare what came, and tell the peer's window."""
@@ -209,12 +211,13 @@ class End:
     def _progress(self, now: float) -> None:
         waited = now - max(self._waiting_since, self._hindered_at)
         if waited > LONG_WAIT_S:
-            self.longest_wait = max(self.longest_wait, waited / self._rto)
+            self._note_wait(waited)
         if self._wait is not None:
             self._wait.close()
             self._wait = None
         nothing_comes = self.ended or (self.received == self._expected and not self.peer.done)
         self._waiting_since = inf if nothing_comes else now
+        self.look_at = self._waiting_since + LONG_WAIT_S
 
     @property
     def _rto(self) -> float:
@@ -228,19 +231,26 @@ class End:
         It could not as long as the road loses that very packet, or as the sender tries in vain to learn what is
         missing: no answer came through since the wait began.
         """
-        waited = now - self._waiting_since
-        if waited < LONG_WAIT_S:
-            return
         if self._wait is None:
+            if now < self.look_at:
+                return
             self._wait = _Wait(self)
+            self.look_at = inf
         limit = 2 * self._rto
         ignorant = self.road.delivered_at < self._waiting_since and now - self.peer.road.carried_at < limit
         if ignorant or self._wait.lost_again:
             self.excused += self._wait.lost_again
             self._wait.lost_again = False
             self._hindered_at = now
-        elif now - max(self._waiting_since, self._hindered_at) > limit:
-            raise SoakFailure(f"no progress in {waited:.3f} s, the timeout being {self._rto:.3f} s")
+        else:
+            self._note_wait(now - max(self._waiting_since, self._hindered_at))
+
+    def _note_wait(self, seconds: float) -> None:
+        """Take a wait, over or not, that nothing hindered."""
+        rto = self._rto
+        self.longest_wait = max(self.longest_wait, seconds / rto)
+        if seconds > 2 * rto:
+            raise SoakFailure(f"no progress in {seconds:.3f} s, the timeout being {rto:.3f} s")
 
 
 class _Wait:
@@ -286,7 +296,7 @@ class SoakPair:
         for end in self._ends:
             self._pump(end)
         while not (a.closed and b.closed):
-            due = min(a.timer, b.timer, wire[0][0] if wire else inf)
+            due = min(a.timer, b.timer, a.look_at, b.look_at, wire[0][0] if wire else inf)
             if due > began + seconds:
                 raise SoakFailure(f"no end in {seconds} s")
             self.now = now = max(self.now, due, ceil(due / tick) * tick if tick else due)
