@@ -1,0 +1,155 @@
+"""A client's attempts: lookups that are repeated, relays that are tried in turn, causes and deadlines."""
+
+import asyncio
+
+import pytest
+from sim import Host, run
+from sim.realm import Packet
+from sim_dht import Swarm, ask, serve, swarm
+
+from p2pclaude.hyperdht import connect as module
+from p2pclaude.hyperdht.constants import Command
+from p2pclaude.hyperdht.crypto import KeyPair
+from p2pclaude.hyperdht.dht import HyperDHT
+from p2pclaude.hyperdht.errors import DecodeError, HolepunchError, HyperDHTError, PeerConnectionFailed, PeerNotFound
+from p2pclaude.hyperdht.messages import Request, decode_message
+from p2pclaude.hyperdht.query import Query
+from p2pclaude.hyperdht.server import Server
+
+
+async def peers(network: Swarm) -> tuple[HyperDHT, HyperDHT, Server, Host]:
+    """Start a server and a client, each behind a NAT of its own."""
+    net = network.net
+    node = await network.join(net.nat("5.8.0.1").host("192.168.1.2"))
+    host = net.nat("5.8.0.2").host("192.168.2.2")
+    client = await network.join(host)
+    await asyncio.sleep(5)
+    return node, client, await serve(node, node.key_pair), host
+
+
+def is_request(packet: Packet, command: Command) -> bool:
+    """Tell whether a packet asks for that."""
+    try:
+        message = decode_message(packet.data)
+    except DecodeError:
+        return False
+    return isinstance(message, Request) and not message.internal and message.command == command
+
+
+def test_what_a_lost_answer_hid_is_found_by_another_lookup() -> None:
+    """Every request to the server's relays is lost for as long as one lookup takes."""
+
+    async def main() -> None:
+        async with swarm(1, 24) as network:
+            _, client, server, host = await peers(network)
+            relays = {address for address, _ in server.relay_addresses}
+            lookups: list[float] = []
+            look_up = module.RelaySearch._look_up
+
+            def count(self: module.RelaySearch) -> Query:
+                lookups.append(network.net.loop.now)
+                return look_up(self)
+
+            network.net.intercept = lambda packet: (
+                packet.origin is host
+                and packet.destination[0] in relays
+                and is_request(packet, Command.FIND_PEER)
+                and len(lookups) < 2
+            )
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module.RelaySearch, "_look_up", count)
+                async with await client.connect(server.public_key) as connection:
+                    assert await ask(connection, b"hello") == b"hello"
+            assert len(lookups) == 2
+
+    run(main(), seed=1)
+
+
+def test_an_unknown_key_is_looked_up_once_where_nothing_is_lost() -> None:
+    async def main() -> float:
+        async with swarm(1, 24) as network:
+            client = await network.join(network.net.host("5.2.0.1"))
+            unknown = KeyPair.generate(network.net.random("unknown")).public_key
+            asked = 0
+
+            def intercept(packet: Packet) -> bool:
+                nonlocal asked
+                asked += is_request(packet, Command.FIND_PEER)
+                return False
+
+            network.net.intercept = intercept
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            with pytest.raises(PeerNotFound):
+                await client.connect(unknown)
+            assert asked <= 30
+            return loop.time() - started
+
+    assert run(main(), seed=1) < 1
+
+
+def test_a_relay_that_leads_nowhere_is_avoided_the_next_time() -> None:
+    """Rounds through two of three relays are swallowed; handshakes pass."""
+
+    async def main() -> float:
+        async with swarm(1, 12) as network:
+            _, client, server, _ = await peers(network)
+            bad = {address for address, _ in server.relay_addresses[:2]}
+            network.net.intercept = lambda packet: (
+                bool({packet.source[0], packet.destination[0]} & bad) and is_request(packet, Command.PEER_HOLEPUNCH)
+            )
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            async with await client.connect(server.public_key) as connection:
+                assert await ask(connection, b"hello") == b"hello"
+            return loop.time() - started
+
+    assert run(main(), seed=1) < 2
+
+
+def test_a_server_that_is_gone_is_not_taken_for_an_unknown_one() -> None:
+    async def main() -> float:
+        async with swarm(1, 12) as network:
+            node, client, server, _ = await peers(network)
+            host = node.endpoint.network
+            assert isinstance(host, Host)
+            host.up = False
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            with pytest.raises(PeerConnectionFailed):
+                await client.connect(server.public_key)
+            return loop.time() - started
+
+    assert run(main(), seed=1) < 10
+
+
+@pytest.mark.parametrize("timeout", [0.05, 0.3, 1.0, 7.0])
+@pytest.mark.parametrize("lost", ["everything", "udx and probes", "rounds"])
+def test_every_attempt_settles_by_its_deadline_and_leaves_nothing(timeout: float, lost: str) -> None:
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            node, client, server, _ = await peers(network)
+
+            def intercept(packet: Packet) -> bool:
+                if lost == "everything":
+                    return True
+                if lost == "rounds":
+                    return is_request(packet, Command.PEER_HOLEPUNCH) or len(packet.data) == 1
+                return packet.data[:1] == b"\xff" or len(packet.data) == 1
+
+            network.net.intercept = intercept
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            with pytest.raises(HyperDHTError) as caught:
+                await client.connect(server.public_key, timeout=timeout)
+            assert loop.time() - started <= timeout + 0.05
+            if lost == "udx and probes" and timeout >= 7:
+                assert isinstance(caught.value, HolepunchError | TimeoutError)
+            network.net.intercept = None
+            await asyncio.sleep(70)
+            for made in (node, client):
+                assert not made.endpoint.streams and len(made.endpoint.sockets) == 2 and not made.handlers
+            async with await client.connect(server.public_key):
+                pass
+
+    run(main(), seed=1)
