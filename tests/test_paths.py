@@ -224,3 +224,19 @@ def test_two_random_nats_meet_at_the_relay_and_stay() -> None:
             assert place.is_clean()
 
     run(main(), seed=1)
+
+
+@pytest.mark.parametrize("seed", seeds(4))
+def test_a_link_that_was_not_needed_is_given_back(seed: int) -> None:
+    """The direct way and the relay are there at about the same time."""
+
+    async def main() -> None:
+        async with pair(seed, "cone", "cone") as place, await place.client.connect(place.key) as connection:
+
+            async def is_free() -> bool:
+                return connection.how == "punched" and not place.relay.links and not place.relay.connections
+
+            assert await eventually(is_free, 30)
+            assert await ask(connection, b"hello") == b"hello"
+
+    run(main(), seed=seed)

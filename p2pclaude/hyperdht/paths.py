@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 UPGRADE_CHECK: Final = 2.0  # seconds after the move from a relay until a direct way must carry an answer again,
 UPGRADE_ANSWER: Final = 1.5  # and the time it has for that
+UPGRADE_LINGER: Final = 5.0  # seconds for which the server keeps the relay longer than the client
 TRIES: Final = (0.0, 0.1, 0.3, 0.6)  # seconds at which a way is tried, since packets get lost
 MIGRATION_SILENCE: Final = 0.5  # seconds in which packets come from elsewhere only
 SETTLE_INTERVAL: Final = 0.1
@@ -85,15 +86,15 @@ class Paths:
     def hear_probe(self, socket: Socket, address: Address) -> None:
         """Use a way on which a probe came; leave a relay that works only for one that carries the stream as well."""
         if self.on_relay and self._connection.opened:
-            self._try(socket, address)
+            self._try(socket, address, self.remote_id)
         else:
             self.take(socket, address)
 
-    def _try(self, socket: Socket, address: Address) -> None:
+    def _try(self, socket: Socket, address: Address, remote_id: int | None) -> None:
         """Send a few packets on a way: the peer that gets one takes it, and shows that by its answer."""
-        assert self.remote_id is not None
+        assert remote_id is not None
         for delay in TRIES:
-            asyncio.get_running_loop().call_later(delay, self._stream.try_way, socket, self.remote_id, address)
+            asyncio.get_running_loop().call_later(delay, self._stream.try_way, socket, remote_id, address)
 
     def _consider(self, socket: Socket, address: Address) -> None:
         """Move to where the peer's packets come from now, if for a while none came on the stream's way."""
@@ -153,7 +154,7 @@ class Paths:
         log.debug("leaving the relay for a direct way")
         self._heard_direct, self._upgraded = False, True
         self._connect(socket, self.remote_id, address)
-        self._try(socket, address)  # shows the peer the new way if there is nothing else to send
+        self._try(socket, address, self.remote_id)  # shows the peer the new way if there is nothing else to send
         asyncio.get_running_loop().call_later(UPGRADE_CHECK, self._begin_check)
 
     def _begin_check(self) -> None:
@@ -162,7 +163,7 @@ class Paths:
             return
         self._heard_direct = False
         self._stream.on_packet = self._listen
-        self._try(socket, address)
+        self._try(socket, address, self.remote_id)
         asyncio.get_running_loop().call_later(UPGRADE_ANSWER, self._check_upgrade)
 
     def _listen(self, socket: Socket, source: Address) -> None:
@@ -175,11 +176,18 @@ class Paths:
         link = self._link
         if link is None or link.closed or self._connection.closed or self.on_relay:
             return
-        if self._heard_direct:
-            self._link = None
-            link.close()
-        else:
+        if not self._heard_direct:
             self._take_relay(link)
+            self._try(link.socket, link.address, link.remote_id)  # the peer follows
+        elif self._connection.is_initiator:
+            self._drop_link()
+        else:  # it may be that the client hears nothing and comes back
+            asyncio.get_running_loop().call_later(UPGRADE_LINGER, self._drop_link)
+
+    def _drop_link(self) -> None:
+        if self._link is not None and not self.on_relay:
+            self._link.close()
+            self._link = None
 
     async def settle(self, puncher: Puncher | None) -> None:
         """Wait until the way is settled for good, and close the sockets it does not need.
@@ -187,6 +195,8 @@ class Paths:
         Call it once the connection is open. While the stream goes through a relay the puncher goes on to the end of its
         probes; a way it finds is taken by `hear_probe`.
         """
+        if self._link is not None and not self.on_relay:  # a direct way was faster, and is as new as a later one
+            asyncio.get_running_loop().call_later(UPGRADE_CHECK, self._begin_check)
         until = asyncio.get_running_loop().time() + AGREE_TIMEOUT
         while not self._connection.closed and (not self._stream.acknowledged or self._may_leave_relay(puncher, until)):
             await asyncio.sleep(SETTLE_INTERVAL)
