@@ -210,3 +210,18 @@ def test_a_closed_stream_holds_no_data() -> None:
     held = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert held / len(streams) < 20_000
+
+
+@pytest.mark.parametrize(("heard", "seconds"), [(False, 3.0), (True, 15.0)])
+def test_a_stream_whose_peer_never_came_is_soon_forgotten(heard: bool, seconds: float) -> None:
+    stream = UdxStream(1)
+    stream.connect(2, 0.0)
+    if heard:
+        stream.receive_datagrams([pack(DATA, 0, 0, b"x")], 0.0)
+    stream.destroy()
+    told = 0
+    while not stream.finished:
+        timer = stream.get_timer() or 0.0
+        stream.handle_timer(timer)
+        told += sum(data[2] == DESTROY for data in stream.datagrams_to_send(timer))
+    assert (timer, told) == (seconds, 3)

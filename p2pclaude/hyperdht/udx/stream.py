@@ -41,6 +41,7 @@ __all__ = ["Closed", "DataReceived", "Drained", "EndReceived", "Event", "Message
 
 DRAIN_THRESHOLD: Final = 256 * 1024  # unsent bytes below which the writer is called again
 LINGER_S: Final = 15.0  # longer than a peer repeats an END (libudx: 13 s)
+UNHEARD_LINGER_S: Final = 3.0  # when the peer was never heard of: whoever floods a server costs it no more
 DESTROY_TIMES_S: Final = (0.0, 0.3, 1.0)  # when DESTROY is sent: it is never acknowledged
 MAX_QUEUED_MESSAGES: Final = 256
 ECONNRESET: Final = "ECONNRESET"
@@ -409,7 +410,7 @@ class UdxStream:
         self.finished = not self.connected
 
     def _begin_lingering(self, now: float) -> None:
-        self._finish_at = now + LINGER_S
+        self._finish_at = now + (LINGER_S if self.received_any else UNHEARD_LINGER_S)
         if self._destroyed:
             self._destroy_times.extend(now + delay for delay in DESTROY_TIMES_S)
 
