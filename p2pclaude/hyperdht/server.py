@@ -63,6 +63,7 @@ class Server:
         # By Noise message, so that all relays and repeats get the same answer.
         self._answers: ExpiringMap[bytes, asyncio.Task[Answer | None]] = ExpiringMap(MAX_ANSWERS, HANDSHAKE_TIMEOUT)
         self._budget = VerifyBudget(HANDSHAKES_OF_HOST, HANDSHAKES_OF_ALL)
+        self._numbers = count()  # of slots
         self._slots: dict[int, PendingClient] = {}
         self._hosts: dict[int, str] = {}  # of the clients in the slots
         self._settling: dict[int, PendingClient] = {}  # clients that came, perhaps through a relay, and still punch
@@ -187,7 +188,7 @@ class Server:
             pending = PendingClient(self._dht, self._announcer, self.public_key, noise, self._relay_through)
         except HyperDHTError:
             return None  # too many streams
-        slot = next(slot for slot in count() if slot not in self._slots and slot not in self._settling)
+        slot = next(self._numbers)
         self._slots[slot], self._hosts[slot] = pending, client[0]
         try:
             await pending.prepare(payload, message, request)
