@@ -1,8 +1,8 @@
 """The server under test, a process of its own that speaks JSON lines: config {bootstrap}.
 
 A connection's first byte says what it is for: `e` everything comes back, `d` everything is read, `p` data pours until
-the client leaves. Events: ready {publicKey, port}. Commands: stats {collect: first the garbage} -> stats {fds, tasks, rss, streams, pending, open,
-served, received}.
+the client leaves. Events: ready {publicKey, port}. Commands: stats {collect: first the garbage} -> stats
+{fds, tasks, rss, streams, pending, open, served, received}.
 """
 
 import asyncio
