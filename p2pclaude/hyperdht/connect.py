@@ -375,6 +375,13 @@ class Attempt:
             relay_address=shaken.relay_address,
             server_address=shaken.server_address,
         )
+        try:
+            await self._run_holepunch(holepunch)
+        finally:
+            if not self._connection.opened:
+                self._dht.node.spawn(holepunch.give_up())
+
+    async def _run_holepunch(self, holepunch: ClientHolepunch) -> None:
         while True:
             try:
                 return await holepunch.run()

@@ -41,7 +41,9 @@ log = logging.getLogger(__name__)
 RELAYED_RETRIES: Final = 6  # on the way client, relay, server and back a packet may get lost four times
 SECRET_BYTES: Final = 32
 MAX_WAYS: Final = 3  # relays that a round is sent through
-SINGLE_TIMEOUT: Final = 1.0  # of a round that must not be repeated without need
+SINGLE_PAUSE: Final = 0.5  # seconds at least before a round that must not be repeated without need is repeated
+SINGLE_TURNS: Final = 4
+SINGLE_TIMEOUT: Final = 3.0  # a late answer is one too
 REMOTE_ANALYSIS_PAUSE: Final = 0.5  # what the other side may need to classify its NAT
 
 BOTH_RANDOM: Final = "both sides are behind NATs with random ports; only a relay could help"
@@ -224,13 +226,19 @@ class ClientHolepunch:
         """
         self._round += 1
         sealed = self._secrets.seal(payload)
-        failure: HyperDHTError | None = None
-        for relay, peer in (*ways, *ways):
-            try:
-                return await self._send_through(relay, peer, sealed, retries=0, timeout=SINGLE_TIMEOUT)
-            except HyperDHTError as error:
-                failure = error
-        raise HolepunchError("no relay brought back a valid answer of the other side") from failure
+        pause = max(SINGLE_PAUSE, 2 * self._dht.node.rpc.timeouts.get_relayed(1))
+        asking: set[asyncio.Task[RoundReply]] = set()
+        try:
+            for relay, peer in [*ways] * SINGLE_TURNS:
+                single = self._send_through(relay, peer, sealed, retries=0, timeout=SINGLE_TIMEOUT)
+                asking.add(asyncio.create_task(single))
+                if (reply := await _first_answer(asking, pause)) is not None:
+                    return reply
+            if (reply := await _first_answer(asking, SINGLE_TIMEOUT)) is not None:
+                return reply
+        finally:
+            cancel_all(asking)
+        raise HolepunchError("no relay brought back a valid answer of the other side")
 
     async def _send_through(
         self, relay: Address, peer: Address, sealed: bytes, retries: int = RELAYED_RETRIES, timeout: float | None = None
@@ -259,6 +267,13 @@ class ClientHolepunch:
             both_random = payload.firewall == self._puncher.nat.firewall == Firewall.RANDOM
             raise HolepunchError(BOTH_RANDOM if both_random else "the other side gave the hole punch up")
 
+    async def give_up(self) -> None:
+        """Tell the server that it need not go on, so that it has room for other punches."""
+        payload = HolepunchPayload(error=HandshakeError.ABORTED, round=self._round)
+        sealed = self._secrets.seal(payload)
+        telling = (self._send_through(relay, peer, sealed, retries=2) for relay, peer in self._relays)
+        await asyncio.gather(*telling, return_exceptions=True)
+
     async def _abort(self) -> None:
         """Tell the server that we give up, so that it need not wait."""
         payload = HolepunchPayload(error=HandshakeError.ABORTED, round=self._round)
@@ -266,6 +281,22 @@ class ClientHolepunch:
             await self._send(self._relays, payload)
         except HyperDHTError:
             pass  # it will notice by itself
+
+
+async def _first_answer(asking: "set[asyncio.Task[RoundReply]]", seconds: float) -> RoundReply | None:
+    """Wait so long for a valid answer to one of some requests, and forget those that failed."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
+    while asking and (left := until - loop.time()) > 0:
+        done, _ = await asyncio.wait(asking, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        asking -= done
+        for task in done:
+            error = task.exception()
+            if error is None:
+                return task.result()
+            if not isinstance(error, HyperDHTError):
+                raise error
+    return None
 
 
 class ServerHolepunch:
