@@ -25,11 +25,11 @@ MAX_LINE = 64 * 1024 * 1024
 """Longest line, in bytes, that Claude may print; a longer one ends it. Lines of 3 MB were seen."""
 STOP_STEPS: tuple[tuple[signal.Signals | None, float], ...] = (
     (None, 0.5),  # stdin is closed: an idle claude exits at once
-    (signal.SIGINT, 2.5),  # ends a running turn and its command, and gives a result
-    (signal.SIGTERM, 1.0),
+    (signal.SIGINT, 3.5),  # ends a running turn and its command, and gives a result
+    (signal.SIGTERM, 0.7),
     (signal.SIGKILL, 1.0),
 )
-"""How a process is ended: a signal and the seconds to wait for its exit, in turn; 5 s at the worst."""
+"""How a process is ended: a signal and the seconds to wait for its exit, in turn; 5.7 s at the worst."""
 
 _USUAL_PLACES = (
     "/usr/local/bin",

@@ -22,7 +22,6 @@ class _Errors(logging.Handler):
 
 _errors: Final = _Errors()
 logging.getLogger("p2pclaude").addHandler(_errors)
-logging.getLogger("p2pclaude").propagate = False
 logging.getLogger("asyncio").addHandler(_errors)
 
 
