@@ -13,6 +13,12 @@ import pytest
 TEST_SECONDS = 100  # a test that waits for what never comes must not hold up the others
 
 
+def pytest_configure() -> None:
+    """Take SIGINT seriously again: xdist's workers ignore it, and so would every process that a test starts."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _forbidden(reason: str) -> bool:
     without = os.environ.get("P2PCLAUDE_TESTS_WITHOUT", "").split()
     return os.environ.get("CI") == "true" and not any(word in reason.lower() for word in without)
