@@ -33,6 +33,7 @@ from .pending import HANDSHAKE_TIMEOUT, PendingClient
 from .records import ExpiringMap
 from .requests import IncomingRequest
 from .router import Answer
+from .turns import Turns
 
 if TYPE_CHECKING:
     from .dht import HyperDHT
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_PENDING: Final = 256  # clients whose first packet has not come yet
-HANDSHAKES_OF_HOST: Final = 100.0  # a second; each costs about half a millisecond
-HANDSHAKES_OF_ALL: Final = 300.0
+HANDSHAKES_OF_HOST: Final = 100.0  # a second; each costs about a millisecond, with all that follows
+HANDSHAKES_OF_ALL: Final = 200.0
 MAX_ANSWERS: Final = 4096  # answers kept for repeats
 
 OnConnection = Callable[[Connection], Awaitable[None]]
@@ -62,7 +63,9 @@ class Server:
         self._announcer: Announcer | None = None
         # By Noise message, so that all relays and repeats get the same answer.
         self._answers: ExpiringMap[bytes, asyncio.Task[Answer | None]] = ExpiringMap(MAX_ANSWERS, HANDSHAKE_TIMEOUT)
-        self._budget = VerifyBudget(HANDSHAKES_OF_HOST, HANDSHAKES_OF_ALL)
+        self._budget = VerifyBudget(HANDSHAKES_OF_HOST)
+        self._held: Counter[str] = Counter()  # slots, by the client's host
+        self._turns = Turns(HANDSHAKES_OF_ALL, self._held)
         self._numbers = count()  # of slots
         self._slots: dict[int, PendingClient] = {}
         self._hosts: dict[int, str] = {}  # of the clients in the slots
@@ -140,7 +143,7 @@ class Server:
         answering = self._answers.get(message.noise, now)
         if answering is None:
             client = message.peer_address or request.source
-            if self.closed or not self._budget.take(client[0], now):
+            if self.closed or not self._turns.has_room(client[0]) or not self._budget.take(client[0], now):
                 return None
             answering = asyncio.create_task(self._answer(message, request))
             self._answers.set(message.noise, answering, now)
@@ -155,9 +158,8 @@ class Server:
         """Keep the number of pending clients bounded: the host that has most of them loses its oldest."""
         if len(self._slots) < MAX_PENDING:
             return True
-        hosts = Counter(self._hosts.values())
-        busiest, most = hosts.most_common(1)[0]
-        if hosts[host] >= most:
+        busiest, most = self._held.most_common(1)[0]
+        if self._held[host] >= most:
             return False
         oldest = next(slot for slot, other in self._hosts.items() if other == busiest)
         self._slots[oldest].connection.abort()
@@ -166,9 +168,17 @@ class Server:
 
     def _release(self, slot: int) -> None:
         self._slots.pop(slot, None)
-        self._hosts.pop(slot, None)
+        host = self._hosts.pop(slot, None)
+        if host is not None:
+            self._held[host] -= 1
+            if not self._held[host]:
+                del self._held[host]
 
     async def _answer(self, message: Handshake, request: IncomingRequest) -> Answer | None:
+        client = message.peer_address or request.source
+        if not await self._turns.wait(client[0]):
+            self._answers.delete(message.noise)  # when it comes again there may be room
+            return None
         assert self._key_pair is not None
         assert self._announcer is not None
         noise = NoiseIK.responder(self._key_pair, KeyPair.generate(self._dht.rng))
@@ -176,7 +186,6 @@ class Server:
             payload = decode_noise_payload(noise.read_message(message.noise))
         except DecodeError:
             return None
-        client = message.peer_address or request.source
         if not self._allows(noise.remote_public_key, client):
             return None
         if payload.version != 1 or payload.udx is None:
@@ -190,6 +199,7 @@ class Server:
             return None  # too many streams
         slot = next(self._numbers)
         self._slots[slot], self._hosts[slot] = pending, client[0]
+        self._held[client[0]] += 1
         try:
             await pending.prepare(payload, message, request)
         except OSError:
