@@ -50,6 +50,7 @@ GROUP: Final = 20  # connects to one server
 NODES: Final = 20
 LONGEST_BLACKOUT: Final = 15.0
 ANSWER_TIMEOUT: Final = 3.0
+GONE_WITHIN: Final = 2.0  # what is open on the server's side only is half open from then on
 PUNCH_PAUSE: Final = 5.0  # after a connect with a random NAT: a node spares its NAT that long
 LossAt = Literal["everywhere", "client"]
 
@@ -209,7 +210,7 @@ class Group:
         try:
             connection = await client.connect(key, timeout=DEADLINE)
         except HyperDHTError as error:
-            self._failed(number, f"{type(error).__name__}: {error}", loop.time() - start)
+            await self._failed(number, f"{type(error).__name__}: {error}", loop.time() - start)
         else:
             seconds = loop.time() - start
             self.outcome.packets.append(self._packets)
@@ -232,10 +233,13 @@ class Group:
         self.outcome.seconds.append(seconds)
         self.outcome.ways[how] += 1
 
-    def _failed(self, number: int, cause: str, seconds: float) -> None:
+    async def _failed(self, number: int, cause: str, seconds: float) -> None:
+        """Count a failure; the server may have heard of the client in that moment, and must then hear of its end."""
         failure = self._failure(number, cause, seconds)
         self.outcome.failures.append(failure)
         if self._served:
+            await asyncio.sleep(GONE_WITHIN)
+        if not all(connection.closed for connection in self._served):
             self.outcome.half_open.append(failure)
         if seconds > DEADLINE + 0.1:
             self.outcome.late.append(failure)

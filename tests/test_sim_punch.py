@@ -20,6 +20,7 @@ from p2pclaude.hyperdht.holepunch import ServerHolepunch
 from p2pclaude.hyperdht.puncher import Puncher
 from p2pclaude.hyperdht.requests import IncomingRequest
 from p2pclaude.hyperdht.router import Answer
+from p2pclaude.hyperdht.udx.packet import DESTROY
 
 KINDS = ("open", "cone", "random")
 PAIRS = [(server, client) for server in KINDS for client in KINDS if (server, client) != ("random", "random")]
@@ -72,6 +73,36 @@ def test_every_pair_of_nats_connects_but_the_one_that_cannot(
             assert len(server_node.endpoint.sockets) == len(client.endpoint.sockets) == 2
 
     run(main(), seed=seed)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("kind", ["open", "cone"])
+def test_a_client_that_never_hears_the_server_leaves_nothing_on_either_side(kind: str, tells: bool) -> None:
+    """The server heard the client, the client gives up: it says so, and if even that is lost the server notices."""
+    served: list[Connection] = []
+
+    async def handle(connection: Connection) -> None:
+        served.append(connection)
+        await echo(connection)
+
+    async def main() -> None:
+        async with swarm(5, 12) as network:
+            server_node, client = await _pair(network, kind, kind)
+            server = server_node.create_server(handle)
+            await server.listen()
+            network.net.intercept = lambda packet: packet.data[:2] == b"\xff\x01" and (
+                packet.destination[0] == "5.8.0.2" or (not tells and bool(packet.data[2] & DESTROY))
+            )
+            with pytest.raises(HyperDHTError):
+                await client.connect(server.public_key, timeout=4)
+            assert len(served) == 1
+            await asyncio.sleep(1.5 if tells else 16)
+            assert served[0].closed
+            await asyncio.sleep(20)
+            assert len(server_node.endpoint.streams) == len(client.endpoint.streams) == 0
+            assert len(server_node.endpoint.sockets) == len(client.endpoint.sockets) == 2
+
+    run(main(), seed=5)
 
 
 @pytest.mark.parametrize("seed", seeds(3))

@@ -307,8 +307,9 @@ class Attempt:
         try:
             await self._wait_opened(efforts)
         except BaseException:
+            self._connection.abort()
             if puncher is not None:
-                puncher.close()
+                puncher.hand_over(self._stream)  # the server is told that this is over
             cancel_all(efforts)
             raise
         finally:

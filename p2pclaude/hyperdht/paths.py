@@ -33,6 +33,7 @@ AGREE_TIMEOUT: Final = 15.0  # seconds on a relay until probes must be under way
 FIRST_REPEAT: Final = 0.15  # seconds after which the first packets are sent again; nothing is known of the way yet,
 REPEAT_BACKOFF: Final = 1.4  # so that a lost packet costs little, and a long way a few needless ones
 LAST_REPEAT: Final = 0.5
+MAX_REPEATS: Final = 12  # of a server, about 5 s; it has heard the client, which may be gone since
 
 
 class Paths:
@@ -46,6 +47,7 @@ class Paths:
         self._heard_direct = False
         self._upgraded = False
         self._repeating = False
+        self._repeats = 0  # each gives the stream its full time to give up again
         self._other: tuple[Socket, Address] | None = None  # another way that packets come on, and since when
         self._other_since = 0.0
         self.remote_id: int | None = None
@@ -140,6 +142,10 @@ class Paths:
         """Send the first packets again while it is not certain that they arrived; to nobody who was not heard yet."""
         initiator, opened = self._connection.is_initiator, self._connection.opened
         if self._stream.acknowledged or self._connection.closed or (initiator and opened):
+            return
+        if opened:
+            self._repeats += 1
+        if self._repeats > MAX_REPEATS:
             return
         if initiator or opened:
             self._stream.repeat()

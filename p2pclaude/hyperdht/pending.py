@@ -141,7 +141,7 @@ class PendingClient:
     def close(self) -> None:
         """Stop looking for a way; the stream keeps the one it has."""
         if self._puncher is not None:
-            self._puncher.close(keep=self._stream.own_socket)
+            self._puncher.hand_over(self._stream)
         if self._linking is not None:
             self._linking.cancel()
 
