@@ -11,7 +11,7 @@ import shutil
 import signal
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -41,6 +41,7 @@ _USUAL_PLACES = (
 )
 _INSTALL_HINT = "install it with `npm install -g @anthropic-ai/claude-code`, or name it with --claude"
 _HIGH_WATER = 1024 * 1024
+_CHUNK = 1024 * 1024
 _LAST_WORDS_BYTES = 4096
 _LINGER_SECONDS = 1.0
 _SPARE_DEPTH = 400  # of nesting: for the envelope, the page, and a reader that stands deeper in its own calls
@@ -107,20 +108,45 @@ def has_conversation(claude_id: str, environ: Mapping[str, str]) -> bool | None:
     It starts with `--session-id` only when it does not, and with `--resume` only when it does; when exactly it begins
     to remember (some way into the first turn) is not documented, so its transcripts are looked at.
     """
+    return any(_transcripts(claude_id, environ)) if _projects(environ).is_dir() else None
+
+
+def knows_message(claude_id: str, message_uuid: str, environ: Mapping[str, str]) -> bool:
+    """Tell whether a message stands in the transcript of a conversation: then Claude has had it."""
+    wanted = message_uuid.encode()
+    return any(_contains(path, wanted) for path in _transcripts(claude_id, environ))
+
+
+def _transcripts(claude_id: str, environ: Mapping[str, str]) -> Iterator[Path]:
+    return _projects(environ).glob(f"*/{glob.escape(claude_id)}.jsonl")
+
+
+def _projects(environ: Mapping[str, str]) -> Path:
     home = environ.get("CLAUDE_CONFIG_DIR") or Path(environ.get("HOME", "/")) / ".claude"
-    projects = Path(home) / "projects"
-    if not projects.is_dir():
-        return None
-    return any(projects.glob(f"*/{glob.escape(claude_id)}.jsonl"))
+    return Path(home) / "projects"
 
 
-def user_message(text: str, message_id: str) -> dict[str, Any]:
-    """Give the stream-json object for a message of the user.
+def _contains(path: Path, wanted: bytes) -> bool:
+    """Search a file that may be large, in pieces that overlap."""
+    try:
+        with path.open("rb") as file:
+            before = b""
+            while chunk := file.read(_CHUNK):
+                if wanted in before + chunk:
+                    return True
+                before = chunk[-len(wanted) :]
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def user_message(text: str, message_id: str, priority: str | None = None) -> dict[str, Any]:
+    """Give the stream-json object for a message of the user; with priority "now" it ends a running turn.
 
     Claude ignores a `uuid` that it has seen, so the same message id always gives the same one.
     """
-    content = {"role": "user", "content": text}
-    return {"type": "user", "message": content, "uuid": _uuid_of(message_id)}
+    message = {"type": "user", "message": {"role": "user", "content": text}, "uuid": _uuid_of(message_id)}
+    return message if priority is None else message | {"priority": priority}
 
 
 def _uuid_of(message_id: str) -> str:
@@ -162,12 +188,17 @@ class ClaudeProcess:
         self.pid = transport.get_pid()
 
     @classmethod
-    async def start(cls, launch: Launch, environ: Mapping[str, str] | None = None) -> Self:
-        """Start the program in its directory, in a session of its own. Raises Unavailable if it cannot be run."""
+    async def start(
+        cls, launch: Launch, environ: Mapping[str, str] | None = None, *, keep: Collection[int] = ()
+    ) -> Self:
+        """Start the program in its directory, in a session of its own. Raises Unavailable if it cannot be run.
+
+        It inherits the descriptors in `keep`.
+        """
         environment = child_environment(os.environ if environ is None else environ)
         try:
             transport, protocol = await asyncio.get_running_loop().subprocess_exec(
-                _Pipes, *launch.command(), cwd=launch.directory, env=environment, start_new_session=True
+                _Pipes, *launch.command(), cwd=launch.directory, env=environment, start_new_session=True, pass_fds=keep
             )
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)

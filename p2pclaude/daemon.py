@@ -21,12 +21,14 @@ from p2pclaude import __version__
 from p2pclaude.claude import PERMISSION_MODES, find_claude
 from p2pclaude.datadir import DataDir, Identity
 from p2pclaude.errors import Unavailable, UsageError
+from p2pclaude.launcher import DEFAULT_MAX_SESSIONS, DEFAULT_PERMISSION_MODE, Settings
 from p2pclaude.log import Event, Log, short, wants_debug
 from p2pclaude.methods import Methods
 from p2pclaude.pairing import Pairing, format_url, is_host_port
 from p2pclaude.presence import Announcement, Node, Presence
+from p2pclaude.retention import Retention
 from p2pclaude.service import PeerConnection, Service
-from p2pclaude.sessions import DEFAULT_MAX_SESSIONS, DEFAULT_PERMISSION_MODE, SessionTable, Settings
+from p2pclaude.sessions import SessionTable
 
 if TYPE_CHECKING:
     from p2pclaude.hyperdht import KeyPair
@@ -66,6 +68,7 @@ class DaemonOptions:
     model: str | None = None
     refresh_interval: float = DEFAULT_REFRESH_INTERVAL
     max_sessions: int = DEFAULT_MAX_SESSIONS
+    retain_days: int | None = None
     debug: bool = False
 
 
@@ -205,10 +208,16 @@ class Daemon:
     async def _live(self, data_dir: DataDir, identity: Identity, dht: DHT, url: str) -> None:
         self._say_started(data_dir, identity, dht, url)
         presence = asyncio.create_task(self._presence.run())
+        retention = asyncio.create_task(self._retain())
         try:
             await self._unless_stopped(presence)
         finally:
             presence.cancel()
+            retention.cancel()
+
+    async def _retain(self) -> None:
+        if self._options.retain_days is not None and self._table is not None:
+            await Retention(self._table, self._options.retain_days, self._log).run()
 
     async def _unless_stopped(self, task: "asyncio.Task[None]") -> bool:
         """Wait for a task or for the end, whichever is first; tell whether it was the task."""

@@ -1,73 +1,64 @@
 """A session's journal: everything Claude printed and every accepted message, append-only, in one file.
 
-    journal.jsonl   one envelope a line, the first fields always in this order:
-                    {"type":TYPE,"seq":N,"timestamp":MS, …, "data":…}      seq from 1 without gaps
+`session` appends; every reader, live or reconnecting, reads pages from here, so that a slow one holds nobody up. The
+file itself is `journalfile`.
 
-`sessions` appends; every reader, live or reconnecting, reads pages from here, so that a slow one holds nobody up. An
-envelope is handed to the operating system before anyone can read it: it survives the daemon's end, not a power cut.
-A last line without its newline is one that a crash tore; it was never visible and is cut when the file is opened.
+What survives: an appended envelope is with the operating system at once, so it survives the daemon's end. It is shown,
+and acknowledged, when a sync off the event loop has covered it, so what anybody has seen survives a power cut too, and
+no seq ever names another envelope later. Many appends share one sync.
 """
 
 import asyncio
-import errno
-import os
-import time
-from array import array
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from p2pclaude.errors import TryAgain
-from p2pclaude.wire import OUTPUT, dump_json
+from p2pclaude.journalfile import PAGE_BYTES, DiskFull, JournalFile, Page, is_full
 
-PAGE_BYTES = 1024 * 1024
-"""A page of envelopes ends before it is longer than this, but has one at least."""
+__all__ = ["MAX_UNSYNCED_BYTES", "PAGE_BYTES", "RETRY_SECONDS", "DiskFull", "Journal", "Page"]
 
-_CHUNK = 1024 * 1024
-_OUTPUT_START = b'{"type":"' + OUTPUT.encode() + b'"'
-
-
-class DiskFull(TryAgain):
-    """There is no room for an envelope; nothing of it was kept, and the same append may be tried again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Envelopes as lines of JSON without newlines; `next` is the seq to read on after."""
-
-    lines: list[bytes]
-    next: int
+MAX_UNSYNCED_BYTES = 4 * 1024 * 1024
+"""What may be written before a sync has covered it; `room` waits."""
+RETRY_SECONDS = 1.0
+"""Pause between attempts to sync to a full disk."""
 
 
 class Journal:
-    """One open journal. Not for use from several threads; a data directory has one daemon (its lock)."""
+    """One open journal on the running event loop. `on_trouble` gets a text when the disk is full, None when it is not.
 
-    def __init__(self, descriptor: int) -> None:
-        self._file = descriptor
-        self._ends = array("Q", [0])  # _ends[seq] is where the envelope with that seq ends in the file
+    A sync that failed proves nothing about what it should have covered, not even when the next one succeeds: that is
+    written again first.
+    """
+
+    def __init__(self, file: JournalFile, on_trouble: Callable[[str | None], None] = lambda _: None) -> None:
+        self._file = file
+        self._on_trouble = on_trouble
         self._waiting: set[asyncio.Future[None]] = set()
+        self._unsynced: dict[asyncio.Future[None], int] = {}  # who waits for which seq
+        self._sync: asyncio.Task[None] | None = None
+        self._broken: OSError | None = None
+        self._closed = False
 
     @classmethod
-    def open(cls, path: Path, *, on_other: Callable[[int, bytes], None] | None = None) -> Self:
-        """Open or create a journal and cut a torn last line; `on_other` gets seq and line of each that is no output.
+    async def open(
+        cls,
+        path: Path,
+        *,
+        on_other: Callable[[int, bytes], None] | None = None,
+        on_trouble: Callable[[str | None], None] = lambda _: None,
+    ) -> Self:
+        """Open or create a journal; see `JournalFile.open`."""
+        return cls(await asyncio.to_thread(JournalFile.open, path, on_other=on_other), on_trouble)
 
-        Reads the whole file in bounded memory, so it belongs in a thread when the file may be long. Raises OSError.
-        """
-        journal = cls(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        try:
-            journal._index()
-            if on_other is not None:
-                journal._visit_others(on_other)
-        except BaseException:
-            journal.close()
-            raise
-        return journal
+    @property
+    def cut(self) -> int:
+        """Give the bytes of a torn last line that were cut off when it was opened."""
+        return self._file.cut
 
     @property
     def last_seq(self) -> int:
-        """Give the seq of the newest envelope, 0 when there is none."""
-        return len(self._ends) - 1
+        """Give the seq of the newest envelope that is shown, 0 when there is none."""
+        return self._file.last_seq
 
     @property
     def is_awaited(self) -> bool:
@@ -75,49 +66,49 @@ class Journal:
         return bool(self._waiting)
 
     def append_output(self, data: bytes) -> int:
-        """Append what Claude printed: `data` is one line of JSON and stands in the envelope unchanged.
-
-        Gives the seq. Raises DiskFull; any other OSError (the disk is broken) passes.
-        """
-        return self._append(OUTPUT, b',"data":' + data + b"}")
+        """Append what Claude printed, one line of JSON. Gives the seq. Raises DiskFull or OSError."""
+        self._check()
+        seq = self._file.append_output(data)
+        self._start_sync()
+        return seq
 
     def append(self, kind: str, fields: Mapping[str, object]) -> int:
-        """Append an envelope of another type with these fields. Gives the seq; raises as `append_output`."""
-        return self._append(kind, b"," + dump_json(fields)[1:])
+        """Append an envelope of another type. Gives the seq. Raises DiskFull or OSError."""
+        self._check()
+        seq = self._file.append(kind, fields)
+        self._start_sync()
+        return seq
+
+    async def synced(self, seq: int | None = None) -> None:
+        """Wait until the envelope, by default the newest, survives a power cut and is shown. Raises OSError."""
+        seq = self._file.written if seq is None else seq
+        if self._file.last_seq >= seq:
+            return
+        self._check()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unsynced[future] = seq
+        try:
+            await future
+        finally:
+            self._unsynced.pop(future, None)
+
+    async def room(self) -> None:
+        """Wait while much is written and not synced. Raises OSError."""
+        while self._file.unsynced_bytes > MAX_UNSYNCED_BYTES:
+            await self.synced(self._file.last_seq + 1)
 
     def read(
         self, after: int, *, limit: int | None = None, max_bytes: int = PAGE_BYTES, outputs_only: bool = False
     ) -> Page:
-        """Give the envelopes after a seq: at most `limit`, and `max_bytes` unless the first alone is longer."""
-        seq = after = min(max(after, 0), self.last_seq)
-        lines: list[bytes] = []
-        size = 0
-        while seq < self.last_seq and (limit is None or len(lines) < limit):
-            if not outputs_only or self._is_output(seq + 1):
-                size += self._ends[seq + 1] - self._ends[seq]
-                if lines and size > max_bytes:
-                    break
-                lines.append(self._line(seq + 1))
-            seq += 1
-        return Page(lines, seq)
+        """Give the envelopes after a seq; see `JournalFile.read`."""
+        return self._file.read(after, limit=limit, max_bytes=max_bytes, outputs_only=outputs_only)
 
     def start_of_last(self, count: int, *, after: int = 0, max_bytes: int | None = None) -> int:
-        """Give the seq after which the newest `count` outputs stand (never before `after`).
-
-        With `max_bytes`, fewer: as many as one page may hold, but one at least.
-        """
-        seq, size, found = self.last_seq, 0, 0
-        while seq > after and found < count:
-            length = self._ends[seq] - self._ends[seq - 1]
-            if self._is_output(seq):
-                if max_bytes is not None and found and size + length > max_bytes:
-                    break
-                found, size = found + 1, size + length
-            seq -= 1
-        return seq
+        """Give the seq after which the newest `count` outputs stand; see `JournalFile.start_of_last`."""
+        return self._file.start_of_last(count, after=after, max_bytes=max_bytes)
 
     async def wait_change(self, timeout: float) -> bool:
-        """Wait for the next append or `wake`; tell whether one came within `timeout` seconds."""
+        """Wait for the next envelope or `wake`; tell whether one came within `timeout` seconds."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.add(future)
         try:
@@ -135,60 +126,62 @@ class Journal:
         self._waiting.clear()
 
     def close(self) -> None:
-        """Close the file; the journal is of no use afterwards."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Close the file, if need be after the sync that runs; the journal is of no use afterwards."""
+        self._closed = True
+        if self._sync is None:
+            self._file.close()
         self.wake()
 
-    def _append(self, kind: str, rest: bytes) -> int:
-        seq = self.last_seq + 1
-        head = b'{"type":"%b","seq":%d,"timestamp":%d' % (kind.encode(), seq, time.time_ns() // 1_000_000)
-        self._write(head + rest + b"\n")
-        self.wake()
-        return seq
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise self._broken
 
-    def _write(self, line: bytes) -> None:
-        # Written at the known end, not at the file's: what a failed attempt left there is overwritten or cut.
-        start, done = self._ends[-1], 0
-        view = memoryview(line)
+    def _start_sync(self) -> None:
+        if self._sync is None:
+            self._sync = asyncio.get_running_loop().create_task(self._sync_all())
+
+    async def _sync_all(self) -> None:
         try:
-            while done < len(line):
-                done += os.pwrite(self._file, view[done:], start + done)
+            while self._file.last_seq < self._file.written and not self._closed:
+                await self._sync_some()
         except OSError as error:
-            if done:
-                os.ftruncate(self._file, start)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise DiskFull("no space left on the disk for the session's output") from error
-            raise
-        self._ends.append(start + len(line))
+            self._broken = error
+            self._file.drop_unsynced()
+            for future in self._unsynced:
+                if not future.done():
+                    future.set_exception(error)
+        finally:
+            self._sync = None
+            if self._closed:
+                self._file.close()
 
-    def _line(self, seq: int) -> bytes:
-        start, end = self._ends[seq - 1], self._ends[seq] - 1
-        parts = []
-        while start < end:
-            part = os.pread(self._file, end - start, start)
-            if not part:
-                raise OSError(errno.EIO, "the journal was cut short by another program")
-            parts.append(part)
-            start += len(part)
-        return b"".join(parts)
+    async def _sync_some(self) -> None:
+        """Sync once what is written by now, and show it."""
+        seq = self._file.written
+        try:
+            await asyncio.shield(asyncio.to_thread(self._file.flush))
+        except OSError as error:
+            await self._mend(error)
+            return
+        self._file.show(seq)
+        for future, wanted in self._unsynced.items():
+            if wanted <= seq and not future.done():
+                future.set_result(None)
+        self.wake()
 
-    def _is_output(self, seq: int) -> bool:
-        return os.pread(self._file, len(_OUTPUT_START), self._ends[seq - 1]) == _OUTPUT_START
-
-    def _index(self) -> None:
-        at = 0
-        while chunk := os.pread(self._file, _CHUNK, at):
-            found = chunk.find(b"\n")
-            while found >= 0:
-                self._ends.append(at + found + 1)
-                found = chunk.find(b"\n", found + 1)
-            at += len(chunk)
-        if at > self._ends[-1]:
-            os.ftruncate(self._file, self._ends[-1])
-
-    def _visit_others(self, on_other: Callable[[int, bytes], None]) -> None:
-        for seq in range(1, self.last_seq + 1):
-            if not self._is_output(seq):
-                on_other(seq, self._line(seq))
+    async def _mend(self, error: OSError) -> None:
+        """Wait for room on a full disk and write everything again that no sync has covered. Raises OSError."""
+        if not is_full(error):
+            raise error
+        self._on_trouble("no space left on the disk for the session's output")
+        while not self._closed:
+            await asyncio.sleep(RETRY_SECONDS)
+            try:
+                self._file.rewrite()
+                await asyncio.shield(asyncio.to_thread(self._file.flush))
+            except (DiskFull, OSError) as again:
+                if not isinstance(again, DiskFull) and not is_full(again):
+                    raise
+                continue
+            self._on_trouble(None)
+            return

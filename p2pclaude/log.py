@@ -50,10 +50,16 @@ class Event(StrEnum):
     """A message was handed to Claude: session, seq."""
     TURN_ENDED = "turn-ended"
     """Claude gave a result: session, seq, is_error."""
+    TURN_CUT = "turn-cut"
+    """A turn got no result: session, seq, again (the message is handed again, Claude has not begun with it)."""
+    JOURNAL_CUT = "journal-cut"
+    """The end of a journal was torn: session, bytes (cut off)."""
     PAUSED = "session-paused"
     """Output waits for room on the disk: session, error."""
     UNPAUSED = "session-continued"
     """Output is written again: session."""
+    REMOVED = "session-removed"
+    """An ended session was deleted, as --retain says: session."""
     ENDED = "session-ended"
     """Claude is gone: session, state, exit_status, error."""
     ANNOUNCED = "presence-refreshed"
@@ -101,7 +107,17 @@ class NodeEvent(StrEnum):
 
 _DEBUG_EVENTS = frozenset({Event.REQUEST, Event.ANNOUNCED, Event.RECORD_STORED, NodeEvent.STATUS})
 _ERROR_EVENTS = frozenset({Event.ERROR, Event.SPAWN_FAILED, Event.RECORD_FAILED, Event.PAUSED})
-_WARNING_EVENTS = frozenset({Event.WARNING, Event.REFUSED, Event.BAD_LINE, NodeEvent.REFUSED, NodeEvent.LINK_REFUSED})
+_WARNING_EVENTS = frozenset(
+    {
+        Event.WARNING,
+        Event.REFUSED,
+        Event.BAD_LINE,
+        Event.TURN_CUT,
+        Event.JOURNAL_CUT,
+        NodeEvent.REFUSED,
+        NodeEvent.LINK_REFUSED,
+    }
+)
 
 Field = str | int | float | bool | None | list[str]
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from p2pclaude import __version__
 from p2pclaude.errors import DataError, P2PClaudeError
-from p2pclaude.sessions import MAX_TEXT_FIELD, Output, SessionTable, Spawn
+from p2pclaude.launcher import Spawn
+from p2pclaude.sessions import MAX_TEXT_FIELD, Output, SessionTable
 from p2pclaude.wire import UNKNOWN_METHOD, dump_json
 
 Params = Mapping[str, Any]
@@ -69,7 +70,9 @@ class Methods:
     async def _send_message(self, params: Params) -> bytes:
         try:
             session_id = _required(params, "sessionId")
-            seq = await self._table.send(session_id, _message(params), _name(params, "messageId"))
+            seq = await self._table.send(
+                session_id, _message(params), _name(params, "messageId"), _name(params, "priority")
+            )
         except (P2PClaudeError, OSError) as error:
             return dump_json({"success": False, "error": _say(error)})
         return dump_json({"success": True, "seq": seq})
@@ -82,6 +85,7 @@ class Methods:
                 limit=_number(params, "limit"),
                 clear=_flag(params, "clear"),
                 wait_ms=_number(params, "waitMs") or 0,
+                known_state=_name(params, "state"),
             )
         except (DataError, OSError) as error:
             raise MethodError(_say(error)) from error

@@ -19,7 +19,7 @@ from p2pclaude.errors import DataError, NoSession, P2PClaudeError, ProtocolError
 from p2pclaude.hyperdht import HyperDHT, HyperDHTError
 from p2pclaude.pairing import Pairing
 from p2pclaude.record import SessionRecord, decode_record
-from p2pclaude.wire import OUTPUT, SESSION_NOT_FOUND, TURN
+from p2pclaude.wire import OUTPUT, SESSION_NOT_FOUND, TURN, TURN_CUT
 
 Envelope = Mapping[str, Any]
 """What the journal holds: `type`, `data`, `timestamp`, and `seq` unless the daemon has no journal."""
@@ -94,12 +94,15 @@ async def spawn(
     return await send(client, session, text=text, message_id=message_id)
 
 
-async def send(client: Client, session: str, *, text: str, message_id: str, persist: bool = False) -> Accepted:
+async def send(
+    client: Client, session: str, *, text: str, message_id: str, now: bool = False, persist: bool = False
+) -> Accepted:
     """Send a message to a session; with `persist` a lost connection is opened again.
 
-    Raises NoSession, or another P2PClaudeError that says why it was not taken.
+    With `now` it does not wait for a running turn, but ends it. Raises NoSession, or another P2PClaudeError that says
+    why it was not taken.
     """
-    params = {"sessionId": session, "text": text, "messageId": message_id}
+    params = {"sessionId": session, "text": text, "messageId": message_id} | ({"priority": "now"} if now else {})
     result = await _submit(client, "send-message", params, persist=persist)
     if result.get("success") is True:
         return Accepted(session, _seq(result))
@@ -121,28 +124,43 @@ async def _submit(client: Client, method: str, params: Mapping[str, object], *, 
         return _object(await client.persist(method, params))
 
 
-async def read_output(client: Client, session: str, *, after: int, limit: int | None = None, wait: float = 0.0) -> Page:
+async def read_output(
+    client: Client,
+    session: str,
+    *,
+    after: int,
+    limit: int | None = None,
+    wait: float = 0.0,
+    state: str | None = None,
+) -> Page:
     """Read what the journal holds after a sequence number, waiting so many seconds for it if there is nothing.
 
-    A negative `after` begins with the newest -`after` objects that Claude printed. A lost connection is opened again:
-    reading changes nothing.
+    With `state`, another state than that ends the waiting too. A negative `after` begins with the newest -`after`
+    objects that Claude printed. A lost connection is opened again: reading changes nothing.
     """
     params: dict[str, object] = {"sessionId": session, "after": after}
     if limit is not None:
         params["limit"] = limit
     if wait:
         params["waitMs"] = round(wait * 1000)
+    if state is not None:
+        params["state"] = state
     return _page(await client.persist("get-output", params, patience=wait))
 
 
-async def follow(client: Client, session: str, *, after: int = 0) -> AsyncGenerator[Page, None]:
+async def follow(
+    client: Client, session: str, *, after: int = 0, states: bool = False
+) -> AsyncGenerator[Page, None]:
     """Yield a session's output from a sequence number on until it ends, over as many connections as it takes.
 
-    Nothing comes twice and, with a daemon that has a journal, nothing is lost. A dormant session may come back, so its
-    empty pages go on. Raises NoSession.
+    With `states` there is a page, maybe an empty one, as soon as the session's state has changed. Nothing comes twice
+    and, with a daemon that has a journal, nothing is lost. A dormant session may come back, so its empty pages go on.
+    Raises NoSession.
     """
+    known: str | None = None
     while True:
-        page = await read_output(client, session, after=after, wait=LONG_POLL_SECONDS)
+        page = await read_output(client, session, after=after, wait=LONG_POLL_SECONDS, state=known)
+        known = page.state if states else None
         if page.next is None:
             break
         if page.state is None:
@@ -208,27 +226,39 @@ async def last_seq(client: Client, session: str) -> int:
 class AnswerFinder:
     """Finds the answer to one message in a session's output.
 
-    The daemon marks in the journal which message is being handed to Claude; the next `result` object answers it.
-    Without a journal the first `result` is all there is to go by.
+    The daemon marks in the journal which message is being handed to Claude; the next `result` object answers it, or
+    the one after that if it was handed during the turn of another. Without a journal the first `result` is all there is
+    to go by.
     """
 
     def __init__(self, seq: int | None) -> None:
         self._seq = seq
-        self._mine = seq is None
+        self._before: int | None = 0 if seq is None else None  # results that come first; None: it was not handed
 
     def feed(self, envelope: Envelope) -> Mapping[str, Any] | None:
-        """Take the next envelope; return the `result` object that answers the message, once it is there."""
-        if envelope.get("type") == TURN:
-            self._mine = envelope.get("message") == self._seq
-        data = envelope.get("data")
-        is_result = isinstance(data, dict) and data.get("type") == "result" and envelope.get("type") == OUTPUT
-        return data if is_result and self._mine else None
+        """Take the next envelope; return the `result` object that answers the message, once it is there.
+
+        Raises P2PClaudeError when there will be none: the turn was cut off.
+        """
+        kind, data = envelope.get("type"), envelope.get("data")
+        if kind in (TURN, TURN_CUT) and envelope.get("message") == self._seq:
+            if kind == TURN_CUT and envelope.get("again") is not True:
+                raise P2PClaudeError(
+                    f"the turn was cut off: {envelope.get('reason')}", hint="p2pclaude-tail shows how far it came"
+                )
+            self._before = None if kind == TURN_CUT else 1 if envelope.get("steers") is not None else 0
+        elif kind == TURN_CUT and self._before:
+            self._before -= 1
+        if kind != OUTPUT or not isinstance(data, dict) or data.get("type") != "result" or self._before is None:
+            return None
+        self._before -= 1
+        return data if self._before < 0 else None
 
 
 async def wait_for_answer(client: Client, accepted: Accepted) -> Mapping[str, Any]:
     """Wait for the `result` object that answers a message, over as many connections as it takes.
 
-    Raises P2PClaudeError when the session ends without one, TryAgain when the daemon put it to sleep.
+    Raises P2PClaudeError when the session or the turn ends without one, TryAgain when the daemon put it to sleep.
     """
     finder, reason = AnswerFinder(accepted.seq), None
     async with aclosing(follow(client, accepted.session, after=accepted.seq or 0)) as pages:
@@ -238,7 +268,10 @@ async def wait_for_answer(client: Client, accepted: Accepted) -> Mapping[str, An
                     return answer
             reason = page.error
             if page.state == DORMANT_STATE and not page.messages:
-                raise TryAgain("the daemon put the session to sleep before it answered", hint="-s goes on with it")
+                raise TryAgain(
+                    "the daemon put the session to sleep before it answered",
+                    hint="p2pclaude-tail -f shows the answer when it comes",
+                )
     raise P2PClaudeError(
         "the session ended without an answer" + (f": {reason}" if reason else ""),
         hint="p2pclaude-tail shows what it printed",

@@ -1,29 +1,32 @@
 """One session: its state, its journal, and the claude that fills it.
 
-    message -> journal (MESSAGE) -> queue -> journal (TURN) -> claude's stdin        one message for each idle claude
+    message -> journal (MESSAGE) -> inbox -> journal (TURN) -> claude's stdin        one message for each idle claude
     claude's stdout -> journal (OUTPUT) -> whoever reads
 
-`sessions` holds the table of these. A session outlives its process, and the daemon: `session.json` says what is needed
-to show it and to start it again, `journal.jsonl` what was said.
+`sessions` holds the table of these; `inbox` says which message is where. A session outlives its process, and the
+daemon: `sessionfile` says what is needed to show it and to start it again, `journal.jsonl` what was said.
 """
 
 import asyncio
+import os
 import shutil
+import time
 import uuid
-from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from enum import StrEnum
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from p2pclaude.claude import ClaudeGone, ClaudeProcess, Launch, decode_line, user_message
-from p2pclaude.datadir import write_atomically
-from p2pclaude.errors import P2PClaudeError, TryAgain, Unavailable, WireError
+from p2pclaude.claude import ClaudeGone, ClaudeProcess, Launch, decode_line, knows_message, user_message
+from p2pclaude.errors import P2PClaudeError, TryAgain, Unavailable
+from p2pclaude.inbox import MAX_ATTEMPTS, Inbox, Message, Recovery
 from p2pclaude.journal import DiskFull, Journal
+from p2pclaude.journalfile import JournalFile
 from p2pclaude.log import Event, Log, first_line
-from p2pclaude.wire import MESSAGE, TURN, dump_json, load_json
+from p2pclaude.sessionfile import LIVE, Info, State, save_last_words
+from p2pclaude.wire import MESSAGE, NOTE, TURN, TURN_CUT
+
+__all__ = ["LIVE", "MAX_QUEUED", "Info", "Session", "State"]
 
 MAX_QUEUED = 256
 """Messages of one session that may wait for their turn."""
@@ -33,87 +36,38 @@ RETRY_SECONDS = 1.0
 """Pause between attempts to write to a full disk."""
 
 
-class State(StrEnum):
-    """What a session is doing, as `list-sessions` and `get-output` say it."""
-
-    STARTING = "starting"
-    """Claude was started and has not been heard of."""
-    IDLE = "idle"
-    """Claude waits for a message."""
-    RUNNING = "running"
-    """Claude works on a message."""
-    PAUSED = "paused"
-    """The disk is full: nothing is lost, claude waits until there is room."""
-    DORMANT = "dormant"
-    """No process; the next message starts one that knows the conversation."""
-    ENDED = "ended"
-    """It was stopped, and takes no more messages."""
-    FAILED = "failed"
-    """Claude died with an error; the next message tries again."""
-
-
-LIVE = frozenset({State.STARTING, State.IDLE, State.RUNNING, State.PAUSED})
-"""The states in which there is a process."""
-
-
-@dataclass(slots=True)
-class Info:
-    """What `session.json` keeps. `created_at` is in milliseconds since 1970; `mark` is the seq of the last `clear`."""
-
-    session_id: str
-    claude_id: str
-    directory: str
-    created_at: int
-    permission_mode: str
-    model: str | None = None
-    state: str = State.STARTING
-    begun: bool = False
-    mark: int = 0
-    last_seq: int = 0
-    exit_status: int | None = None
-    error: str | None = None
-
-    @classmethod
-    def decode(cls, data: bytes) -> Self:
-        """Read `session.json`; unknown fields are ignored. Raises WireError if it is damaged."""
-        value = load_json(data)
-        if not isinstance(value, dict):
-            raise WireError("session.json is not an object")
-        known = {field.name: value[field.name] for field in fields(cls) if field.name in value}
-        try:
-            info = cls(**known)
-        except TypeError:
-            raise WireError("session.json lacks a field") from None
-        info._check()
-        return info
-
-    def _check(self) -> None:
-        texts = (self.session_id, self.claude_id, self.directory, self.permission_mode)
-        numbers = (self.created_at, self.mark, self.last_seq)
-        good = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
-        optional = all(isinstance(text, str | None) for text in (self.model, self.error))
-        if not (good and optional and isinstance(self.begun, bool)) or self.state not in list(State):
-            raise WireError("session.json has a field of a wrong type")
-
-
 class Session:
-    """One session. `on_change` is called after each change that a list of sessions would show."""
+    """One session.
 
-    def __init__(self, path: Path, info: Info, log: Log, on_change: Callable[[], None]) -> None:
+    `on_change` is called after each change that a list of sessions would show, `on_orphans` when claude has ended while
+    messages wait that another one could run.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        info: Info,
+        log: Log,
+        on_change: Callable[[], None],
+        on_orphans: Callable[["Session"], None] = lambda _: None,
+    ) -> None:
         self.path = path
         self.info = info
+        self.is_damaged = False  # session.json cannot be read: it can be shown, but neither resumed nor written
         self.journal: Journal | None = None
+        self.inbox = Inbox()
         self.lifecycle = asyncio.Lock()  # held while the process is started or ended
         self._log = log
         self._on_change = on_change
+        self._on_orphans = on_orphans
         self._process: ClaudeProcess | None = None
         self._pump: asyncio.Task[None] | None = None
-        self._queue: deque[tuple[int, dict[str, Any]]] = deque()
-        self._message_ids: dict[str, int] = {}
-        self._turn: int | None = None  # the seq of the message that claude works on
+        self._turns = 0  # that this process has finished, one way or the other
+        self._orderly = False  # it ended by itself, with nothing left to do
         self._news = asyncio.Event()
         self._final: State | None = None  # what to become when the process ends because it was told to
         self._paused = False
+        self._opening = asyncio.Lock()
         self._saving = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -124,8 +78,13 @@ class Session:
 
     @property
     def is_live(self) -> bool:
-        """Tell whether there is a process."""
+        """Tell whether there is a process, or is about to be one."""
         return self.state in LIVE
+
+    @property
+    def is_orphaned(self) -> bool:
+        """Tell whether there is no process, but is about to be one."""
+        return self.info.state == State.STARTING and (self._pump is None or self._pump.done())
 
     @property
     def is_idle(self) -> bool:
@@ -135,7 +94,7 @@ class Session:
     @property
     def pid(self) -> int | None:
         """Give claude's process id while there is one."""
-        return self._process.pid if self._process is not None and self.is_live else None
+        return self._process.pid if self._process is not None and self.is_live and not self.is_orphaned else None
 
     @property
     def last_seq(self) -> int:
@@ -144,80 +103,88 @@ class Session:
 
     def seq_of(self, message_id: str) -> int | None:
         """Give the seq under which a message was accepted before; the journal must be open."""
-        return self._message_ids.get(message_id)
+        return self.inbox.seq_of(message_id)
 
     async def open_journal(self) -> Journal:
-        """Open the journal unless it is open, and learn from it which messages were accepted and which still wait."""
-        if self.journal is None:
-            found: dict[int, dict[str, Any]] = {}
-            handed: set[int] = set()
-            journal = await asyncio.to_thread(
-                Journal.open, self.path / "journal.jsonl", on_other=lambda seq, line: _learn(seq, line, found, handed)
-            )
-            if self.journal is not None:  # somebody else was faster
-                journal.close()
-                return self.journal
-            self.journal = journal
-            self._message_ids = {str(value.get("messageId")): seq for seq, value in found.items()}
-            waiting = [(seq, value["data"]) for seq, value in found.items() if seq not in handed and "data" in value]
-            self._queue = deque(waiting)
+        """Open the journal unless it is open, and learn from it which messages were accepted and which are not done."""
+        async with self._opening:
+            if self.journal is None:
+                file, inbox = await asyncio.to_thread(_recover, self.path / "journal.jsonl")
+                self.journal, self.inbox = Journal(file, self._pause), inbox
+                if file.cut:
+                    self._tell_cut(self.journal, file.cut)
         return self.journal
+
+    def _tell_cut(self, journal: Journal, size: int) -> None:
+        self._log(Event.JOURNAL_CUT, session=self.info.session_id, bytes=size)
+        text = "the end of the journal was torn, and cut off: nobody had seen it"
+        try:
+            journal.append(NOTE, {"event": "cut", "bytes": size, "text": text})
+        except OSError as error:
+            self._log(Event.WARNING, message=f"journal: {error.strerror}", session=self.info.session_id)
+        except DiskFull as error:
+            self._log(Event.WARNING, message=f"journal: {error}", session=self.info.session_id)
 
     def close_journal(self) -> None:
         """Close the journal, if it is open and there is no process; readers open it again."""
         if self.journal is not None and not self.is_live:
-            self.info.last_seq = self.journal.last_seq
+            self._note_numbers()
             self.journal.close()
             self.journal = None
 
-    async def start(self, launch: Launch, text: str | None = None, message_id: str | None = None) -> int | None:
-        """Start claude, and with `text` give it the first message, whose seq is returned.
+    async def start(
+        self, launch: Launch, text: str | None = None, message_id: str | None = None, *, lock: int | None = None
+    ) -> int | None:
+        """Start claude, and with `text` give it the first message, whose seq is returned once it is on disk.
 
-        Raises Unavailable, with claude's own last words, if it cannot be run or dies at once.
+        `lock` is the descriptor of the session's lock, for claude to hold. Raises Unavailable, with claude's own last
+        words, if it cannot be run or dies at once.
         """
         before, self.info.state = self.info.state, State.STARTING
         try:
             journal = await self.open_journal()
-            process = await ClaudeProcess.start(launch)
+            await self.settle_turns("claude ended in its turn")
+            process = await ClaudeProcess.start(launch, keep=() if lock is None else (lock,))
         except BaseException:
             self.info.state = before
             raise
-        self._process, self._turn, self._final = process, None, None
-        self.info.exit_status = self.info.error = None
+        self._process, self._turns, self._final = process, 0, None
+        self.info.exit_status = self.info.error = self.info.ended_at = None
         self._pump = asyncio.create_task(self._run(process, journal))
         self._changed()
         try:
-            seq = None if text is None else self.accept(text, message_id)
+            seq = None if text is None else await self.accept(text, message_id)
             runs = await process.settle(SETTLE_SECONDS)
         except BaseException:
             await self._give_up(process, self._pump)
             raise
         if not runs:
             await self._pump
+        if not self.is_live:
             reason = self.info.error or _describe_exit(self.info.exit_status)
             raise Unavailable(f"claude ended at once: {reason}")
-        if self.info.state == State.STARTING:
+        if self.info.state == State.STARTING and not self.is_orphaned:
             self._set_state(State.IDLE)
         return seq
 
-    def accept(self, text: str, message_id: str | None = None) -> int:
-        """Take a message for a live session and give its seq; the same `message_id` again gives the same seq.
+    async def accept(self, text: str, message_id: str | None = None, priority: str | None = None) -> int:
+        """Take a message for a live session and give its seq once it is on disk.
 
+        The same `message_id` again gives the same seq. With priority "now" it does not wait for the end of a turn.
         Raises DiskFull or TryAgain (too many wait): then it was not accepted.
         """
         message_id = str(uuid.uuid4()) if message_id is None else message_id
-        if (known := self._message_ids.get(message_id)) is not None:
-            return known
-        if len(self._queue) >= MAX_QUEUED:
-            raise TryAgain(f"{MAX_QUEUED} messages wait already in this session")
         if self.journal is None:
             raise RuntimeError("the journal is not open")
-        message = user_message(text, message_id)
-        seq = self.journal.append(MESSAGE, {"messageId": message_id, "data": message})
-        self._message_ids[message_id] = seq
-        self._queue.append((seq, message))
-        self._news.set()
-        self._log(Event.MESSAGE, session=self.info.session_id, seq=seq)
+        if (seq := self.inbox.seq_of(message_id)) is None:
+            if len(self.inbox) >= MAX_QUEUED:
+                raise TryAgain(f"{MAX_QUEUED} messages wait already in this session")
+            data = user_message(text, message_id, priority)
+            seq = self.journal.append(MESSAGE, {"messageId": message_id, "data": data})
+            self.inbox.accept(message_id, Message(seq, data))
+            self._news.set()
+            self._log(Event.MESSAGE, session=self.info.session_id, seq=seq)
+        await self.journal.synced(seq)
         return seq
 
     async def stop(self, final: State) -> None:
@@ -232,7 +199,7 @@ class Session:
                 self._pump.cancel()
                 await asyncio.wait([self._pump], timeout=1.0)
         if self.info.state != final:
-            self._set_state(final)
+            self._become(final)
         await self.save()
 
     def kill(self) -> None:
@@ -240,29 +207,61 @@ class Session:
         if self._process is not None:
             self._process.kill()
 
+    def fail(self, error: str) -> None:
+        """Become failed: claude could not be started."""
+        self.info.error = error
+        self._become(State.FAILED)
+
+    async def create(self) -> None:
+        """Write `session.json` for the first time: what is accepted later can be found again. Raises OSError."""
+        await asyncio.to_thread(self.info.save, self.path)
+
     async def save(self) -> None:
         """Write `session.json`; a failure is logged, since the next change tries again."""
+        if self.is_damaged:
+            return
         async with self._saving:
-            self.info.last_seq = self.last_seq
-            data = dump_json(asdict(self.info)) + b"\n"
+            self._note_numbers()
             try:
-                await asyncio.to_thread(write_atomically, self.path / "session.json", data)
+                await asyncio.to_thread(self.info.save, self.path)
             except OSError as error:
                 self._log(Event.WARNING, message=f"session.json: {error.strerror}", session=self.info.session_id)
 
     def save_soon(self) -> None:
         """Write `session.json` in the background."""
-        task = asyncio.get_running_loop().create_task(self.save())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._soon(self.save())
 
     async def remove(self) -> None:
-        """Delete a session that never came to be."""
+        """Delete the session with all it has said."""
         await self.settle_writes()
         if self.journal is not None:
             self.journal.close()
             self.journal = None
         await asyncio.to_thread(shutil.rmtree, self.path, ignore_errors=True)
+
+    async def settle_turns(self, reason: str) -> None:
+        """Say of each message that claude was handed and never answered what becomes of it; no claude may run.
+
+        It is handed again, before all others, unless claude has begun with it: then its turn was cut off.
+        """
+        if self.journal is None:
+            return
+        for message in reversed(self.inbox.handed.copy()):
+            known = message.begun or await asyncio.to_thread(
+                knows_message, self.info.claude_id, message.uuid, os.environ
+            )
+            again = not known and message.attempts < MAX_ATTEMPTS
+            fields = {"message": message.seq, "again": again, "reason": reason}
+            await self._write_patiently(self.journal, partial(self.journal.append, TURN_CUT, fields))
+            self.inbox.drop(message, again=again)
+            self._turns += not again
+            self._log(Event.TURN_CUT, session=self.info.session_id, seq=message.seq, again=again)
+        await self.journal.synced()
+
+    async def settle_writes(self) -> None:
+        """Wait for what `save_soon` began."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks)
 
     async def _give_up(self, process: ClaudeProcess, pump: asyncio.Task[None]) -> None:
         process.kill()
@@ -272,20 +271,15 @@ class Session:
         if self.is_live:
             self._over(status, process.last_words(), None)
 
-    async def settle_writes(self) -> None:
-        """Wait for what `save_soon` began."""
-        while self._tasks:
-            await asyncio.gather(*self._tasks)
-
     async def _run(self, process: ClaudeProcess, journal: Journal) -> None:
-        """Journal claude's output until it ends, while the queue is fed to it."""
+        """Journal claude's output until it ends, while the inbox is fed to it."""
         feeder = asyncio.create_task(self._feed(process, journal))
         self._news.set()
         error: str | None = None
         try:
             async for line in process:
                 data, value = decode_line(line)
-                await self._write_patiently(partial(journal.append_output, data))
+                await self._write_patiently(journal, partial(journal.append_output, data))
                 self._observe(value)
             if not process.has_exited:
                 # Without its stdout nobody could see what it does.
@@ -295,27 +289,41 @@ class Session:
             process.kill()
         finally:
             feeder.cancel()
-            self._over(await process.finish(), process.last_words(), error)
+            status, words = await process.finish(), process.last_words()
+            self._orderly = status == 0 and not self.inbox.handed
+            try:
+                # Whoever is told that the session is over has been shown all that it said.
+                await self.settle_turns(first_line(words) or _describe_exit(status))
+            except OSError as failure:
+                error = f"the journal cannot be written: {failure}"
+            self._over(status, words, error)
 
     async def _feed(self, process: ClaudeProcess, journal: Journal) -> None:
-        """Hand claude one message whenever it is idle, so that answers pair with messages."""
+        """Hand claude one message whenever it is idle, so that answers pair with messages, and urgent ones at once."""
         while True:
             await self._news.wait()
             self._news.clear()
-            while self._queue and self._turn is None:
-                seq, message = self._queue[0]
-                self._turn = seq
-                await self._write_patiently(partial(journal.append, TURN, {"message": seq}))
+            while (message := self.inbox.next()) is not None:
+                fields: dict[str, object] = {"message": message.seq}
+                if self.inbox.handed:
+                    fields["steers"] = self.inbox.handed[0].seq
+                self.inbox.hand(message)
                 try:
-                    process.write(message)
+                    # The mark is on disk before claude can begin: what may have run is known after any crash.
+                    await self._write_patiently(journal, partial(journal.append, TURN, fields))
+                    await journal.synced()
+                    process.write(message.data)
                 except ClaudeGone:
-                    return  # it stays in the queue, for the process that comes next
-                self._queue.popleft()
-                self._log(Event.TURN, session=self.info.session_id, seq=seq)
+                    return  # it is handed to the process that comes next
+                except OSError:
+                    process.kill()  # the journal is of no more use, as the pump says
+                    return
+                self._log(Event.TURN, session=self.info.session_id, seq=message.seq)
                 self._set_state(State.RUNNING)
 
-    async def _write_patiently(self, append: Callable[[], int]) -> None:
+    async def _write_patiently(self, journal: Journal, append: Callable[[], int]) -> None:
         """Append; while the disk is full, wait for room, which in the end makes claude wait too."""
+        await journal.room()
         while True:
             try:
                 append()
@@ -325,9 +333,12 @@ class Session:
                     self._pause(str(error))
                 await asyncio.sleep(RETRY_SECONDS)
         if self._paused:
+            await journal.synced()
             self._pause(None)
 
     def _pause(self, error: str | None) -> None:
+        if self._paused is (error is not None):
+            return
         self._paused = error is not None
         self.info.error = error
         event = Event.PAUSED if error else Event.UNPAUSED
@@ -338,12 +349,14 @@ class Session:
         kind = value.get("type")
         if kind == "system" and value.get("subtype") == "init":
             self._follow(value.get("session_id"))
+        answered = self.inbox.observe(value)
         if kind == "result":
             error = value.get("is_error") is True
-            self._log(Event.TURN_ENDED, session=self.info.session_id, seq=self._turn, is_error=error)
-            self._turn = None
+            seq = None if answered is None else answered.seq
+            self._log(Event.TURN_ENDED, session=self.info.session_id, seq=seq, is_error=error)
+            self._turns += answered is not None
             self._news.set()
-            if not self._queue:
+            if not self.inbox.handed and not self.inbox:
                 self._set_state(State.IDLE)
 
     def _follow(self, claude_id: object) -> None:
@@ -355,15 +368,27 @@ class Session:
     def _over(self, status: int | None, last_words: str, error: str | None) -> None:
         self.info.exit_status = status
         self._paused = False
-        state = self._final
-        if state is None:
-            # Whoever waits for an answer must hear that none comes, even if claude found nothing wrong with leaving.
-            orderly = status == 0 and not error and self._turn is None and not self._queue
-            state = State.DORMANT if orderly else State.FAILED
-        if state is State.FAILED:
+        self._soon(asyncio.to_thread(save_last_words, self.path, last_words))
+        if self._final is not None:
+            self._become(self._final)
+        elif self.inbox and self._turns and error is None:
+            # Each claude that ends here has done away with one message at least, so this comes to an end.
+            self._become(State.STARTING)
+            self._on_orphans(self)
+        elif self._orderly and error is None and not self.inbox:
+            self._become(State.DORMANT)
+        else:
             self.info.error = error or last_words or _describe_exit(status)
+            self._become(State.FAILED)
+
+    def _become(self, state: State) -> None:
+        """Go on without a process."""
+        if state is State.ENDED:
+            self.info.ended_at = time.time_ns() // 1_000_000
         said = first_line(self.info.error)
-        self._log(Event.ENDED, session=self.info.session_id, state=state, exit_status=status, error=said)
+        self._log(
+            Event.ENDED, session=self.info.session_id, state=state, exit_status=self.info.exit_status, error=said
+        )
         self._set_state(state)
 
     def _set_state(self, state: State) -> None:
@@ -377,18 +402,25 @@ class Session:
             self.journal.wake()
         self._on_change()
 
+    def _note_numbers(self) -> None:
+        self.info.last_seq = self.last_seq
+        if self.journal is not None:
+            self.info.queued = len(self.inbox) + len(self.inbox.handed)
 
-def _learn(seq: int, line: bytes, messages: dict[int, dict[str, Any]], handed: set[int]) -> None:
+    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _recover(path: Path) -> tuple[JournalFile, Inbox]:
+    recovery = Recovery()
+    file = JournalFile.open(path, on_other=recovery.learn)
     try:
-        value = load_json(line)
-    except WireError:
-        return
-    if not isinstance(value, dict):
-        return
-    if value.get("type") == MESSAGE:
-        messages[seq] = value
-    elif value.get("type") == TURN and isinstance(value.get("message"), int):
-        handed.add(value["message"])
+        return file, recovery.finish(lambda seq: file.read(seq - 1, limit=1).lines[0], file.last_seq)
+    except BaseException:
+        file.close()
+        raise
 
 
 def _describe_exit(status: int | None) -> str:

@@ -15,18 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p2pclaude.claude import PERMISSION_MODES, Launch, has_conversation
+from p2pclaude.claude import Launch
 from p2pclaude.datadir import file_errors
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, WireError
+from p2pclaude.inbox import NOW
 from p2pclaude.journal import PAGE_BYTES, Journal, Page
+from p2pclaude.launcher import DEFAULT_PERMISSION_MODE, Launcher, Settings, Spawn
 from p2pclaude.log import Event, Log, first_line
-from p2pclaude.session import LIVE, Info, Session, State
+from p2pclaude.session import Session
+from p2pclaude.sessionfile import LIVE, Info, State, try_lock
 from p2pclaude.wire import SESSION_NOT_FOUND
 
-DEFAULT_MAX_SESSIONS = 64
-"""Sessions with a process that a daemon runs at once, unless an option says otherwise."""
-DEFAULT_PERMISSION_MODE = "acceptEdits"
-"""As the TypeScript daemon's."""
 MAX_WAIT_MS = 30_000
 """Longest time that `get-output` waits for something new, whatever `waitMs` asks for."""
 MAX_UNMARKED = 1000
@@ -36,33 +35,16 @@ MAX_OPEN_JOURNALS = 16
 MAX_TEXT_FIELD = 4096
 """Longest directory, model, session id or message id, in characters."""
 
+LOCK_SECONDS = 3.0
+"""How long a new claude waits for an earlier one of its session to be gone."""
+REVIVE_SECONDS = 2.0
+"""Pause between attempts to start a session again that has messages to run."""
+REVIVE_AT_ONCE = 4
+"""Sessions that are started again at the same time."""
+
 _OVER = frozenset({State.ENDED, State.FAILED})
 """The states in which nothing new is waited for; a dormant session may come back."""
 _SESSION_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How sessions are started here. `root_dir` and `default_dir` are real paths; `find_claude` raises Unavailable."""
-
-    find_claude: Callable[[], Path]
-    default_dir: Path
-    root_dir: Path | None = None
-    permission_mode: str = DEFAULT_PERMISSION_MODE
-    model: str | None = None
-    max_sessions: int = DEFAULT_MAX_SESSIONS
-
-
-@dataclass(frozen=True, slots=True)
-class Spawn:
-    """What a new session is asked to be; None stands for the daemon's default."""
-
-    directory: str | None = None
-    session_id: str | None = None
-    permission_mode: str | None = None
-    model: str | None = None
-    text: str | None = None
-    message_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +63,23 @@ class SessionTable:
         self, path: Path, settings: Settings, log: Log, on_change: Callable[[], None] = lambda: None
     ) -> None:
         self._path = path
-        self._settings = settings
+        self._launcher = Launcher(settings)
+        self._max_sessions = settings.max_sessions
+        self._starting: set[Session] = set()
+        self._turnstile = asyncio.Semaphore(REVIVE_AT_ONCE)
         self._log = log
         self._notify = on_change
         self._sessions: dict[str, Session] = {}
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._closing = False
+        self._reviving: dict[str, asyncio.Task[None]] = {}
         self._changed_at: int | None = None
 
     async def load(self) -> None:
-        """Read what earlier daemons left: sessions whose process is gone with its daemon are dormant."""
+        """Read what earlier daemons left: sessions whose process is gone with its daemon are dormant.
+
+        Those with messages that were accepted and are not done are started again, in the background.
+        """
         with file_errors(self._path):
             self._path.mkdir(mode=0o700, exist_ok=True)
             entries = sorted(self._path.iterdir())
@@ -100,18 +89,65 @@ class SessionTable:
 
     async def _load_one(self, path: Path) -> None:
         try:
-            info = Info.decode((path / "session.json").read_bytes())
-            if info.session_id != path.name:
-                raise WireError("session.json belongs to another session")
+            info = Info.load(path)
         except (OSError, WireError) as error:
-            self._log(Event.WARNING, message=f"a session is left out: {error}", session=path.name)
+            self._load_damaged(path, error)
             return
-        session = self._sessions[path.name] = Session(path, info, self._log, self._changed)
-        if State(info.state) in LIVE:
+        session = self._sessions[path.name] = self._make(path, info)
+        crashed = State(info.state) in LIVE
+        if info.state == State.ENDED and info.ended_at is None:  # as an earlier version left it
+            info.ended_at = int((path / "session.json").stat().st_mtime * 1000)
+        if crashed:
             info.state = State.DORMANT
-            await session.open_journal()
+        if crashed or (info.queued and info.state != State.ENDED):
+            try:
+                await self._find_unfinished(session)
+            except OSError as error:
+                session.fail(f"the journal cannot be read: {error.strerror}")
+
+    def _load_damaged(self, path: Path, error: Exception) -> None:
+        """Keep a session in sight whose session.json is damaged: what it has said can be read still."""
+        has_journal = (path / "journal.jsonl").exists()
+        what = "a session cannot go on" if has_journal else "a session is left out"
+        self._log(Event.WARNING, message=f"{what}: {error}", session=path.name)
+        if has_journal:
+            created = int((path / "journal.jsonl").stat().st_mtime * 1000)
+            info = Info(path.name, "", "", created, DEFAULT_PERMISSION_MODE, state=State.FAILED, error=str(error))
+            session = self._sessions[path.name] = self._make(path, info)
+            session.is_damaged = True
+
+    async def _find_unfinished(self, session: Session) -> None:
+        await session.open_journal()
+        if session.inbox or session.inbox.handed:
+            session.info.state = State.STARTING
+            self._revive_soon(session)
+        else:
             session.close_journal()
-            await session.save()
+        await session.save()
+
+    def _make(self, path: Path, info: Info) -> Session:
+        return Session(path, info, self._log, self._changed, self._revive_soon)
+
+    def _revive_soon(self, session: Session) -> None:
+        """Start a session again that has messages to run, as soon as possible."""
+        session_id = session.info.session_id
+        if session_id not in self._reviving and not self._closing:
+            task = self._reviving[session_id] = asyncio.create_task(self._revive(session))
+            task.add_done_callback(lambda _: self._reviving.pop(session_id))
+
+    async def _revive(self, session: Session) -> None:
+        while True:
+            try:
+                async with self._turnstile, session.lifecycle:
+                    if session.is_orphaned:
+                        await self._resume(session)
+                    if not session.is_orphaned:
+                        return
+            except TryAgain:
+                await asyncio.sleep(REVIVE_SECONDS)
+            except (P2PClaudeError, OSError) as error:
+                session.fail(str(error))
+                return
 
     async def spawn(self, spawn: Spawn) -> tuple[Session, int | None]:
         """Start a session and give it, with the seq of the first message if there was one.
@@ -121,7 +157,7 @@ class SessionTable:
         if (known := await self._spawned_before(spawn)) is not None:
             return known
         session_id = self._check_id(spawn.session_id)
-        launch = self._launch(spawn, session_id)
+        launch = self._launcher.spawn(spawn, session_id)
         info = Info(
             session_id=session_id,
             claude_id=launch.claude_id,
@@ -133,6 +169,8 @@ class SessionTable:
         session = self._create(info)
         async with session.lifecycle:
             try:
+                with file_errors(session.path):
+                    await session.create()
                 seq = await self._start(session, launch, Event.SPAWNED, spawn)
             except BaseException:
                 await session.remove()
@@ -141,25 +179,39 @@ class SessionTable:
                 raise
         return session, seq
 
-    async def send(self, session_id: str, text: str, message_id: str | None = None) -> int:
+    async def send(
+        self, session_id: str, text: str, message_id: str | None = None, priority: str | None = None
+    ) -> int:
         """Accept a message and give its seq; a session without a process gets one first. Raises NoSession."""
+        if priority not in (None, NOW):
+            raise DataError(f"priority must be {NOW}")
         session = self._get(session_id)
-        await self._journal(session)
-        if message_id is not None and (known := session.seq_of(message_id)) is not None and session.is_live:
+        journal = await self._journal(session)
+        known = None if message_id is None else session.seq_of(message_id)
+        if known is not None and session.inbox.is_done(known):
+            await journal.synced(known)
             return known
         if not session.is_live:
             async with session.lifecycle:
                 if not session.is_live:
                     await self._resume(session)
-        return session.accept(text, message_id)
+        return await session.accept(text, message_id, priority)
 
     async def read(
-        self, session_id: str, *, after: int | None, limit: int | None, clear: bool, wait_ms: int
+        self,
+        session_id: str,
+        *,
+        after: int | None,
+        limit: int | None,
+        clear: bool,
+        wait_ms: int,
+        known_state: str | None = None,
     ) -> Output:
         """Give a page of a session's journal.
 
         `after` >= 0: every envelope after that seq; < 0: from the newest -`after` outputs on. None: the outputs since
-        the mark, as the TypeScript daemon gives them. An empty page waits up to `wait_ms` while the session lives.
+        the mark, as the TypeScript daemon gives them. An empty page waits up to `wait_ms` while the session lives,
+        and as long as its state is `known_state`, if that is given.
         """
         session = self._sessions.get(session_id)
         if session is None:
@@ -171,6 +223,8 @@ class SessionTable:
             page = self._page(session, journal, after, limit, clear)
             left = deadline - loop.time()
             if page.lines or limit == 0 or left <= 0 or session.state in _OVER:
+                break
+            if known_state is not None and session.state != known_state:
                 break
             await journal.wait_change(left)
         if clear and page.next != session.info.mark:
@@ -206,6 +260,22 @@ class SessionTable:
                 await session.stop(State.ENDED)
         return True
 
+    def ended_before(self, moment: float) -> list[str]:
+        """Give the ids of the sessions that were stopped before a time, in seconds since 1970."""
+        ended = [session.info for session in self._sessions.values() if session.info.state == State.ENDED]
+        return [info.session_id for info in ended if info.ended_at is not None and info.ended_at < moment * 1000]
+
+    async def remove(self, session_id: str) -> bool:
+        """Delete a session that has ended, with all it has said; tell whether it was there. Raises OSError."""
+        session = self._sessions.get(session_id)
+        if session is None or session.info.state != State.ENDED:
+            return False
+        async with session.lifecycle:
+            del self._sessions[session_id]
+            await session.remove()
+        self._changed()
+        return True
+
     def listing(self, *, everything: bool = False) -> list[dict[str, Any]]:
         """Give what `list-sessions` gives, oldest first; with `everything`, also sessions without a process."""
         sessions = [s for s in self._sessions.values() if everything or s.is_live]
@@ -232,6 +302,9 @@ class SessionTable:
     async def close(self) -> None:
         """End every process, leaving its session dormant, and close every journal."""
         self._closing = True
+        for task in list(self._reviving.values()):
+            task.cancel()
+        await asyncio.gather(*self._reviving.values(), return_exceptions=True)
         await asyncio.gather(*(self._put_to_sleep(session) for session in list(self._sessions.values())))
         for session in self._sessions.values():
             session.close_journal()
@@ -250,15 +323,22 @@ class SessionTable:
     async def _start(self, session: Session, launch: Launch, event: Event, spawn: Spawn | None = None) -> int | None:
         if self._closing:
             raise TryAgain("the daemon is stopping")
-        live = sum(other.is_live for other in self._sessions.values() if other is not session)
-        if live >= self._settings.max_sessions:
+        live = sum(other in self._starting or other.pid is not None for other in self._sessions.values())
+        if live >= self._max_sessions:
             raise TryAgain(f"{live} sessions run already, which is the most that this daemon allows")
         text, message_id = (None, None) if spawn is None else (spawn.text, spawn.message_id)
+        self._starting.add(session)
+        lock: int | None = None
         try:
-            seq = await session.start(launch, text, message_id)
+            lock = await self._lock(session)
+            seq = await session.start(launch, text, message_id, lock=lock)
         except (P2PClaudeError, OSError) as error:
             self._log(Event.SPAWN_FAILED, session=session.info.session_id, error=first_line(str(error)))
             raise
+        finally:
+            self._starting.discard(session)
+            if lock is not None:
+                os.close(lock)
         await session.save()
         self._log(
             event,
@@ -274,19 +354,23 @@ class SessionTable:
         info = session.info
         if info.state == State.ENDED:
             raise Refused("Session has ended")
-        if info.permission_mode == "bypassPermissions":
-            # Whoever wants a session without any questions again has to say so again.
-            info.permission_mode = "default"
-        known = has_conversation(info.claude_id, os.environ)
-        launch = Launch(
-            executable=self._settings.find_claude(),
-            directory=self._check_directory(info.directory),
-            permission_mode=info.permission_mode,
-            claude_id=info.claude_id,
-            model=info.model,
-            resume=info.begun if known is None else known,
-        )
-        await self._start(session, launch, Event.RESUMED)
+        if session.is_damaged:
+            raise DataError(f"the session cannot go on: {info.error}")
+        os.close(await self._lock(session))  # what an earlier claude says in its transcript counts when it is gone
+        await self._start(session, self._launcher.resume(info), Event.RESUMED)
+
+    async def _lock(self, session: Session) -> int:
+        """Take the session's lock, so that never two claudes serve it. Raises TryAgain if one stays."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + LOCK_SECONDS
+        while True:
+            with file_errors(session.path):
+                lock = try_lock(session.path)
+            if lock is not None:
+                return lock
+            if loop.time() > deadline:
+                raise TryAgain("an earlier claude still works in this session, which is busy until it is done")
+            await asyncio.sleep(0.05)
 
     async def _spawned_before(self, spawn: Spawn) -> tuple[Session, int] | None:
         session = self._sessions.get(spawn.session_id or "")
@@ -295,22 +379,15 @@ class SessionTable:
         async with session.lifecycle:  # the first attempt may be under way
             if session.info.session_id not in self._sessions:
                 return None
-            await self._journal(session)
+            journal = await self._journal(session)
             seq = session.seq_of(spawn.message_id)
-        return None if seq is None else (session, seq)
-
-    def _launch(self, spawn: Spawn, session_id: str) -> Launch:
-        mode = spawn.permission_mode or self._settings.permission_mode
-        if mode not in PERMISSION_MODES:
-            raise DataError(f"permissionMode is none of {', '.join(PERMISSION_MODES)}")
-        directory = self._check_directory(spawn.directory)
-        return Launch(
-            executable=self._settings.find_claude(),
-            directory=directory,
-            permission_mode=mode,
-            claude_id=_claude_id(session_id),
-            model=spawn.model or self._settings.model,
-        )
+            if seq is not None:
+                await journal.synced(seq)
+                return session, seq
+            if journal.last_seq == 0 and not session.is_live:  # a crash cut the first attempt short
+                await session.remove()
+                del self._sessions[session.info.session_id]
+        return None
 
     def _check_id(self, session_id: str | None) -> str:
         if session_id is None:
@@ -321,22 +398,6 @@ class SessionTable:
             raise Refused("sessionId is taken")
         return session_id
 
-    def _check_directory(self, directory: str | None) -> Path:
-        """Give the real path of a directory in which a session may run. Raises DataError or Refused."""
-        path = self._settings.default_dir / (directory or "")
-        real = Path(os.path.realpath(path))
-        root = self._settings.root_dir
-        # Before anything else is said: who may not go there shall not learn what is there.
-        if root is not None and not real.is_relative_to(root):
-            raise Refused("Directory is outside the root directory")
-        if not os.access(real, os.F_OK):
-            raise DataError(f"Directory does not exist: {path}")
-        if not real.is_dir():
-            raise DataError(f"Not a directory: {path}")
-        if not os.access(real, os.R_OK | os.X_OK):
-            raise Refused(f"Permission denied: {path}")
-        return real
-
     def _create(self, info: Info) -> Session:
         path = self._path / info.session_id
         try:
@@ -346,7 +407,7 @@ class SessionTable:
             if isinstance(error.__cause__, FileExistsError):
                 raise Refused("sessionId is taken") from error
             raise
-        session = self._sessions[info.session_id] = Session(path, info, self._log, self._changed)
+        session = self._sessions[info.session_id] = self._make(path, info)
         return session
 
     def _get(self, session_id: str) -> Session:
@@ -369,11 +430,3 @@ class SessionTable:
     def _changed(self) -> None:
         self._changed_at = time.time_ns() // 1_000_000
         self._notify()
-
-
-def _claude_id(session_id: str) -> str:
-    """Give the UUID for Claude: the session's own id if it is one, else a new one, which session.json keeps."""
-    try:
-        return str(uuid.UUID(session_id))
-    except ValueError:
-        return str(uuid.uuid4())

@@ -47,7 +47,14 @@ OUTPUT = "session-output"
 MESSAGE = "message"
 """Envelope: a message was accepted; `data` is what Claude gets, `messageId` the sender's own."""
 TURN = "turn"
-"""Envelope: the message with the seq `message` is handed to Claude; the next `result` object answers it."""
+"""Envelope: the message with the seq `message` is handed to Claude; the next `result` object answers it.
+
+With `steers` it was handed during the turn of that message, whose own result comes first.
+"""
+TURN_CUT = "turn-cut"
+"""Envelope: the turn of `message` ended without a result, for the `reason`; with `again` true it is handed again."""
+NOTE = "note"
+"""Envelope: the daemon says in `text` what happened to the journal: `event` is "cut" or "damaged", with `bytes`."""
 
 _VERSION = 0
 _NONCE_BYTES = 12

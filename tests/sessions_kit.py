@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from p2pclaude import session
+from p2pclaude.launcher import Settings
 from p2pclaude.log import Log
 from p2pclaude.session import State
-from p2pclaude.sessions import SessionTable, Settings
+from p2pclaude.sessions import SessionTable
 from p2pclaude.wire import OUTPUT
 
 FAKE = Path(__file__).with_name("fake_claude.py")

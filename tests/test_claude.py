@@ -27,8 +27,9 @@ from p2pclaude.claude import (
     user_message,
 )
 from p2pclaude.errors import Unavailable
+from p2pclaude.launcher import Spawn
 from p2pclaude.session import State
-from p2pclaude.sessions import SessionTable, Spawn
+from p2pclaude.sessions import SessionTable
 from p2pclaude.wire import dump_json, load_json
 
 # Finding it
@@ -326,13 +327,13 @@ def test_real_stop_in_a_turn_then_an_error_and_resume(real: Place, api: StubApi)
 @needs_claude
 def test_real_resume_of_a_session_whose_first_turn_was_cut_short(real: Place) -> None:
     async def work(table: SessionTable) -> None:
-        session, _ = await table.spawn(Spawn(session_id="s", text="SLOW:100"))
+        session, _ = await table.spawn(Spawn(session_id="s", text="SLOW:4"))
         await read_until(table, "s", lambda e: bool(e["type"] == "session-output"))
         session.kill()
         await read_until_over(table, "s")
         assert session.state is State.FAILED
         seq = await table.send("s", "still there?")
-        envelopes = await read_until(table, "s", lambda e: bool(e.get("data", {}).get("result")), after=seq)
+        envelopes = await read_until(table, "s", lambda e: e.get("data", {}).get("result") == "echo: still there?", after=seq)
         assert results(envelopes)[-1] == "echo: still there?"
 
     with_real(real, work)
@@ -356,7 +357,8 @@ def test_real_claude_that_refuses_to_start_tells_why(real: Place) -> None:
         try:
             await table.spawn(Spawn(session_id=session_id, text="y"))
             output = await table.read(session_id, after=2, limit=None, clear=False, wait_ms=20_000)
-            assert (output.page.lines, output.state) == ([], State.FAILED)
+            (cut,) = map(load_json, output.page.lines)
+            assert (cut["type"], cut["again"], output.state) == ("turn-cut", True, State.FAILED)
             reason = output.error or ""
         except Unavailable as error:
             reason = str(error)

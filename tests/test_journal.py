@@ -1,17 +1,17 @@
-"""The journal: gapless numbers, pages in bounds, torn tails, full disks, readers that wait for nobody."""
+"""The journal on the loop: shown when synced, many appends a sync, syncs that fail, readers that wait for nobody."""
 
 import asyncio
 import errno
 import json
 import os
-import random
-import resource
+import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from p2pclaude.journal import DiskFull, Journal, Page
+from p2pclaude import journal as journal_module
+from p2pclaude.journal import MAX_UNSYNCED_BYTES, Journal
 
 
 @pytest.fixture
@@ -20,182 +20,171 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "journal.jsonl"
 
 
-def decoded(page: Page) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in page.lines]
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(30):
+            await main()
+
+    asyncio.run(bounded())
 
 
-def fill(journal: Journal, count: int, size: int = 10) -> None:
-    for _ in range(count):
-        journal.append_output(json.dumps({"type": "x", "pad": "p" * size}).encode())
+def contents(path: Path) -> bytes:
+    return path.read_bytes()
 
 
-def test_envelopes_are_numbered_and_stamped(path: Path) -> None:
-    journal = Journal.open(path)
-    assert journal.last_seq == 0
-    assert journal.append_output(b'{"n": 1.0}') == 1
-    assert journal.append("message", {"messageId": "m", "data": {"ü": 1}}) == 2
-    first, second = decoded(journal.read(0))
-    journal.close()
-    assert (first["type"], first["seq"], first["data"]) == ("session-output", 1, {"n": 1.0})
-    assert second == {"type": "message", "seq": 2, "timestamp": second["timestamp"], "messageId": "m", "data": {"ü": 1}}
-    assert abs(second["timestamp"] / 1000 - path.stat().st_mtime) < 60
-    assert b'"data":{"n": 1.0}}\n' in path.read_bytes()  # unchanged, not written anew
-    assert path.stat().st_mode & 0o777 == 0o600
+class Disk:
+    """Stands in for fdatasync: counts, is slow, fails on demand, and then drops what it should have written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.syncs = 0
+        self.seconds = 0.0
+        self.errors: list[int] = []
+        self.durable = b""  # what a power cut leaves
+        self._sync = os.fdatasync
+        monkeypatch.setattr(os, "fdatasync", self)
+
+    def __call__(self, descriptor: int) -> None:
+        """Sync, or fail as a disk does that has lost what was in its cache."""
+        time.sleep(self.seconds)
+        self.syncs += 1
+        if self.errors:
+            os.ftruncate(descriptor, len(self.durable))
+            raise OSError(self.errors.pop(0), "the disk")
+        self._sync(descriptor)
+        self.durable = os.pread(descriptor, 1 << 26, 0)
 
 
-def test_reading_goes_on_where_the_page_ended(path: Path) -> None:
-    journal = Journal.open(path)
-    fill(journal, 10)
-    assert [e["seq"] for e in decoded(journal.read(3, limit=4))] == [4, 5, 6, 7]
-    assert journal.read(3, limit=4).next == 7
-    assert journal.read(10) == Page([], 10)
-    assert journal.read(99) == Page([], 10)
-    assert journal.read(-5, limit=1).next == 1
-    assert journal.read(0, limit=0) == Page([], 0)
-    journal.close()
+def test_an_envelope_is_shown_when_it_is_synced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+
+    async def main() -> None:
+        journal = await Journal.open(path)
+        disk.seconds = 0.05
+        assert journal.append_output(b"{}") == 1
+        await asyncio.sleep(0.01)
+        assert (journal.last_seq, journal.read(0).lines) == (0, [])
+        assert b'"seq":1' in contents(path)  # the end of the daemon would not lose it
+        waiting = asyncio.create_task(journal.wait_change(20))
+        await journal.synced(1)
+        assert await waiting
+        assert journal.last_seq == 1
+        assert disk.durable == contents(path)
+        journal.close()
+
+    run(main)
 
 
-def test_a_page_is_bounded_in_bytes_but_never_empty(path: Path) -> None:
-    journal = Journal.open(path)
-    fill(journal, 3, size=1000)
-    fill(journal, 1, size=100_000)
-    fill(journal, 2, size=1000)
-    sizes, after = [], 0
-    while (page := journal.read(after, max_bytes=2500)).lines:
-        sizes.append(len(page.lines))
-        after = page.next
-    assert sizes == [2, 1, 1, 2]
-    journal.close()
+def test_many_appends_share_a_sync_and_nothing_is_held_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+
+    async def main() -> None:
+        journal = await Journal.open(path)
+        disk.seconds, before = 0.02, disk.syncs
+
+        async def append(number: int) -> None:
+            await asyncio.sleep(number / 10_000)
+            await journal.synced(journal.append("message", {"n": number}))
+
+        loop, longest = asyncio.get_running_loop(), 0.0
+        appends = asyncio.gather(*(append(number) for number in range(500)))
+        while not appends.done():
+            began = loop.time()
+            await asyncio.sleep(0)
+            longest = max(longest, loop.time() - began)
+        await appends
+        assert disk.syncs - before < 50
+        assert longest < disk.seconds  # the loop went on during every sync
+        assert [json.loads(line)["seq"] for line in journal.read(0).lines] == list(range(1, 501))
+        journal.close()
+
+    run(main)
 
 
-def test_only_outputs(path: Path) -> None:
-    journal = Journal.open(path)
-    for _ in range(3):
-        journal.append("message", {"pad": "p" * 5000})
-        fill(journal, 1)
-    page = journal.read(0, outputs_only=True, max_bytes=1000)
-    assert [e["seq"] for e in decoded(page)] == [2, 4, 6]
-    assert page.next == 6
-    assert [e["seq"] for e in decoded(journal.read(0, outputs_only=True, limit=2))] == [2, 4]
-    journal.close()
+def test_a_sync_that_failed_is_no_success_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "RETRY_SECONDS", 0.01)
+    disk = Disk(monkeypatch)
+    troubles: list[str | None] = []
+
+    async def main() -> None:
+        journal = await Journal.open(path, on_trouble=troubles.append)
+        await journal.synced(journal.append("message", {"n": 1}))
+        disk.errors = [errno.ENOSPC, errno.ENOSPC]
+        first = asyncio.create_task(journal.synced(journal.append("message", {"n": 2})))
+        await asyncio.sleep(0.005)
+        assert journal.append("message", {"n": 3}) == 3
+        await first
+        await journal.synced()
+        assert [troubles[0], troubles[-1]] == ["no space left on the disk for the session's output", None]
+        # What the failed syncs lost was written again: not in the cache alone.
+        assert [json.loads(line)["n"] for line in disk.durable.splitlines()] == [1, 2, 3]
+        assert [json.loads(line)["n"] for line in journal.read(0).lines] == [1, 2, 3]
+        journal.close()
+
+    run(main)
 
 
-def test_the_newest_few(path: Path) -> None:
-    journal = Journal.open(path)
-    for _ in range(3):
-        journal.append("message", {})
-        fill(journal, 2)
-    assert journal.start_of_last(2) == 7
-    assert journal.start_of_last(3) == 5
-    assert journal.start_of_last(100) == 0
-    assert journal.start_of_last(100, after=4) == 4
-    assert journal.start_of_last(0) == 9
-    assert journal.start_of_last(100, max_bytes=1) == 8
-    journal.close()
+def test_a_broken_disk_shows_and_acknowledges_nothing_more(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+
+    async def main() -> None:
+        journal = await Journal.open(path)
+        await journal.synced(journal.append("message", {"n": 1}))
+        disk.errors = [errno.EIO]
+        lost = journal.append("message", {"n": 2})
+        with pytest.raises(OSError, match="the disk"):
+            await journal.synced(lost)
+        with pytest.raises(OSError, match="the disk"):
+            journal.append("message", {"n": 3})
+        assert journal.last_seq == 1
+        journal.close()
+        again = await Journal.open(path)
+        assert again.append("message", {"n": 4}) == lost  # which nobody had seen
+        await again.synced()
+        again.close()
+
+    run(main)
 
 
-def test_what_stood_there_is_read_again(path: Path) -> None:
-    journal = Journal.open(path)
-    fill(journal, 5)
-    journal.append("message", {"messageId": "m"})
-    before = journal.read(0)
-    journal.close()
-    others: list[tuple[int, Any]] = []
-    again = Journal.open(path, on_other=lambda seq, line: others.append((seq, json.loads(line)["messageId"])))
-    assert again.read(0) == before
-    assert others == [(6, "m")]
-    assert again.append_output(b"{}") == 7
-    again.close()
+def test_what_is_unsynced_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+
+    async def main() -> None:
+        journal = await Journal.open(path)
+        disk.seconds = 0.02
+        most, line = 0, json.dumps("x" * 100_000).encode()
+        for _ in range(200):
+            await journal.room()
+            journal.append_output(line)
+            most = max(most, journal._file.unsynced_bytes)
+        assert MAX_UNSYNCED_BYTES / 2 < most <= MAX_UNSYNCED_BYTES + 2 * len(line)
+        await journal.synced()
+        assert (journal.last_seq, journal._file.unsynced_bytes) == (200, 0)
+        journal.close()
+
+    run(main)
 
 
-@pytest.mark.parametrize("cut", [1, 5, 40])
-def test_a_torn_last_line_is_cut(path: Path, cut: int) -> None:
-    journal = Journal.open(path)
-    fill(journal, 3)
-    journal.close()
-    data = path.read_bytes()
-    path.write_bytes(data[:-cut])
-    torn = Journal.open(path)
-    assert torn.last_seq == 2
-    assert torn.append_output(b'{"after":"the cut"}') == 3
-    assert [e["seq"] for e in decoded(torn.read(0))] == [1, 2, 3]
-    torn.close()
+def test_closing_waits_for_the_sync_that_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
 
-
-def test_a_whole_torn_journal(path: Path) -> None:
-    path.write_bytes(b'{"type":"session-outp')
-    journal = Journal.open(path)
-    assert (journal.last_seq, path.stat().st_size) == (0, 0)
-    journal.close()
-
-
-def test_a_full_disk_leaves_nothing_half_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal.open(path)
-    fill(journal, 2)
-    before = path.read_bytes()
-    write, room = os.pwrite, 20
-
-    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
-        nonlocal room
-        if not room:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        done = write(descriptor, bytes(data)[:room], offset)
-        room -= done
-        return done
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    for room_left in (20, 0):
-        room = room_left
-        with pytest.raises(DiskFull, match="no space left"):
-            journal.append_output(b'{"does":"not fit in there"}')
-        assert path.read_bytes() == before
-        assert journal.last_seq == 2
-    room = 10_000
-    assert journal.append_output(b'{"fits":"again"}') == 3
-    assert [e["seq"] for e in decoded(journal.read(0))] == [1, 2, 3]
-    journal.close()
-
-
-def test_a_real_limit_of_the_file_system(path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    journal = Journal.open(path)
-    fill(journal, 1)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 30, hard))
-    try:
-        with pytest.raises(DiskFull):
-            fill(journal, 1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    fill(journal, 1)
-    assert [e["seq"] for e in decoded(journal.read(0))] == [1, 2]
-    journal.close()
-
-
-def test_another_error_of_the_disk_passes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal.open(path)
-
-    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(OSError, match="Input/output") as caught:
+    async def main() -> None:
+        journal = await Journal.open(path)
+        disk.seconds = 0.02
         journal.append_output(b"{}")
-    assert not isinstance(caught.value, DiskFull)
-    journal.close()
+        await asyncio.sleep(0.005)
+        journal.close()
+        await asyncio.sleep(0.05)
+        assert journal._file._file == -1
+        again = await Journal.open(path)
+        assert again.last_seq == 1
+        again.close()
 
-
-def test_a_journal_cut_by_somebody_else_is_an_error(path: Path) -> None:
-    journal = Journal.open(path)
-    fill(journal, 2)
-    os.truncate(path, 10)
-    with pytest.raises(OSError, match="cut short"):
-        journal.read(0)
-    journal.close()
+    run(main)
 
 
 def test_readers_wait_until_there_is_something(path: Path) -> None:
     async def main() -> None:
-        journal = Journal.open(path)
+        journal = await Journal.open(path)
         assert not await journal.wait_change(0.001)
         waiting = [asyncio.create_task(journal.wait_change(20)) for _ in range(3)]
         await asyncio.sleep(0)
@@ -205,34 +194,11 @@ def test_readers_wait_until_there_is_something(path: Path) -> None:
         journal.append_output(b"{}")
         assert await waiting[1]
         assert await waiting[2]
+        await asyncio.sleep(0)
         assert not journal.is_awaited
         last = asyncio.create_task(journal.wait_change(20))
         await asyncio.sleep(0)
         journal.close()
         assert await last
 
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_any_mixture_reads_back_in_any_pages(path: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    journal, written = Journal.open(path), []
-    for _ in range(200):
-        if rng.random() < 0.7:
-            data = {"n": rng.random(), "pad": "ü" * rng.randrange(300)}
-            written.append(("session-output", data))
-            journal.append_output(json.dumps(data).encode())
-        else:
-            data = {"data": rng.randrange(100)}
-            written.append(("message", data))
-            journal.append("message", data)
-        if rng.random() < 0.05:
-            journal.close()
-            journal = Journal.open(path)
-    found: list[dict[str, Any]] = []
-    while (page := journal.read(len(found), limit=rng.randrange(1, 9), max_bytes=rng.randrange(2000))).lines:
-        found += decoded(page)
-    assert [e["seq"] for e in found] == list(range(1, 201))
-    assert [(e["type"], e["data"] if e["type"] == "session-output" else {"data": e["data"]}) for e in found] == written
-    journal.close()
+    run(main)

@@ -25,10 +25,12 @@ MAX_FUNCTION_LINES = 60  # unless a comment `# long: ...` at its head gives the 
 LAYERS = (
     {"p2pclaude", "p2pclaude.errors"},
     {"p2pclaude.log", "p2pclaude.wire", "p2pclaude.pairing"},
-    {"p2pclaude.datadir", "p2pclaude.journal", "p2pclaude.claude"},
+    {"p2pclaude.datadir", "p2pclaude.seqindex", "p2pclaude.inbox", "p2pclaude.claude"},
+    {"p2pclaude.journalfile", "p2pclaude.sessionfile"},
+    {"p2pclaude.journal", "p2pclaude.launcher"},
     {"p2pclaude.session"},
     {"p2pclaude.sessions"},
-    {"p2pclaude.methods"},
+    {"p2pclaude.methods", "p2pclaude.retention"},
     {"p2pclaude.service", "p2pclaude.presence"},
     {"p2pclaude.client", "p2pclaude.daemon", "p2pclaude.dhtnode"},
     {"p2pclaude.record"},  # the tools ask the DHT

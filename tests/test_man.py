@@ -147,18 +147,18 @@ def test_log_events(tool: str, name: str) -> None:
 def test_session_states() -> None:
     """p2pclaude-ls(1) explains exactly the states that there are."""
     text = section(page("p2pclaude-ls.1"), "DESCRIPTION")
-    assert set(re.findall(r"^\.It Cm (\w+)", text, re.M)) == set(enum_members("p2pclaude/session.py", "State"))
+    assert set(re.findall(r"^\.It Cm (\w+)", text, re.M)) == set(enum_members("p2pclaude/sessionfile.py", "State"))
 
 
 LIMITS = {  # in p2pclaude-daemon(1): module, constant, unit, and how the page says it
     ("wire", "MAX_REQUEST_LINE", 1 << 20, "{} MiB, on one line"),
     ("claude", "MAX_LINE", 1 << 20, "{} MiB; a longer one ends Claude"),
     ("session", "MAX_QUEUED", 1, "{} a session"),
-    ("sessions", "DEFAULT_MAX_SESSIONS", 1, "{}, or what -max-sessions says"),
+    ("launcher", "DEFAULT_MAX_SESSIONS", 1, "{}, or what -max-sessions says"),
     ("sessions", "MAX_TEXT_FIELD", 1, "{} characters"),
     ("sessions", "MAX_WAIT_MS", 1000, "{} seconds"),
     ("sessions", "MAX_UNMARKED", 1, "{} objects for a client that asks without after"),
-    ("journal", "PAGE_BYTES", 1 << 20, "{} MiB, but one object at least"),
+    ("journalfile", "PAGE_BYTES", 1 << 20, "{} MiB, but one object at least"),
     ("service", "MAX_CONNECTIONS", 1, "{}; a new one beyond that is broken off"),
     ("service", "MAX_UNPROVEN", 1, "{}, for"),
     ("service", "PROVE_SECONDS", 1, "for {} seconds each"),
@@ -205,7 +205,7 @@ def test_methods() -> None:
     assert methods == {
         "spawn-session", "send-message", "get-output", "stop-session", "list-sessions", "get-session-state", "ping",
     }  # fmt: skip
-    for kind in (wire.OUTPUT, wire.MESSAGE, wire.TURN):
+    for kind in (wire.OUTPUT, wire.MESSAGE, wire.TURN, wire.TURN_CUT, wire.NOTE):
         assert re.search(rf"^\.It Ql {kind}\b", text, re.M), kind
 
 

@@ -12,9 +12,9 @@ from sessions_kit import Place, outputs, prepare, read_all, read_results, read_u
 from p2pclaude import claude as claude_module
 from p2pclaude import session as session_module
 from p2pclaude.errors import Refused
-from p2pclaude.journal import DiskFull, Journal
+from p2pclaude.journalfile import DiskFull, JournalFile
+from p2pclaude.launcher import Spawn
 from p2pclaude.session import State
-from p2pclaude.sessions import Spawn
 from p2pclaude.wire import dump_json
 
 
@@ -79,7 +79,11 @@ def test_a_child_that_dies_in_a_turn_fails_the_session_and_comes_back(place: Pla
             output = await table.read("s", after=0, limit=None, clear=False, wait_ms=20_000)
             assert (output.state, output.error) == (State.FAILED, "last words")
             half = {"type": "unparsed", "text": '{"type":"assistant","half'}
-            assert json.loads(output.page.lines[-1])["data"] == half
+            assert json.loads(output.page.lines[-2])["data"] == half
+            cut = json.loads(output.page.lines[-1])
+            assert (cut["type"], cut["message"], cut["again"]) == ("turn-cut", 1, False)
+            assert (place.sessions / "s" / "stderr.txt").read_text() == "last words\n"
+            assert (place.sessions / "s" / "stderr.txt").stat().st_mode & 0o777 == 0o600
             seq = await table.send("s", "are you there")
             envelopes = await read_results(table, "s", after=seq)
             assert outputs(envelopes, "result")[0]["result"] == "echo: are you there"
@@ -128,11 +132,15 @@ def test_a_crash_loses_no_accepted_message(place: Place) -> None:
             journal.write(dump_json({"type": "message", "seq": 5, "messageId": "m2", "data": data}))
             journal.write(b'\n{"type":"session-output","seq":6,"da')
         async with place.table() as table:
-            assert table.listing(everything=True)[0]["lastSeq"] == 5
+            # Nobody has to send anything: an accepted message runs by itself.
+            assert table.listing()[0]["state"] == "starting"
+            note = next(e for e in await read_results(table, "s", after=4) if e["type"] == "note")
+            assert (note["seq"], note["event"], note["bytes"]) == (6, "cut", 36)
             await table.send("s", "third", "m3")
             assert await table.send("s", "second", "m2") == 5
             await read_results(table, "s", 2, after=5)
         assert place.messages() == ["first", "second", "third"]
+        assert place.log.events("journal-cut")[0]["bytes"] == 36
 
     run(main())
 
@@ -169,14 +177,14 @@ def test_resuming_keeps_to_the_root_directory(place: Place) -> None:
 def test_a_full_disk_pauses_the_session_and_loses_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "RETRY_SECONDS", 0.01)
     full = False
-    append = Journal._write
+    append = JournalFile._write
 
-    def write(journal: Journal, line: bytes) -> None:
+    def write(journal: JournalFile, data: bytes, start: int) -> None:
         if full:
             raise DiskFull("no space left on the disk")
-        append(journal, line)
+        append(journal, data, start)
 
-    monkeypatch.setattr(Journal, "_write", write)
+    monkeypatch.setattr(JournalFile, "_write", write)
     gate = place.path / "gate"
 
     async def main() -> None:
@@ -205,10 +213,10 @@ def test_a_full_disk_pauses_the_session_and_loses_nothing(place: Place, monkeypa
 
 
 def test_a_spawn_on_a_full_disk_leaves_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(journal: Journal, line: bytes) -> None:
+    def write(journal: JournalFile, data: bytes, start: int) -> None:
         raise DiskFull("no space left on the disk")
 
-    monkeypatch.setattr(Journal, "_write", write)
+    monkeypatch.setattr(JournalFile, "_write", write)
 
     async def main() -> None:
         async with place.table() as table:

@@ -12,8 +12,9 @@ from sessions_kit import Place, outputs, prepare, read_all, read_results, run, w
 from p2pclaude import session as session_module
 from p2pclaude import sessions as sessions_module
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, Unavailable
+from p2pclaude.launcher import Spawn
 from p2pclaude.session import Session, State
-from p2pclaude.sessions import SessionTable, Spawn
+from p2pclaude.sessions import SessionTable
 
 
 @pytest.fixture

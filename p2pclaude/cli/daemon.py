@@ -48,6 +48,8 @@ Options:
   --model MODEL                the model, unless the client asks for one
   --refresh-interval SECONDS   how often to announce the daemon [default: 60]
   --max-sessions N             how many sessions may run at once [default: 64]
+  --retain DAYS                delete sessions that ended longer ago; else all
+                               are kept
   -v, --verbose                log more, as DEBUG=1 does
   -h, --help                   show this text
   --version                    show the version
@@ -89,6 +91,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
     relay = _parse_relay(arguments["--relay"])
     refresh_interval = parse_seconds(arguments, "--refresh-interval")
     max_sessions = parse_count(arguments, "--max-sessions", least=1) or 1
+    retain_days = parse_count(arguments, "--retain", least=1)
 
     from p2pclaude.daemon import DaemonOptions
 
@@ -105,6 +108,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
         model=arguments["--model"],
         refresh_interval=refresh_interval,
         max_sessions=max_sessions,
+        retain_days=retain_days,
         debug=arguments["--verbose"],
     )
     return Options(daemon, arguments["--print-url"])

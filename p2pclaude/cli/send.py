@@ -47,7 +47,9 @@ Options:
                            DIR is relative too
   --model MODEL            the model of the new session
   --permission-mode MODE   default, acceptEdits, bypassPermissions or plan
+  --now                    do not wait for the end of a running turn: end it
   -w, --wait               wait for the answer and print it instead of the id
+  --json                   print the whole result object instead of its text
   --lines                  each line of standard input is a message; print each
                            answer as it comes: a chat
 {COMMON_OPTIONS}
@@ -72,8 +74,10 @@ class Options:
     directory: str | None
     model: str | None
     permission_mode: str | None
+    now: bool
     wait: bool
     lines: bool
+    json: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,6 +97,10 @@ def parse(arguments: Arguments, console: Console) -> Options:
             raise UsageError(f"{option} needs an argument that is not empty")
     if session == "":
         raise UsageError("--session needs a session's id")
+    if arguments["--json"] and not (arguments["--wait"] or arguments["--lines"]):
+        raise UsageError("--json is for an answer, it goes with --wait or --lines")
+    if arguments["--now"] and session is None:
+        raise UsageError("--now is for a session that runs, it goes with --session")
     if arguments["--lines"] and words:
         raise UsageError("--lines reads standard input, it does not go with TEXT")
     text = _checked(os.fsencode(" ".join(words))) if words else None
@@ -104,8 +112,10 @@ def parse(arguments: Arguments, console: Console) -> Options:
         arguments["--directory"],
         arguments["--model"],
         mode,
+        arguments["--now"],
         arguments["--wait"],
         arguments["--lines"],
+        arguments["--json"],
     )
 
 
@@ -159,7 +169,7 @@ async def _send_one(client: Client, options: Options, text: str, console: Consol
         write_line(accepted.session)
         return 0
     console.note(f"session {accepted.session}")
-    return _print_answer(await wait_for_answer(client, accepted), console)
+    return _print_answer(await wait_for_answer(client, accepted), options, console)
 
 
 async def _chat(client: Client, options: Options, console: Console) -> int:
@@ -174,7 +184,7 @@ async def _chat(client: Client, options: Options, console: Console) -> int:
         if session is None:
             session = accepted.session
             console.hint(f"session {session}, -s resumes it")
-        status |= _print_answer(await wait_for_answer(client, accepted), console)
+        status |= _print_answer(await wait_for_answer(client, accepted), options, console)
     return status
 
 
@@ -202,7 +212,9 @@ async def _deliver(client: Client, options: Options, session: str | None, text: 
     persist = options.wait or options.lines
     try:
         if session is not None:
-            return await remote.send(client, session, text=text, message_id=message_id, persist=persist)
+            return await remote.send(
+                client, session, text=text, message_id=message_id, now=options.now, persist=persist
+            )
         return await remote.spawn(
             client,
             text=text,
@@ -217,13 +229,30 @@ async def _deliver(client: Client, options: Options, session: str | None, text: 
         raise
 
 
-def _print_answer(answer: Mapping[str, Any], console: Console) -> int:
-    """Print the text of a `result` object; return 1 if it is an error."""
+def _print_answer(answer: Mapping[str, Any], options: Options, console: Console) -> int:
+    """Print a `result` object, or its text; return 1 if it is an error or the turn was cut short."""
     text = answer.get("result")
-    if isinstance(text, str) and text:
+    if options.json:
+        from p2pclaude.wire import dump_json
+
+        write_line(dump_json(answer))
+    elif isinstance(text, str) and text:
         write_line(printable_text(text) if is_terminal() else text)
-    subtype = answer.get("subtype", "success")
-    if answer.get("is_error") is not True and subtype == "success":
+    denied = _denied_tools(answer)
+    if denied:
+        console.hint(f"denied: {', '.join(denied)}")
+    subtype, reason = answer.get("subtype", "success"), str(answer.get("terminal_reason") or "")
+    if answer.get("is_error") is not True and subtype == "success" and not reason.startswith("aborted"):
         return 0
+    if reason.startswith("aborted") and answer.get("is_error") is not True:
+        return console.report(P2PClaudeError(f"the turn was cut short: {reason}"))
     # An API error comes as a "success" that is an error: that word would only confuse here.
     return console.report(P2PClaudeError("the answer is an error" + (f": {subtype}" if subtype != "success" else "")))
+
+
+def _denied_tools(answer: Mapping[str, Any]) -> list[str]:
+    """Return the names of the tools that Claude was not allowed to use, each once."""
+    denials = answer.get("permission_denials")
+    given = denials if isinstance(denials, list) else []
+    names = [denial.get("tool_name") for denial in given if isinstance(denial, dict)]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))

@@ -21,6 +21,7 @@ from p2pclaude.errors import UsageError
 
 if TYPE_CHECKING:
     from p2pclaude.client import Client
+    from p2pclaude.remote import Page
 
 NAME = "p2pclaude-tail"
 USAGE = f"""\
@@ -40,7 +41,8 @@ Options:
   --after SEQ              begin after this sequence number (see --meta)
   --meta                   print the envelope around each object, with its
                            sequence number "seq" and "timestamp"; messages to
-                           Claude and other events too
+                           Claude and other events too, and with -f a line for
+                           each change of the session's state
   --text                   print only what a person would read
 {COMMON_OPTIONS}
 Exit status: 0 done, 64 usage, 65 malformed URL, 66 no such session, 69 daemon
@@ -95,29 +97,43 @@ async def _tail(client: Client, options: Options) -> int:
         after = await last_seq(client, options.session)
     elif last is not None:
         after = -last
-    read = follow if options.follow else read_journal
-    async with aclosing(read(client, options.session, after=after)) as pages:
+    states = options.follow and options.form == "meta"
+    if options.follow:
+        reading = follow(client, options.session, after=after, states=states)
+    else:
+        reading = read_journal(client, options.session, after=after)
+    known: str | None = None
+    async with aclosing(reading) as pages:
         async for page in pages:
             messages = page.messages
             if last is not None and page.next is None:  # without a journal, all that there is comes first
                 messages = messages[max(0, len(messages) - last) :]
             print_messages(messages, options.form)
+            if states and page.state != known:
+                print_state(page)
+                known = page.state
             last = None
     return 0
 
 
+def print_state(page: Page) -> None:
+    """Print the state that a session is in now, as a line that is not of the journal and so has no "seq"."""
+    from p2pclaude.wire import dump_json
+
+    line = {"type": "state", "state": page.state}
+    write_line(dump_json(line if page.error is None else line | {"error": page.error}))
+
+
 def print_messages(envelopes: Iterable[Mapping[str, Any]], form: str) -> None:
     """Print envelopes in one of the forms data, meta and text, each line flushed."""
-    from p2pclaude.cli.text import render, render_message
-    from p2pclaude.wire import MESSAGE, OUTPUT, dump_json
+    from p2pclaude.cli.text import render_envelope
+    from p2pclaude.wire import OUTPUT, dump_json
 
     for envelope in envelopes:
-        is_output = envelope.get("type") == OUTPUT
         if form == "meta":
             write_line(dump_json(envelope))
         elif form == "text":
-            lines = render(envelope.get("data")) if is_output else []
-            for line in render_message(envelope) if envelope.get("type") == MESSAGE else lines:
+            for line in render_envelope(envelope):
                 write_line(line)
-        elif is_output:
+        elif envelope.get("type") == OUTPUT:
             write_line(dump_json(envelope.get("data")))

@@ -10,11 +10,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from p2pclaude.cli.common import printable, printable_text
+from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, TURN_CUT
 
 TOOL_ARGUMENTS = ("command", "file_path", "path", "pattern", "url", "query", "description", "prompt")
 """The input of a tool that says most about the call, best first."""
 
 MAX_CALL_CHARS = 120
+
+
+def render_envelope(envelope: Mapping[str, Any]) -> list[str]:
+    """Return the lines to print for an envelope of the journal."""
+    kind = envelope.get("type")
+    if kind == OUTPUT:
+        return render(envelope.get("data"))
+    if kind == MESSAGE:
+        return render_message(envelope)
+    return render_note(envelope) if kind in (TURN_CUT, NOTE) else []
 
 
 def render(data: object) -> list[str]:
@@ -29,6 +40,16 @@ def render_message(envelope: Mapping[str, Any]) -> list[str]:
     """Return the lines for a message that somebody sent to Claude, marked like a quotation."""
     text = _content_text(envelope.get("data"))
     return [f"> {printable_text(line)}" for line in text.splitlines()]
+
+
+def render_note(envelope: Mapping[str, Any]) -> list[str]:
+    """Return the lines for what the daemon has to say about a journal or a turn."""
+    if envelope.get("type") == TURN_CUT:
+        again = envelope.get("again") is True
+        text = "the message is handed to Claude again" if again else f"the turn was cut off: {envelope.get('reason')}"
+    else:
+        text = str(envelope.get("text"))
+    return [f"[note] {printable(text)}"]
 
 
 def _content_text(data: object) -> str:

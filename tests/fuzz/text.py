@@ -15,10 +15,12 @@ from p2pclaude.claude import decode_line
 from p2pclaude.datadir import DataDir
 from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, WireError
 from p2pclaude.hyperdht import KeyPair
-from p2pclaude.journal import Journal
+from p2pclaude.inbox import Recovery
+from p2pclaude.journalfile import JournalFile
 from p2pclaude.pairing import PREFIX, format_url, is_host_port, parse_url
 from p2pclaude.record import decode_record
-from p2pclaude.session import Info, _learn
+from p2pclaude.seqindex import seq_of_line
+from p2pclaude.sessionfile import Info
 from p2pclaude.wire import (
     UNKNOWN_ID,
     LineBuffer,
@@ -231,21 +233,27 @@ def _directory() -> Path:
 def _load_journal(data: bytes) -> None:
     path = _directory() / "journal.jsonl"
     path.write_bytes(data)
+    path.with_suffix(".index").unlink(missing_ok=True)
     others: list[tuple[int, bytes]] = []
-    journal = Journal.open(path, on_other=lambda seq, line: others.append((seq, line)))
+    journal = JournalFile.open(path, on_other=lambda seq, line: others.append((seq, line)))
     try:
-        lines = data.split(b"\n")[:-1]
-        assert journal.last_seq == len(lines)
-        page = journal.read(0, max_bytes=len(data) + 1)
-        assert page.lines == lines
-        assert page.next == len(lines)
-        outputs = journal.read(0, max_bytes=len(data) + 1, outputs_only=True).lines
-        assert len(outputs) + len(others) == len(lines)
+        last = journal.last_seq
+        page = journal.read(0, max_bytes=len(data) + 1000 * last)
+        assert page.next == len(page.lines) == last
+        assert [load_json(line)["seq"] for line in page.lines] == list(range(1, last + 1))
+        lines = [line for line in data.split(b"\n")[:-1] if seq_of_line(line) is not None]
+        assert last >= len({seq_of_line(line) for line in lines if line in page.lines})
+        assert set(journal.read(0, max_bytes=len(data) + 1, outputs_only=True).lines) <= set(lines)
+        recovery = Recovery()
         for seq, line in others:
-            _learn(seq, line, {}, set())
+            recovery.learn(seq, line)
+        inbox = recovery.finish(lambda seq: journal.read(seq - 1, limit=1).lines[0], last)
+        assert len(inbox) + len(inbox.handed) <= 2 * len(others)
         journal.start_of_last(2)
-        assert journal.append_output(b"{}") == len(lines) + 1
-        assert load_json(journal.read(len(lines)).lines[0])["seq"] == len(lines) + 1
+        assert journal.append_output(b"{}") == last + 1
+        journal.flush()
+        journal.show(last + 1)
+        assert load_json(journal.read(last).lines[0])["seq"] == last + 1
     finally:
         journal.close()
 

@@ -1,0 +1,166 @@
+"""The messages of one session, so that each runs exactly once: accepted -> handed to Claude -> done.
+
+    journal                      here
+    MESSAGE                      accepted: it waits
+    TURN, synced                 handed: only then it is written to Claude's stdin
+    a `result`, or TURN_CUT      done; TURN_CUT with `again`: it waits once more
+
+`session` stands above and keeps the journal; nothing here reads or writes but `unfinished`, which reads what a crash
+left. Claude gives one result for each message it was handed, in their order, as long as it gets one message when it is
+idle and at most one more, with priority "now", during a turn: that one ends the turn, which gets its result first.
+
+What Claude knows after a crash, as measured with 2.1.197: a message stands in the transcript, under its uuid, 0.1 s
+after Claude took it, and at once on SIGTERM; SIGKILL loses these 0.1 s, in which the Messages API is asked and a tool
+may even have begun. When only the daemon dies (stdin ends, stdout breaks) Claude finishes its turn and its transcript.
+Resuming runs nothing by itself, and a uuid that the transcript holds is ignored, without any result. So a message
+that was handed and has no result is handed again only if neither the transcript knows it nor anything that Claude
+printed in its turn shows that work had begun.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from p2pclaude.wire import MESSAGE, OUTPUT, TURN, TURN_CUT, load_json
+
+NOW = "now"
+"""The priority of a message that is handed during a turn."""
+MAX_ATTEMPTS = 3
+"""How often a message is handed to a claude that dies before it begins; then its turn counts as cut off."""
+
+_SAYS_NOTHING = frozenset({"system", "control_response"})  # printed before work has begun, or beside it
+
+
+@dataclass(slots=True)
+class Message:
+    """One message on its way; `begun` is set once something that Claude printed shows that it works on it.
+
+    `attempts` counts how often it was handed.
+    """
+
+    seq: int
+    data: Mapping[str, Any]
+    begun: bool = False
+    attempts: int = 0
+
+    @property
+    def uuid(self) -> str:
+        """Give the uuid by which Claude knows it."""
+        return str(self.data.get("uuid"))
+
+    @property
+    def is_urgent(self) -> bool:
+        """Tell whether it need not wait for the turn's end."""
+        return self.data.get("priority") == NOW
+
+
+class Inbox:
+    """The messages that are not done, and the ids of all that were ever accepted."""
+
+    def __init__(self) -> None:
+        self.handed: deque[Message] = deque()
+        """What Claude has, in the order in which it answers."""
+        self._waiting: deque[Message] = deque()
+        self._seqs: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def seq_of(self, message_id: str) -> int | None:
+        """Give the seq under which a message was accepted before."""
+        return self._seqs.get(message_id)
+
+    def is_done(self, seq: int) -> bool:
+        """Tell whether an accepted message needs nothing more."""
+        return not any(message.seq == seq for message in (*self._waiting, *self.handed))
+
+    def accept(self, message_id: str, message: Message) -> None:
+        """Take a message that stands in the journal."""
+        self._seqs[message_id] = message.seq
+        self._waiting.append(message)
+
+    def next(self) -> Message | None:
+        """Give the message to hand to Claude now: any if it is idle, an urgent one during a turn that has none yet."""
+        if len(self.handed) > 1 or not self._waiting:
+            return None
+        urgent = next((message for message in self._waiting if message.is_urgent), None)
+        return urgent if self.handed else urgent or self._waiting[0]
+
+    def hand(self, message: Message) -> None:
+        """Move a message to what Claude has."""
+        self._waiting.remove(message)
+        message.attempts += 1
+        self.handed.append(message)
+
+    def observe(self, value: Mapping[str, Any]) -> Message | None:
+        """Take an object that Claude printed; give the message that it answers, if it is a `result`."""
+        if not self.handed:
+            return None
+        kind = value.get("type")
+        if kind == "result":
+            return self.handed.popleft()
+        if kind not in _SAYS_NOTHING:
+            self.handed[0].begun = True
+        return None
+
+    def drop(self, message: Message, *, again: bool) -> None:
+        """End a turn that gets no result; with `again` the message waits once more, before all others."""
+        self.handed.remove(message)
+        if again:
+            message.begun = False
+            self._waiting.appendleft(message)
+
+
+class Recovery:
+    """Makes an inbox from a journal: `learn` takes every envelope that is no output, in order; then `finish`.
+
+    What it is given are JSON objects: `journalfile` gives a note instead of anything else.
+    """
+
+    def __init__(self) -> None:
+        self._seqs: dict[str, int] = {}
+        self._waiting: dict[int, None] = {}
+        self._turns: list[tuple[int, int]] = []  # (seq of the TURN, of its message), the last one's chain
+        self._attempts: dict[int, int] = {}  # of messages that may be handed again
+
+    def learn(self, seq: int, line: bytes) -> None:
+        """Take one envelope."""
+        value = load_json(line)
+        kind, message = value.get("type"), value.get("message")
+        if kind == MESSAGE and isinstance(value.get("data"), dict):
+            self._seqs[str(value.get("messageId"))] = seq
+            self._waiting[seq] = None
+        elif kind == TURN and isinstance(message, int):
+            self._waiting.pop(message, None)
+            self._attempts[message] = self._attempts.get(message, 0) + 1
+            # Claude was idle unless the turn was steered: all earlier ones had their results.
+            self._turns = [*(self._turns if value.get("steers") is not None else []), (seq, message)]
+        elif kind == TURN_CUT and isinstance(message, int):
+            self._turns = [turn for turn in self._turns if turn[1] != message]
+            if value.get("again") is True and message in self._attempts:
+                self._waiting = {message: None} | self._waiting
+
+    def finish(self, read: Callable[[int], bytes], last_seq: int) -> Inbox:
+        """Give the inbox. `read` gives an envelope by its seq; what came after the last TURN is read, one at a time."""
+        inbox = Inbox()
+        inbox._seqs = self._seqs
+        inbox._waiting = deque(filter(None, (self._message(read, seq) for seq in self._waiting)))
+        turns = deque(self._turns)
+        for seq in range(turns[0][0] if turns else last_seq + 1, last_seq + 1):
+            while turns and turns[0][0] <= seq:
+                turn = turns.popleft()
+                if (message := self._message(read, turn[1])) is not None:
+                    inbox.handed.append(message)
+            value = load_json(read(seq)) if inbox.handed else {}
+            if value.get("type") == OUTPUT and isinstance(value.get("data"), dict):
+                inbox.observe(value["data"])
+        return inbox
+
+    def _message(self, read: Callable[[int], bytes], seq: int) -> Message | None:
+        try:
+            value = load_json(read(seq))
+        except IndexError:
+            return None
+        is_message = value.get("type") == MESSAGE and value.get("seq") == seq and isinstance(value.get("data"), dict)
+        return Message(seq, value["data"], attempts=self._attempts.get(seq, 0)) if is_message else None

@@ -1,0 +1,240 @@
+"""A journal's file: envelopes in, pages out; what is written is shown only once it is synced.
+
+    journal.jsonl   one envelope a line, the first fields always in this order:
+                    {"type":TYPE,"seq":N,"timestamp":MS, …, "data":…}      seq from 1 without gaps
+
+`journal` stands above and syncs in groups; `seqindex` knows the places. A last line without its newline is one that a
+crash tore; it was never shown and is cut when the file is opened. A damaged line in the middle keeps its seq and is
+given as a note.
+"""
+
+import errno
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from p2pclaude.datadir import sync_directory
+from p2pclaude.errors import TryAgain, WireError
+from p2pclaude.seqindex import SeqIndex, seq_of_line
+from p2pclaude.wire import NOTE, OUTPUT, dump_json, load_json
+
+PAGE_BYTES = 1024 * 1024
+"""A page of envelopes ends before it is longer than this, but has one at least."""
+
+
+class DiskFull(TryAgain):
+    """There is no room for an envelope; nothing of it was kept, and the same append may be tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Envelopes as lines of JSON without newlines; `next` is the seq to read on after."""
+
+    lines: list[bytes]
+    next: int
+
+
+class JournalFile:
+    """One open journal. Not for use from several threads, but for `flush`; a data directory has one daemon (its lock).
+
+    `last_seq` is the newest envelope that is shown, `written` the newest there is.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.cut = 0
+        """Bytes of a torn last line that were cut off when it was opened."""
+        self.last_seq = 0
+        self._file = descriptor
+        self._index = SeqIndex()
+        self._old = 0  # envelopes that an earlier daemon wrote: they may be damaged
+        self._unsynced: deque[bytes] = deque()
+        self.unsynced_bytes = 0
+        """Length of what is written and not shown."""
+
+    @classmethod
+    def open(cls, path: Path, *, on_other: Callable[[int, bytes], None] | None = None) -> Self:
+        """Open or create a journal and cut a torn last line; `on_other` gets seq and line of each that is no output.
+
+        Reads what its index does not know yet, in bounded memory, so it belongs in a thread. Raises OSError.
+        """
+        journal = cls(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        try:
+            journal._find(path)
+            if on_other is not None:
+                journal._visit_others(on_other)
+        except BaseException:
+            journal.close()
+            raise
+        return journal
+
+    @property
+    def written(self) -> int:
+        """Give the seq of the newest envelope, shown or not."""
+        return self._index.last_seq
+
+    def append_output(self, data: bytes) -> int:
+        """Append what Claude printed: `data` is one line of JSON and stands in the envelope unchanged.
+
+        Gives the seq. Raises DiskFull; any other OSError (the disk is broken) passes.
+        """
+        return self._append(OUTPUT, b',"data":' + data + b"}")
+
+    def append(self, kind: str, fields: Mapping[str, object]) -> int:
+        """Append an envelope of another type with these fields. Gives the seq; raises as `append_output`."""
+        return self._append(kind, b"," + dump_json(fields)[1:])
+
+    def flush(self) -> None:
+        """Make what was written before survive a power cut; may run in a thread. Raises OSError."""
+        os.fdatasync(self._file)
+
+    def show(self, seq: int) -> None:
+        """Let readers see the envelopes up to one that a `flush` begun after its append has covered."""
+        for _ in range(self.last_seq, seq):
+            self.unsynced_bytes -= len(self._unsynced.popleft())
+        self.last_seq = seq
+        self._index.save(seq)
+
+    def rewrite(self) -> None:
+        """Write again what is not shown, after a `flush` that failed: the system may have dropped it.
+
+        Raises as `append_output`, with nothing changed.
+        """
+        start = self._index.end(self.last_seq)
+        os.ftruncate(self._file, start)
+        self._write(b"".join(self._unsynced), start)
+
+    def drop_unsynced(self) -> None:
+        """Give up what is not shown, so that no seq is ever given twice: the disk is broken."""
+        self._index.cut(self.last_seq)
+        self._unsynced.clear()
+        self.unsynced_bytes = 0
+        try:
+            os.ftruncate(self._file, self._index.end(self.last_seq))
+        except OSError:
+            pass
+
+    def read(
+        self, after: int, *, limit: int | None = None, max_bytes: int = PAGE_BYTES, outputs_only: bool = False
+    ) -> Page:
+        """Give the envelopes after a seq: at most `limit`, and `max_bytes` unless the first alone is longer."""
+        seq = after = min(max(after, 0), self.last_seq)
+        lines: list[bytes] = []
+        size = 0
+        while seq < self.last_seq and (limit is None or len(lines) < limit):
+            if not outputs_only or self._index.is_output(seq + 1):
+                size += self._length(seq + 1)
+                if lines and size > max_bytes:
+                    break
+                line, is_whole = self._line(seq + 1)
+                if is_whole or not outputs_only:
+                    lines.append(line)
+            seq += 1
+        return Page(lines, seq)
+
+    def start_of_last(self, count: int, *, after: int = 0, max_bytes: int | None = None) -> int:
+        """Give the seq after which the newest `count` outputs stand (never before `after`).
+
+        With `max_bytes`, fewer: as many as one page may hold, but one at least.
+        """
+        seq, size, found = self.last_seq, 0, 0
+        while seq > after and found < count:
+            if self._index.is_output(seq):
+                length = self._length(seq)
+                if max_bytes is not None and found and size + length > max_bytes:
+                    break
+                found, size = found + 1, size + length
+            seq -= 1
+        return seq
+
+    def close(self) -> None:
+        """Close the file; the journal is of no use afterwards."""
+        if self._file >= 0:
+            self._index.save(self.last_seq, all_of_it=True)
+            self._index.close()
+            os.close(self._file)
+            self._file = -1
+
+    def _find(self, path: Path) -> None:
+        size = os.fstat(self._file).st_size
+        self._index.open_file(path.with_suffix(".index"), self._file)
+        self._index.scan(self._file)
+        end = self._index.end(self.written)
+        if size > end:
+            self.cut = size - end
+            os.ftruncate(self._file, end)
+        # Whole lines that a crash left unsynced were seen by nobody, and are as good as any once they are synced.
+        self.flush()
+        if size == 0:
+            sync_directory(path.parent)
+        self.last_seq = self._old = self.written
+        self._index.save(self.last_seq)
+
+    def _visit_others(self, on_other: Callable[[int, bytes], None]) -> None:
+        for seq in range(1, self.last_seq + 1):
+            if not self._index.is_output(seq):
+                line, is_whole = self._line(seq)
+                if is_whole:
+                    on_other(seq, line)
+
+    def _append(self, kind: str, rest: bytes) -> int:
+        seq = self.written + 1
+        head = b'{"type":"%b","seq":%d,"timestamp":%d' % (kind.encode(), seq, time.time_ns() // 1_000_000)
+        line = head + rest + b"\n"
+        start = self._index.end(seq - 1)
+        self._write(line, start)
+        self._index.add(start + len(line), is_output=kind == OUTPUT)
+        self._unsynced.append(line)
+        self.unsynced_bytes += len(line)
+        return seq
+
+    def _write(self, data: bytes, start: int) -> None:
+        # Written at the known end, not at the file's: what a failed attempt left there is overwritten or cut.
+        done = 0
+        view = memoryview(data)
+        try:
+            while done < len(data):
+                done += os.pwrite(self._file, view[done:], start + done)
+        except OSError as error:
+            if done:
+                os.ftruncate(self._file, start)
+            if is_full(error):
+                raise DiskFull("no space left on the disk for the session's output") from error
+            raise
+
+    def _length(self, seq: int) -> int:
+        return self._index.end(seq) - self._index.end(seq - 1)
+
+    def _line(self, seq: int) -> tuple[bytes, bool]:
+        """Give an envelope, and whether it is whole: a damaged one of an earlier daemon becomes a note."""
+        line = self._pread(self._index.end(seq - 1), self._index.end(seq) - 1)
+        if seq > self._old or _is_envelope(line, seq):
+            return line, True
+        note = {"type": NOTE, "seq": seq, "timestamp": 0, "event": "damaged", "bytes": len(line)}
+        return dump_json(note | {"text": "this line of the journal is damaged"}), False
+
+    def _pread(self, start: int, end: int) -> bytes:
+        parts = []
+        while start < end:
+            part = os.pread(self._file, end - start, start)
+            if not part:
+                raise OSError(errno.EIO, "the journal was cut short by another program")
+            parts.append(part)
+            start += len(part)
+        return b"".join(parts)
+
+
+def is_full(error: OSError) -> bool:
+    """Tell whether an error means that there is no room, so that a later attempt may do."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _is_envelope(line: bytes, seq: int) -> bool:
+    try:
+        value = load_json(line) if seq_of_line(line) == seq else None
+    except WireError:
+        return False
+    return isinstance(value, dict) and value["seq"] == seq and isinstance(value["type"], str)

@@ -1,0 +1,104 @@
+"""What to start for a session, and where it may run: from what is asked for, and what the daemon allows.
+
+`sessions` stands above; `claude` runs what is decided here. Errors are P2PClaudeErrors whose texts are meant for the
+other side.
+"""
+
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from p2pclaude.claude import PERMISSION_MODES, Launch, has_conversation
+from p2pclaude.errors import DataError, Refused
+from p2pclaude.sessionfile import Info
+
+DEFAULT_MAX_SESSIONS = 64
+"""Sessions with a process that a daemon runs at once, unless an option says otherwise."""
+DEFAULT_PERMISSION_MODE = "acceptEdits"
+"""As the TypeScript daemon's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How sessions are started here. `root_dir` and `default_dir` are real paths; `find_claude` raises Unavailable."""
+
+    find_claude: Callable[[], Path]
+    default_dir: Path
+    root_dir: Path | None = None
+    permission_mode: str = DEFAULT_PERMISSION_MODE
+    model: str | None = None
+    max_sessions: int = DEFAULT_MAX_SESSIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """What a new session is asked to be; None stands for the daemon's default."""
+
+    directory: str | None = None
+    session_id: str | None = None
+    permission_mode: str | None = None
+    model: str | None = None
+    text: str | None = None
+    message_id: str | None = None
+
+
+class Launcher:
+    """Decides what is started for a session."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def spawn(self, spawn: Spawn, session_id: str) -> Launch:
+        """Give what to start for a new session. Raises DataError, Refused or Unavailable."""
+        mode = spawn.permission_mode or self._settings.permission_mode
+        if mode not in PERMISSION_MODES:
+            raise DataError(f"permissionMode is none of {', '.join(PERMISSION_MODES)}")
+        directory = self._check_directory(spawn.directory)
+        return Launch(
+            executable=self._settings.find_claude(),
+            directory=directory,
+            permission_mode=mode,
+            claude_id=_claude_id(session_id),
+            model=spawn.model or self._settings.model,
+        )
+
+    def resume(self, info: Info) -> Launch:
+        """Give what to start for a session that had a claude before; raises as `spawn`."""
+        if info.permission_mode == "bypassPermissions":
+            # Whoever wants a session without any questions again has to say so again.
+            info.permission_mode = "default"
+        known = has_conversation(info.claude_id, os.environ)
+        return Launch(
+            executable=self._settings.find_claude(),
+            directory=self._check_directory(info.directory),
+            permission_mode=info.permission_mode,
+            claude_id=info.claude_id,
+            model=info.model,
+            resume=info.begun if known is None else known,
+        )
+
+    def _check_directory(self, directory: str | None) -> Path:
+        """Give the real path of a directory in which a session may run. Raises DataError or Refused."""
+        path = self._settings.default_dir / (directory or "")
+        real = Path(os.path.realpath(path))
+        root = self._settings.root_dir
+        # Before anything else is said: who may not go there shall not learn what is there.
+        if root is not None and not real.is_relative_to(root):
+            raise Refused("Directory is outside the root directory")
+        if not os.access(real, os.F_OK):
+            raise DataError(f"Directory does not exist: {path}")
+        if not real.is_dir():
+            raise DataError(f"Not a directory: {path}")
+        if not os.access(real, os.R_OK | os.X_OK):
+            raise Refused(f"Permission denied: {path}")
+        return real
+
+
+def _claude_id(session_id: str) -> str:
+    """Give the UUID for Claude: the session's own id if it is one, else a new one, which session.json keeps."""
+    try:
+        return str(uuid.UUID(session_id))
+    except ValueError:
+        return str(uuid.uuid4())

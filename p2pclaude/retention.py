@@ -1,0 +1,52 @@
+"""Ended sessions that are old enough are deleted: `p2pclaude-daemon --retain DAYS`.
+
+`daemon` runs it beside everything else. Only what was stopped goes, never a session that could go on. A clock that
+jumped deletes nothing: a day counts when the system's clock and the one that cannot be set agree that it has passed.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+from p2pclaude.log import Event, Log
+from p2pclaude.sessions import SessionTable
+
+DAY_SECONDS: Final = 86_400.0
+"""How often it looks."""
+JUMP_SECONDS: Final = 3600.0
+"""The clocks may differ by so much after a day; more is a jump."""
+
+
+class Retention:
+    """Deletes sessions that ended more than `days` ago. `clock` gives the time of day in seconds."""
+
+    def __init__(self, table: SessionTable, days: int, log: Log, *, clock: Callable[[], float] = time.time) -> None:
+        self._table = table
+        self._seconds = days * DAY_SECONDS
+        self._log = log
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Look now and every day, until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        steady = True
+        while True:
+            if steady:
+                await self.remove_old()
+            else:
+                self._log(Event.WARNING, message="the clock jumped: no old sessions are deleted today")
+            before = self._clock() - loop.time()
+            await asyncio.sleep(DAY_SECONDS)
+            steady = abs(self._clock() - loop.time() - before) < JUMP_SECONDS
+
+    async def remove_old(self) -> None:
+        """Delete what is old enough by now."""
+        for session_id in self._table.ended_before(self._clock() - self._seconds):
+            try:
+                removed = await self._table.remove(session_id)
+            except OSError as error:
+                self._log(Event.WARNING, message=f"a session cannot be deleted: {error.strerror}", session=session_id)
+                continue
+            if removed:
+                self._log(Event.REMOVED, session=session_id)

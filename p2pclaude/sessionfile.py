@@ -1,0 +1,130 @@
+"""What a session's directory holds beside its journal: `session.json`, the last words of claude, the lock.
+
+    sessions/ID/   journal.jsonl, journal.index
+                   session.json   what is needed to list the session and to start it again
+                   stderr.txt     the end of what the last claude wrote to stderr
+                   lock           locked while a claude serves the session, by claude itself
+
+`session` stands above, the file system below.
+"""
+
+import fcntl
+import os
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Self
+
+from p2pclaude.datadir import write_atomically
+from p2pclaude.errors import WireError
+from p2pclaude.wire import dump_json, load_json
+
+
+class State(StrEnum):
+    """What a session is doing, as `list-sessions` and `get-output` say it."""
+
+    STARTING = "starting"
+    """Claude is about to be started, or was and has not been heard of."""
+    IDLE = "idle"
+    """Claude waits for a message."""
+    RUNNING = "running"
+    """Claude works on a message."""
+    WAITING = "waiting"
+    """Claude works on a message and waits for a permission."""
+    PAUSED = "paused"
+    """The disk is full: nothing is lost, claude waits until there is room."""
+    DORMANT = "dormant"
+    """No process; the next message starts one that knows the conversation."""
+    ENDED = "ended"
+    """It was stopped, and takes no more messages."""
+    FAILED = "failed"
+    """Claude died with an error, or cannot be started; the next message tries again."""
+
+
+LIVE = frozenset({State.STARTING, State.IDLE, State.RUNNING, State.WAITING, State.PAUSED})
+"""The states in which there is a process, or is about to be one."""
+
+
+@dataclass(slots=True)
+class Info:
+    """What `session.json` keeps. Times are in milliseconds since 1970; `mark` is the seq of the last `clear`.
+
+    `queued` counts the messages that were accepted and are not done.
+    """
+
+    session_id: str
+    claude_id: str
+    directory: str
+    created_at: int
+    permission_mode: str
+    model: str | None = None
+    state: str = State.STARTING
+    begun: bool = False
+    mark: int = 0
+    last_seq: int = 0
+    queued: int = 0
+    ended_at: int | None = None
+    exit_status: int | None = None
+    error: str | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the `session.json` of a session's directory. Raises OSError, or WireError if it is damaged."""
+        info = cls.decode((path / "session.json").read_bytes())
+        if info.session_id != path.name:
+            raise WireError("session.json belongs to another session")
+        return info
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Read `session.json`; unknown fields are ignored. Raises WireError if it is damaged."""
+        value = load_json(data)
+        if not isinstance(value, dict):
+            raise WireError("session.json is not an object")
+        known = {field.name: value[field.name] for field in fields(cls) if field.name in value}
+        try:
+            info = cls(**known)
+        except TypeError:
+            raise WireError("session.json lacks a field") from None
+        info._check()
+        return info
+
+    def _check(self) -> None:
+        texts = (self.session_id, self.claude_id, self.directory, self.permission_mode)
+        numbers = (self.created_at, self.mark, self.last_seq, self.queued)
+        good = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
+        optional = all(isinstance(text, str | None) for text in (self.model, self.error))
+        optional &= all(isinstance(number, int | None) for number in (self.ended_at, self.exit_status))
+        if not (good and optional and isinstance(self.begun, bool)) or self.state not in list(State):
+            raise WireError("session.json has a field of a wrong type")
+
+    def save(self, path: Path) -> None:
+        """Write `session.json` into a session's directory, in one step. Raises OSError."""
+        write_atomically(path / "session.json", dump_json(asdict(self)) + b"\n")
+
+
+def save_last_words(path: Path, text: str) -> None:
+    """Keep what claude wrote to stderr at the end, if anything; a failure costs no more than these words."""
+    try:
+        if text:
+            write_atomically(path / "stderr.txt", text.encode("utf-8", "replace") + b"\n")
+    except OSError:
+        pass
+
+
+def try_lock(path: Path) -> int | None:
+    """Take a session's lock and give its descriptor; None if a claude holds it. Raises OSError.
+
+    The child inherits the descriptor and the daemon closes its own: the lock lasts as long as claude, whatever becomes
+    of the daemon.
+    """
+    descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
