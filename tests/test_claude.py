@@ -333,7 +333,9 @@ def test_real_resume_of_a_session_whose_first_turn_was_cut_short(real: Place) ->
         await read_until_over(table, "s")
         assert session.state is State.FAILED
         seq = await table.send("s", "still there?")
-        envelopes = await read_until(table, "s", lambda e: e.get("data", {}).get("result") == "echo: still there?", after=seq)
+        envelopes = await read_until(
+            table, "s", lambda e: e.get("data", {}).get("result") == "echo: still there?", after=seq
+        )
         assert results(envelopes)[-1] == "echo: still there?"
 
     with_real(real, work)

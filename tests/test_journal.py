@@ -79,7 +79,7 @@ def test_many_appends_share_a_sync_and_nothing_is_held_up(path: Path, monkeypatc
 
     async def main() -> None:
         journal = await Journal.open(path)
-        disk.seconds, before = 0.02, disk.syncs
+        disk.seconds, before = 0.25, disk.syncs
 
         async def append(number: int) -> None:
             await asyncio.sleep(number / 10_000)
@@ -92,7 +92,7 @@ def test_many_appends_share_a_sync_and_nothing_is_held_up(path: Path, monkeypatc
             await asyncio.sleep(0)
             longest = max(longest, loop.time() - began)
         await appends
-        assert disk.syncs - before < 50
+        assert disk.syncs - before < 10
         assert longest < disk.seconds  # the loop went on during every sync
         assert [json.loads(line)["seq"] for line in journal.read(0).lines] == list(range(1, 501))
         journal.close()
