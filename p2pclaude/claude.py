@@ -54,7 +54,10 @@ class ClaudeGone(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What to start: `claude_id` is the UUID that Claude knows the session by; with `resume` it has one already."""
+    """What to start: `claude_id` is the UUID that Claude knows the session by; with `resume` it has one already.
+
+    With `ask` Claude asks for permission over its stdin and stdout instead of denying by itself.
+    """
 
     executable: Path
     directory: Path
@@ -62,6 +65,7 @@ class Launch:
     claude_id: str
     model: str | None = None
     resume: bool = False
+    ask: bool = False
 
     def command(self) -> list[str]:
         """Give the command line; values from users stand in the equals form, so that none is read as a flag."""
@@ -70,6 +74,8 @@ class Launch:
         words.append(f"--resume={self.claude_id}" if self.resume else f"--session-id={self.claude_id}")
         if self.model is not None:
             words.append(f"--model={self.model}")
+        if self.ask:
+            words += ["--permission-prompt-tool", "stdio"]
         return words
 
 

@@ -52,8 +52,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class DaemonOptions:
     """What `p2pclaude-daemon` was asked for; None stands for the default.
 
-    `bootstrap` lists `host:port`; `claude` is a path or a name on PATH; `refresh_interval` is in seconds;
-    `relay` is the 32-byte public key of a blind relay.
+    `bootstrap` lists `host:port`; `claude` is a path or a name on PATH; `refresh_interval` and
+    `ask_timeout` (None: for ever) are in seconds; `relay` is the 32-byte public key of a blind relay.
     """
 
     root_dir: str | None = None
@@ -69,6 +69,7 @@ class DaemonOptions:
     refresh_interval: float = DEFAULT_REFRESH_INTERVAL
     max_sessions: int = DEFAULT_MAX_SESSIONS
     retain_days: int | None = None
+    ask_timeout: float | None = None
     debug: bool = False
 
 
@@ -300,6 +301,7 @@ class Daemon:
             permission_mode=self._options.permission_mode or DEFAULT_PERMISSION_MODE,
             model=self._options.model,
             max_sessions=self._options.max_sessions,
+            ask_timeout=self._options.ask_timeout,
         )
 
     def _port(self) -> int | None:

@@ -30,6 +30,7 @@ class Settings:
     permission_mode: str = DEFAULT_PERMISSION_MODE
     model: str | None = None
     max_sessions: int = DEFAULT_MAX_SESSIONS
+    ask_timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Spawn:
     model: str | None = None
     text: str | None = None
     message_id: str | None = None
+    ask: bool = False
 
 
 class Launcher:
@@ -62,6 +64,7 @@ class Launcher:
             permission_mode=mode,
             claude_id=_claude_id(session_id),
             model=spawn.model or self._settings.model,
+            ask=spawn.ask,
         )
 
     def resume(self, info: Info) -> Launch:
@@ -76,6 +79,7 @@ class Launcher:
             permission_mode=info.permission_mode,
             claude_id=info.claude_id,
             model=info.model,
+            ask=info.ask,
             resume=info.begun if known is None else known,
         )
 

@@ -54,6 +54,14 @@ class Event(StrEnum):
     """A turn got no result: session, seq, again (the message is handed again, Claude has not begun with it)."""
     JOURNAL_CUT = "journal-cut"
     """The end of a journal was torn: session, bytes (cut off)."""
+    INTERRUPTED = "turn-interrupted"
+    """Claude was told to end its turn: session."""
+    PERMISSION_ASKED = "permission-asked"
+    """Claude asks whether it may use a tool: session, request, tool."""
+    PERMISSION_ANSWERED = "permission-answered"
+    """A request is settled: session, request, behavior (allow, deny or cancelled), by (timeout, if so)."""
+    CONTROL_REFUSED = "control-refused"
+    """Claude asked something that is not passed on: session, reason."""
     PAUSED = "session-paused"
     """Output waits for room on the disk: session, error."""
     UNPAUSED = "session-continued"
@@ -114,6 +122,7 @@ _WARNING_EVENTS = frozenset(
         Event.BAD_LINE,
         Event.TURN_CUT,
         Event.JOURNAL_CUT,
+        Event.CONTROL_REFUSED,
         NodeEvent.REFUSED,
         NodeEvent.LINK_REFUSED,
     }

@@ -9,8 +9,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from p2pclaude import __version__
-from p2pclaude.errors import DataError, P2PClaudeError
+from p2pclaude.approvals import Approvals
+from p2pclaude.errors import DataError, NoSession, P2PClaudeError
 from p2pclaude.launcher import Spawn
+from p2pclaude.permissions import MAX_NAME_CHARS, decode_answer
 from p2pclaude.sessions import MAX_TEXT_FIELD, Output, SessionTable
 from p2pclaude.wire import UNKNOWN_METHOD, dump_json
 
@@ -28,11 +30,15 @@ class Methods:
 
     def __init__(self, table: SessionTable) -> None:
         self._table = table
+        self._approvals = Approvals(table)
         self._methods: dict[str, Callable[[Params], Awaitable[bytes]]] = {
             "spawn-session": self._spawn_session,
             "send-message": self._send_message,
             "get-output": self._get_output,
             "stop-session": self._stop_session,
+            "interrupt-session": self._interrupt_session,
+            "list-permissions": self._list_permissions,
+            "answer-permission": self._answer_permission,
             "list-sessions": self._list_sessions,
             "get-session-state": self._get_session_state,
             "ping": self._ping,
@@ -58,6 +64,7 @@ class Methods:
                 model=_name(params, "model"),
                 text=_message(params) if params.get("text") is not None else None,
                 message_id=_name(params, "messageId"),
+                ask=_flag(params, "ask"),
             )
             session, seq = await self._table.spawn(spawn)
         except (P2PClaudeError, OSError) as error:
@@ -65,6 +72,8 @@ class Methods:
         result: dict[str, object] = {"type": "success", "sessionId": session.info.session_id, "pid": session.pid}
         if seq is not None:
             result |= {"accepted": True, "seq": seq}
+        if spawn.ask:
+            result["ask"] = True
         return dump_json(result)
 
     async def _send_message(self, params: Params) -> bytes:
@@ -97,6 +106,40 @@ class Methods:
         except DataError:
             stopped = False
         return dump_json({"success": stopped})
+
+    async def _interrupt_session(self, params: Params) -> bytes:
+        try:
+            self._approvals.interrupt(_required(params, "sessionId"))
+        except P2PClaudeError as error:
+            return dump_json({"success": False, "error": _say(error)})
+        return dump_json({"success": True})
+
+    async def _list_permissions(self, params: Params) -> bytes:
+        try:
+            found = await self._approvals.list(
+                _name(params, "sessionId"), _name(params, "version"), _number(params, "waitMs") or 0
+            )
+        except NoSession:
+            return dump_json({"requests": [], "version": "", "state": None})
+        except DataError as error:
+            raise MethodError(_say(error)) from error
+        rest: dict[str, object] = {"version": found.version}
+        if found.omitted:
+            rest["omitted"] = found.omitted
+        if found.state is not None:
+            rest["state"] = found.state
+        return b'{"requests":[' + b",".join(found.requests) + b"]," + dump_json(rest)[1:]
+
+    async def _answer_permission(self, params: Params) -> bytes:
+        try:
+            answer = decode_answer(params, answer_id=_name(params, "answerId"))
+            request_id = _text(params, "requestId")
+            if not request_id or len(request_id) > MAX_NAME_CHARS:
+                raise DataError("requestId is missing or too long")
+            await self._approvals.answer(_name(params, "sessionId"), request_id, answer)
+        except (P2PClaudeError, OSError) as error:
+            return dump_json({"success": False, "error": _say(error)})
+        return dump_json({"success": True})
 
     async def _list_sessions(self, params: Params) -> bytes:
         try:

@@ -9,9 +9,9 @@ apart by their shape (no `accepted`, no `state`), and following then means askin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from p2pclaude.client import CLOSE_TIMEOUT, Client, explain
@@ -19,7 +19,7 @@ from p2pclaude.errors import DataError, NoSession, P2PClaudeError, ProtocolError
 from p2pclaude.hyperdht import HyperDHT, HyperDHTError
 from p2pclaude.pairing import Pairing
 from p2pclaude.record import SessionRecord, decode_record
-from p2pclaude.wire import OUTPUT, SESSION_NOT_FOUND, TURN, TURN_CUT
+from p2pclaude.wire import OUTPUT, PERMISSION_REQUEST, SESSION_NOT_FOUND, TURN, TURN_CUT
 
 Envelope = Mapping[str, Any]
 """What the journal holds: `type`, `data`, `timestamp`, and `seq` unless the daemon has no journal."""
@@ -45,10 +45,14 @@ DORMANT_STATE = "dormant"
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A message the daemon has taken; `seq` is its place in the journal, None with a daemon that has none."""
+    """A message the daemon has taken; `seq` is its place in the journal, None with a daemon that has none.
+
+    `asks`: it started a session that asks for permission.
+    """
 
     session: str
     seq: int | None
+    asks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +77,13 @@ async def spawn(
     directory: str | None = None,
     model: str | None = None,
     permission_mode: str | None = None,
+    ask: bool = False,
     persist: bool = False,
 ) -> Accepted:
     """Start a session with its first message; `directory` None is the daemon's default.
 
-    With `persist` a lost connection is opened again. Raises a P2PClaudeError that says why there is no session.
+    With `ask` it asks for permission, if `asks` of the result says so. With `persist` a lost connection is opened
+    again. Raises a P2PClaudeError that says why there is no session.
     """
     from uuid import uuid4  # here, because only this needs it and it takes its time
 
@@ -85,13 +91,16 @@ async def spawn(
     params: dict[str, object] = {"sessionId": str(uuid4()), "text": text, "messageId": message_id}
     options = {"directory": directory, "model": model, "permissionMode": permission_mode}
     params |= {name: value for name, value in options.items() if value is not None}
+    if ask:
+        params["ask"] = True
     result = await _submit(client, "spawn-session", params, persist=persist)
     session = result.get("sessionId")
     if result.get("type") != "success" or not isinstance(session, str):
         raise _spawn_error(result, directory)
+    asks = result.get("ask") is True
     if "accepted" in result:
-        return Accepted(session, _seq(result))
-    return await send(client, session, text=text, message_id=message_id)
+        return Accepted(session, _seq(result), asks)
+    return replace(await send(client, session, text=text, message_id=message_id), asks=asks)
 
 
 async def send(
@@ -255,8 +264,12 @@ class AnswerFinder:
         return data if self._before < 0 else None
 
 
-async def wait_for_answer(client: Client, accepted: Accepted) -> Mapping[str, Any]:
+async def wait_for_answer(
+    client: Client, accepted: Accepted, on_request: Callable[[], None] = lambda: None
+) -> Mapping[str, Any]:
     """Wait for the `result` object that answers a message, over as many connections as it takes.
+
+    `on_request` is called whenever the session asks for permission.
 
     Raises P2PClaudeError when the session or the turn ends without one, TryAgain when the daemon put it to sleep.
     """
@@ -264,6 +277,8 @@ async def wait_for_answer(client: Client, accepted: Accepted) -> Mapping[str, An
     async with aclosing(follow(client, accepted.session, after=accepted.seq or 0)) as pages:
         async for page in pages:
             for envelope in page.messages:
+                if envelope.get("type") == PERMISSION_REQUEST:
+                    on_request()
                 if (answer := finder.feed(envelope)) is not None:
                     return answer
             reason = page.error
@@ -315,6 +330,11 @@ async def list_sessions(client: Client, *, every: bool = False, persist: bool = 
 async def stop(client: Client, session: str) -> bool:
     """Stop a session; False if there is no such session."""
     return _object(await client.call("stop-session", {"sessionId": session})).get("success") is True
+
+
+async def interrupt(client: Client, session: str) -> bool:
+    """End the turn of a session, if there is one; False if there is no such session."""
+    return _object(await client.call("interrupt-session", {"sessionId": session})).get("success") is True
 
 
 def no_session(session: str) -> NoSession:

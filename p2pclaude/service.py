@@ -46,7 +46,7 @@ FRAME_SLACK = 1024
 EOF_SECONDS = 5.0
 """A connection whose other side has ended it stays open for answers that are still due, so long at most."""
 
-_INTERRUPTIBLE = "get-output"
+_INTERRUPTIBLE = frozenset({"get-output", "list-permissions"})
 
 Call = Callable[[str, object], Coroutine[Any, Any, bytes]]
 """`Methods.call`: runs a method and gives its result as JSON text; raises MethodError."""
@@ -239,9 +239,9 @@ class Service:
             peer.done(size)
 
     async def _call(self, method: str, params: Any) -> bytes:
-        """Run a method; a lost connection interrupts the waiting for output, and nothing else half-way."""
+        """Run a method; a lost connection interrupts the waiting for news, and nothing else half-way."""
         call = asyncio.get_running_loop().create_task(self._run(method, params))
-        if method == _INTERRUPTIBLE:
+        if method in _INTERRUPTIBLE:
             return await call
         self._calls.add(call)
         call.add_done_callback(self._forget_call)

@@ -12,17 +12,19 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from p2pclaude.asking import Asking
 from p2pclaude.claude import ClaudeGone, ClaudeProcess, Launch, decode_line, knows_message, user_message
 from p2pclaude.errors import P2PClaudeError, TryAgain, Unavailable
 from p2pclaude.inbox import MAX_ATTEMPTS, Inbox, Message, Recovery
 from p2pclaude.journal import DiskFull, Journal
 from p2pclaude.journalfile import JournalFile
 from p2pclaude.log import Event, Log, first_line
+from p2pclaude.permissions import History, interrupt_request
 from p2pclaude.sessionfile import LIVE, Info, State, save_last_words
 from p2pclaude.wire import MESSAGE, NOTE, TURN, TURN_CUT
 
@@ -40,7 +42,8 @@ class Session:
     """One session.
 
     `on_change` is called after each change that a list of sessions would show, `on_orphans` when claude has ended while
-    messages wait that another one could run.
+    messages wait that another one could run. After `ask_timeout` seconds a permission request that nobody has answered
+    is denied.
     """
 
     def __init__(
@@ -50,12 +53,14 @@ class Session:
         log: Log,
         on_change: Callable[[], None],
         on_orphans: Callable[["Session"], None] = lambda _: None,
+        ask_timeout: float | None = None,
     ) -> None:
         self.path = path
         self.info = info
         self.is_damaged = False  # session.json cannot be read: it can be shown, but neither resumed nor written
         self.journal: Journal | None = None
         self.inbox = Inbox()
+        self.asking = Asking(info.session_id, self._keep, log, self._changed, asks=info.ask, timeout=ask_timeout)
         self.lifecycle = asyncio.Lock()  # held while the process is started or ended
         self._log = log
         self._on_change = on_change
@@ -74,7 +79,10 @@ class Session:
     @property
     def state(self) -> State:
         """Give the state as others see it."""
-        return State.PAUSED if self._paused else State(self.info.state)
+        if self._paused:
+            return State.PAUSED
+        stored = State(self.info.state)
+        return State.WAITING if stored in LIVE and any(self.asking.pending) else stored
 
     @property
     def is_live(self) -> bool:
@@ -109,10 +117,11 @@ class Session:
         """Open the journal unless it is open, and learn from it which messages were accepted and which are not done."""
         async with self._opening:
             if self.journal is None:
-                file, inbox = await asyncio.to_thread(_recover, self.path / "journal.jsonl")
+                file, inbox, asked = await asyncio.to_thread(_recover, self.path / "journal.jsonl")
                 self.journal, self.inbox = Journal(file, self._pause), inbox
                 if file.cut:
                     self._tell_cut(self.journal, file.cut)
+                await self.asking.restore(asked)
         return self.journal
 
     def _tell_cut(self, journal: Journal, size: int) -> None:
@@ -186,6 +195,15 @@ class Session:
             self._log(Event.MESSAGE, session=self.info.session_id, seq=seq)
         await self.journal.synced(seq)
         return seq
+
+    def interrupt(self) -> None:
+        """End claude's turn, if there is one: its `result` follows, and what it asked is cancelled."""
+        if self._process is not None and self.is_live:
+            try:
+                self._process.write(interrupt_request(str(uuid.uuid4())))
+            except ClaudeGone:
+                return  # and its turn with it
+            self._log(Event.INTERRUPTED, session=self.info.session_id)
 
     async def stop(self, final: State) -> None:
         """End the process, if there is one, and become `final`; what claude still says is journaled."""
@@ -281,6 +299,7 @@ class Session:
                 data, value = decode_line(line)
                 await self._write_patiently(journal, partial(journal.append_output, data))
                 self._observe(value)
+                await self.asking.receive(value, len(data), process.write)
             if not process.has_exited:
                 # Without its stdout nobody could see what it does.
                 await process.stop()
@@ -291,6 +310,7 @@ class Session:
             feeder.cancel()
             status, words = await process.finish(), process.last_words()
             self._orderly = status == 0 and not self.inbox.handed
+            await self.asking.abandon()
             try:
                 # Whoever is told that the session is over has been shown all that it said.
                 await self.settle_turns(first_line(words) or _describe_exit(status))
@@ -335,6 +355,17 @@ class Session:
         if self._paused:
             await journal.synced()
             self._pause(None)
+
+    async def _keep(self, kind: str, fields: Mapping[str, object], *, patient: bool = True) -> None:
+        """Append an envelope of `asking`, and wait until it is on disk."""
+        if (journal := self.journal) is None:
+            raise ClaudeGone("the session has ended")
+        append = partial(journal.append, kind, fields)
+        if patient:
+            await self._write_patiently(journal, append)
+        else:
+            append()
+        await journal.synced()
 
     def _pause(self, error: str | None) -> None:
         if self._paused is (error is not None):
@@ -386,9 +417,7 @@ class Session:
         if state is State.ENDED:
             self.info.ended_at = time.time_ns() // 1_000_000
         said = first_line(self.info.error)
-        self._log(
-            Event.ENDED, session=self.info.session_id, state=state, exit_status=self.info.exit_status, error=said
-        )
+        self._log(Event.ENDED, session=self.info.session_id, state=state, exit_status=self.info.exit_status, error=said)
         self._set_state(state)
 
     def _set_state(self, state: State) -> None:
@@ -413,11 +442,16 @@ class Session:
         task.add_done_callback(self._tasks.discard)
 
 
-def _recover(path: Path) -> tuple[JournalFile, Inbox]:
-    recovery = Recovery()
-    file = JournalFile.open(path, on_other=recovery.learn)
+def _recover(path: Path) -> tuple[JournalFile, Inbox, History]:
+    recovery, asked = Recovery(), History()
+
+    def learn(seq: int, line: bytes) -> None:
+        recovery.learn(seq, line)
+        asked.learn(line)
+
+    file = JournalFile.open(path, on_other=learn)
     try:
-        return file, recovery.finish(lambda seq: file.read(seq - 1, limit=1).lines[0], file.last_seq)
+        return file, recovery.finish(lambda seq: file.read(seq - 1, limit=1).lines[0], file.last_seq), asked
     except BaseException:
         file.close()
         raise

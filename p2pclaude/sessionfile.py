@@ -30,7 +30,7 @@ class State(StrEnum):
     RUNNING = "running"
     """Claude works on a message."""
     WAITING = "waiting"
-    """Claude works on a message and waits for a permission."""
+    """Claude asks for permission, and nobody has answered yet."""
     PAUSED = "paused"
     """The disk is full: nothing is lost, claude waits until there is room."""
     DORMANT = "dormant"
@@ -60,6 +60,7 @@ class Info:
     model: str | None = None
     state: str = State.STARTING
     begun: bool = False
+    ask: bool = False
     mark: int = 0
     last_seq: int = 0
     queued: int = 0
@@ -95,7 +96,8 @@ class Info:
         good = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
         optional = all(isinstance(text, str | None) for text in (self.model, self.error))
         optional &= all(isinstance(number, int | None) for number in (self.ended_at, self.exit_status))
-        if not (good and optional and isinstance(self.begun, bool)) or self.state not in list(State):
+        optional &= isinstance(self.begun, bool) and isinstance(self.ask, bool)
+        if not (good and optional) or self.state not in list(State):
             raise WireError("session.json has a field of a wrong type")
 
     def save(self, path: Path) -> None:

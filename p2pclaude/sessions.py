@@ -10,7 +10,7 @@ import re
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,11 @@ class Output:
 class SessionTable:
     """Every session of a data directory. `on_change` is called when the list, or what it shows, changes."""
 
-    def __init__(
-        self, path: Path, settings: Settings, log: Log, on_change: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, path: Path, settings: Settings, log: Log, on_change: Callable[[], None] = lambda: None) -> None:
         self._path = path
         self._launcher = Launcher(settings)
         self._max_sessions = settings.max_sessions
+        self._ask_timeout = settings.ask_timeout
         self._starting: set[Session] = set()
         self._turnstile = asyncio.Semaphore(REVIVE_AT_ONCE)
         self._log = log
@@ -74,6 +73,7 @@ class SessionTable:
         self._closing = False
         self._reviving: dict[str, asyncio.Task[None]] = {}
         self._changed_at: int | None = None
+        self._change = asyncio.Event()
 
     async def load(self) -> None:
         """Read what earlier daemons left: sessions whose process is gone with its daemon are dormant.
@@ -126,7 +126,20 @@ class SessionTable:
         await session.save()
 
     def _make(self, path: Path, info: Info) -> Session:
-        return Session(path, info, self._log, self._changed, self._revive_soon)
+        return Session(path, info, self._log, self._changed, self._revive_soon, self._ask_timeout)
+
+    @property
+    def sessions(self) -> Collection[Session]:
+        """Give every session."""
+        return self._sessions.values()
+
+    async def wait_change(self, timeout: float) -> None:
+        """Wait, at most so many seconds, for a change of any session that a list would show."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._change.wait()
+        except TimeoutError:
+            pass
 
     def _revive_soon(self, session: Session) -> None:
         """Start a session again that has messages to run, as soon as possible."""
@@ -165,6 +178,7 @@ class SessionTable:
             created_at=time.time_ns() // 1_000_000,
             permission_mode=launch.permission_mode,
             model=launch.model,
+            ask=launch.ask,
         )
         session = self._create(info)
         async with session.lifecycle:
@@ -179,13 +193,11 @@ class SessionTable:
                 raise
         return session, seq
 
-    async def send(
-        self, session_id: str, text: str, message_id: str | None = None, priority: str | None = None
-    ) -> int:
+    async def send(self, session_id: str, text: str, message_id: str | None = None, priority: str | None = None) -> int:
         """Accept a message and give its seq; a session without a process gets one first. Raises NoSession."""
         if priority not in (None, NOW):
             raise DataError(f"priority must be {NOW}")
-        session = self._get(session_id)
+        session = self.find(session_id)
         journal = await self._journal(session)
         known = None if message_id is None else session.seq_of(message_id)
         if known is not None and session.inbox.is_done(known):
@@ -231,9 +243,7 @@ class SessionTable:
             self._move_mark(session, page.next)
         return Output(page, session.state, session.info.error)
 
-    def _page(
-        self, session: Session, journal: Journal, after: int | None, limit: int | None, clear: bool
-    ) -> Page:
+    def _page(self, session: Session, journal: Journal, after: int | None, limit: int | None, clear: bool) -> Page:
         if after is not None:
             start = after if after >= 0 else journal.start_of_last(-after)
             return journal.read(start, limit=limit)
@@ -410,7 +420,8 @@ class SessionTable:
         session = self._sessions[info.session_id] = self._make(path, info)
         return session
 
-    def _get(self, session_id: str) -> Session:
+    def find(self, session_id: str) -> Session:
+        """Give a session. Raises NoSession."""
         session = self._sessions.get(session_id)
         if session is None:
             raise NoSession(SESSION_NOT_FOUND)
@@ -429,4 +440,6 @@ class SessionTable:
 
     def _changed(self) -> None:
         self._changed_at = time.time_ns() // 1_000_000
+        self._change.set()
+        self._change = asyncio.Event()
         self._notify()

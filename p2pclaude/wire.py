@@ -39,6 +39,10 @@ WRONG_KEY = "Failed to decrypt params"
 """The error in our daemon's answer to params that do not open: the other side holds another dataKey."""
 SESSION_NOT_FOUND = "Session not found"
 """The error in the answer to `send-message` for an unknown session."""
+REQUEST_NOT_FOUND = "Request not found"
+"""The error in the answer to `answer-permission` for an unknown request."""
+ALREADY_ANSWERED = "Already answered: "
+"""What the error in the answer to `answer-permission` begins with if another was first; its behavior follows."""
 UNKNOWN_METHOD = "Unknown method: "
 """What the error in the answer to an unknown method begins with; the name follows."""
 
@@ -55,6 +59,10 @@ TURN_CUT = "turn-cut"
 """Envelope: the turn of `message` ended without a result, for the `reason`; with `again` true it is handed again."""
 NOTE = "note"
 """Envelope: the daemon says in `text` what happened to the journal: `event` is "cut" or "damaged", with `bytes`."""
+PERMISSION_REQUEST = "permission-request"
+"""Envelope: Claude asks whether it may use a tool; `data` is its request, `requestId` the id to answer."""
+PERMISSION_ANSWER = "permission-answer"
+"""Envelope: what became of the request `requestId`: `behavior` allow, deny or cancelled, and what else was said."""
 
 _VERSION = 0
 _NONCE_BYTES = 12

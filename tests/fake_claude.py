@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from typing import Any
 
 SESSION = next((a.split("=", 1)[1] for a in sys.argv if a.startswith(("--session-id=", "--resume="))), "none")
@@ -35,6 +36,29 @@ def result(text: str, *, is_error: bool = False) -> None:
     say(type="result", subtype="success", is_error=is_error, result=text, session_id=SESSION)
 
 
+def ask(calls: list[str]) -> list[Any] | None:
+    """Ask for permission for some tool calls at once and give the answers; None if the turn was interrupted."""
+    answers: dict[str, Any] = {}
+    for call in calls:
+        tool, _, given = call.partition(" ")
+        answers[str(uuid.uuid4())] = None
+        request = {"subtype": "can_use_tool", "tool_name": tool, "input": json.loads(given)}
+        say(type="control_request", request_id=list(answers)[-1], request=request)
+    while None in answers.values():
+        line = json.loads(sys.stdin.readline() or '{"type": "eof"}')
+        note(control=line)
+        if line["type"] == "control_response":
+            answers[line["response"]["request_id"]] = line["response"].get("response", "error")
+        elif line["type"] == "eof" or line["request"]["subtype"] == "interrupt":
+            for pending in [name for name, value in answers.items() if value is None]:
+                say(type="control_cancel_request", request_id=pending)
+            if line["type"] != "eof":
+                say(type="control_response", response={"subtype": "success", "request_id": line["request_id"]})
+            say(type="result", subtype="error_during_execution", is_error=True, session_id=SESSION)
+            return None
+    return list(answers.values())
+
+
 def turn(text: str) -> None:
     """Answer one message as its first word asks."""
     word, _, rest = text.partition(":")
@@ -51,6 +75,15 @@ def turn(text: str) -> None:
         sys.stdout.write('{"type":"assistant","half')
         sys.stdout.flush()
         sys.exit(int(rest))
+    elif word == "ASK":  # for permission to do each line's TOOL {input}; the answers are the result
+        answers = ask(rest.splitlines())
+        if answers is not None:
+            result(json.dumps(answers))
+        return
+    elif word == "SAY":  # the object that follows, and as the result the next line that comes in
+        print(rest, flush=True)
+        result(sys.stdin.readline())
+        return
     elif word == "HOLD":  # until the file named is there, or SIGINT
         while not os.path.exists(rest):  # noqa: PTH110
             time.sleep(0.005)
@@ -69,6 +102,9 @@ def main() -> None:
             signal.signal(number, signal.SIG_IGN)
     for line in sys.stdin:
         message = json.loads(line)
+        if message["type"] != "user":
+            note(control=message)
+            continue
         note(message=message)
         try:
             turn(message["message"]["content"])

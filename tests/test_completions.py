@@ -178,9 +178,9 @@ def test_directories(ask: Ask) -> None:
         assert "pairing.url" not in offered, option
 
 
-@pytest.mark.parametrize(("tool", "option"), [("daemon", "--claude"), ("node", "--key-file")])
+@pytest.mark.parametrize(("tool", "option"), [("daemon", "--claude"), ("node", "--key-file"), ("approve", "--filter")])
 def test_files(ask: Ask, tool: str, option: str) -> None:
-    """--claude wants a program, --key-file a file."""
+    """--claude and --filter want a program, --key-file a file."""
     assert ask([command_of(tool), option, "pair"]) == {"pairing.url"}
 
 
@@ -194,7 +194,8 @@ def test_other_values_are_not_guessed(ask: Ask) -> None:
                 assert ask([command_of(tool), name, ""]) == set(), (tool, name)
 
 
-OFFERED = {"--permission-mode", "--model", "--claude", "--root-dir", "--data-dir", "--directory", "--key-file"}
+OFFERED = {"--permission-mode", "--model", "--root-dir", "--data-dir", "--directory"}  # values of a known kind
+OFFERED |= {"--claude", "--key-file", "--filter"}
 
 
 def test_bash_takes_values_after_an_equals_sign(place: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "p2pclaude"
-TOOLS = ("daemon", "send", "tail", "ls", "stop", "ping", "node")
+TOOLS = ("daemon", "send", "tail", "ls", "stop", "approve", "ping", "node")
 
 MAX_MODULE_LINES = 500  # a module stays under it
 MAX_FUNCTION_LINES = 60  # unless a comment `# long: ...` at its head gives the reason
@@ -25,21 +25,23 @@ MAX_FUNCTION_LINES = 60  # unless a comment `# long: ...` at its head gives the 
 LAYERS = (
     {"p2pclaude", "p2pclaude.errors"},
     {"p2pclaude.log", "p2pclaude.wire", "p2pclaude.pairing"},
-    {"p2pclaude.datadir", "p2pclaude.seqindex", "p2pclaude.inbox", "p2pclaude.claude"},
+    {"p2pclaude.datadir", "p2pclaude.seqindex", "p2pclaude.inbox", "p2pclaude.claude", "p2pclaude.permissions"},
     {"p2pclaude.journalfile", "p2pclaude.sessionfile"},
-    {"p2pclaude.journal", "p2pclaude.launcher"},
+    {"p2pclaude.journal", "p2pclaude.launcher", "p2pclaude.asking"},
     {"p2pclaude.session"},
     {"p2pclaude.sessions"},
-    {"p2pclaude.methods", "p2pclaude.retention"},
+    {"p2pclaude.approvals", "p2pclaude.retention"},
+    {"p2pclaude.methods"},
     {"p2pclaude.service", "p2pclaude.presence"},
     {"p2pclaude.client", "p2pclaude.daemon", "p2pclaude.dhtnode"},
     {"p2pclaude.record"},  # the tools ask the DHT
     {"p2pclaude.remote"},  # the tools ask a client
-    {f"p2pclaude.cli.{shared}" for shared in ("common", "network", "stdin", "text")},
+    {"p2pclaude.approver"},
+    {f"p2pclaude.cli.{shared}" for shared in ("common", "filters", "network", "stdin", "text")},
     {f"p2pclaude.cli.{tool}" for tool in TOOLS},
 )
 TOGETHER = {len(LAYERS) - 2}  # the tools' shared modules may import each other
-PURE = {"p2pclaude.wire", "p2pclaude.pairing"}
+PURE = {"p2pclaude.wire", "p2pclaude.pairing", "p2pclaude.permissions"}
 
 # A module of the library says in its docstring which ring it is in; these are pure whatever they say.
 RING_1 = {

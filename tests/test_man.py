@@ -94,7 +94,8 @@ def test_defaults(tool: str) -> None:
     text = section(page(f"p2pclaude-{tool}.1"), "OPTIONS")
     for option in usage_options(tool):
         if option.default is not None:
-            found = re.search(rf"^\.It Fl .*{re.escape(option.names[-1][1:])}\b.*\n((?:(?!\.It ).*\n)*)", text, re.M)
+            name = re.escape(option.names[-1][1:])
+            found = re.search(rf"^\.It Fl .*(?<= ){name}\b.*\n((?:(?!\.It ).*\n)*)", text, re.M)
             assert found, option
             assert f"The default is {option.default}" in rendered(found[1]), option
 
@@ -159,6 +160,10 @@ LIMITS = {  # in p2pclaude-daemon(1): module, constant, unit, and how the page s
     ("sessions", "MAX_WAIT_MS", 1000, "{} seconds"),
     ("sessions", "MAX_UNMARKED", 1, "{} objects for a client that asks without after"),
     ("journalfile", "PAGE_BYTES", 1 << 20, "{} MiB, but one object at least"),
+    ("permissions", "MAX_PENDING", 1, "{} a session, of"),
+    ("permissions", "MAX_REQUEST_BYTES", 1 << 20, "of {} MiB each"),
+    ("permissions", "MAX_ANSWERED", 1, "remembered, {} a session"),
+    ("permissions", "MAX_LIST_BYTES", 1 << 20, "{} MiB, but one request at least"),
     ("service", "MAX_CONNECTIONS", 1, "{}; a new one beyond that is broken off"),
     ("service", "MAX_UNPROVEN", 1, "{}, for"),
     ("service", "PROVE_SECONDS", 1, "for {} seconds each"),
@@ -167,7 +172,7 @@ LIMITS = {  # in p2pclaude-daemon(1): module, constant, unit, and how the page s
     ("service", "MAX_IN_FLIGHT", 1, "{} a connection, and"),
     ("service", "MAX_IN_FLIGHT_BYTES", 1 << 20, "and {} MiB of them"),
 }
-UNLISTED = {("sessions", "MAX_OPEN_JOURNALS")}  # nobody outside can tell
+UNLISTED = {("sessions", "MAX_OPEN_JOURNALS"), ("permissions", "MAX_NAME_CHARS")}  # nobody outside can tell
 
 
 @pytest.mark.parametrize(("module", "name", "unit", "sentence"), sorted(LIMITS))
@@ -178,7 +183,7 @@ def test_limits(module: str, name: str, unit: int, sentence: str) -> None:
     assert re.search(rf"(?<!\d){re.escape(sentence.format(f'{value / unit:g}'))}", text)
 
 
-@pytest.mark.parametrize("module", ["service", "session", "sessions"])
+@pytest.mark.parametrize("module", ["service", "session", "sessions", "permissions"])
 def test_limits_are_complete(module: str) -> None:
     """Each cap of the modules that face other people stands in the page."""
     names = {name for name in vars(importlib.import_module(f"p2pclaude.{module}")) if name.startswith("MAX_")}
@@ -198,14 +203,18 @@ def test_limits_of_the_relay() -> None:
         assert f"The default is {number}." in options
 
 
+ENVELOPES = {"OUTPUT", "MESSAGE", "TURN", "TURN_CUT", "NOTE", "PERMISSION_REQUEST", "PERMISSION_ANSWER"}
+
+
 def test_methods() -> None:
     """The protocol's page describes each method of the wire contract, and the envelopes' types."""
     text = page("p2pclaude.7")
-    methods = set(re.findall(r"^\.It Cm ([a-z-]+)$", section(text, "METHODS"), re.M))
+    methods = set(re.findall(r"^\.It Cm ([a-z-]+)(?: Pq \+)?$", section(text, "METHODS"), re.M))
     assert methods == {
-        "spawn-session", "send-message", "get-output", "stop-session", "list-sessions", "get-session-state", "ping",
+        "spawn-session", "send-message", "get-output", "stop-session", "interrupt-session", "list-permissions",
+        "answer-permission", "list-sessions", "get-session-state", "ping",
     }  # fmt: skip
-    for kind in (wire.OUTPUT, wire.MESSAGE, wire.TURN, wire.TURN_CUT, wire.NOTE):
+    for kind in [value for name, value in vars(wire).items() if name in ENVELOPES]:
         assert re.search(rf"^\.It Ql {kind}\b", text, re.M), kind
 
 

@@ -14,7 +14,7 @@ import pytest
 import p2pclaude
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("daemon", "send", "tail", "ls", "stop", "ping", "node")
+TOOLS = ("daemon", "send", "tail", "ls", "stop", "approve", "ping", "node")
 COMMANDS = tuple(f"p2pclaude-{tool}" for tool in TOOLS)
 VERSION = p2pclaude.__version__
 

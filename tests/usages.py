@@ -7,7 +7,7 @@ from pathlib import Path
 from docopt import parse_docstring_sections, parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("daemon", "send", "tail", "ls", "stop", "ping", "node")
+TOOLS = ("daemon", "send", "tail", "ls", "stop", "approve", "ping", "node")
 PERMISSION_MODES = ("default", "acceptEdits", "bypassPermissions", "plan")
 
 

@@ -15,6 +15,7 @@ complete -c p2pclaude-daemon -l model -x -a 'opus sonnet haiku' -d 'model of new
 complete -c p2pclaude-daemon -l refresh-interval -x -d 'announce so often'
 complete -c p2pclaude-daemon -l max-sessions -x -d 'run so many sessions at a time'
 complete -c p2pclaude-daemon -l retain -x -d 'delete sessions that ended so many days ago'
+complete -c p2pclaude-daemon -l ask-timeout -x -d 'deny what nobody has answered after this time'
 complete -c p2pclaude-daemon -s v -l verbose -d 'say what is going on'
 complete -c p2pclaude-daemon -s h -l help -d 'show the usage'
 complete -c p2pclaude-daemon -l version -d 'show the version'

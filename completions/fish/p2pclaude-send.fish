@@ -6,6 +6,7 @@ complete -c p2pclaude-send -s C -l directory -x -a '(__fish_complete_directories
 complete -c p2pclaude-send -l model -x -a 'opus sonnet haiku' -d 'model of the new session'
 complete -c p2pclaude-send -l permission-mode -x -a 'default acceptEdits bypassPermissions plan' -d 'permission mode of the new session'
 complete -c p2pclaude-send -l now -d 'end a running turn'
+complete -c p2pclaude-send -l ask -d 'let the new session ask for permission'
 complete -c p2pclaude-send -s w -l wait -d 'wait for the answer and print it'
 complete -c p2pclaude-send -l lines -d 'each line of stdin is a message, print each answer'
 complete -c p2pclaude-send -l json -d 'print the whole result object'

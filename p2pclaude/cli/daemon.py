@@ -50,6 +50,8 @@ Options:
   --max-sessions N             how many sessions may run at once [default: 64]
   --retain DAYS                delete sessions that ended longer ago; else all
                                are kept
+  --ask-timeout SECONDS        deny a permission request that nobody has
+                               answered by then; else it waits
   -v, --verbose                log more, as DEBUG=1 does
   -h, --help                   show this text
   --version                    show the version
@@ -90,6 +92,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
     bootstrap = () if arguments["--private"] else parse_bootstrap(arguments["--bootstrap"], os.environ)
     relay = _parse_relay(arguments["--relay"])
     refresh_interval = parse_seconds(arguments, "--refresh-interval")
+    ask_timeout = None if arguments["--ask-timeout"] is None else parse_seconds(arguments, "--ask-timeout")
     max_sessions = parse_count(arguments, "--max-sessions", least=1) or 1
     retain_days = parse_count(arguments, "--retain", least=1)
 
@@ -109,6 +112,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
         refresh_interval=refresh_interval,
         max_sessions=max_sessions,
         retain_days=retain_days,
+        ask_timeout=ask_timeout,
         debug=arguments["--verbose"],
     )
     return Options(daemon, arguments["--print-url"])

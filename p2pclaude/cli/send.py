@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,8 @@ Options:
   --model MODEL            the model of the new session
   --permission-mode MODE   default, acceptEdits, bypassPermissions or plan
   --now                    do not wait for the end of a running turn: end it
+  --ask                    let the new session ask for permission instead of
+                           doing without: p2pclaude-approve answers
   -w, --wait               wait for the answer and print it instead of the id
   --json                   print the whole result object instead of its text
   --lines                  each line of standard input is a message; print each
@@ -75,6 +77,7 @@ class Options:
     model: str | None
     permission_mode: str | None
     now: bool
+    ask: bool
     wait: bool
     lines: bool
     json: bool
@@ -95,6 +98,8 @@ def parse(arguments: Arguments, console: Console) -> Options:
             raise UsageError(f"{option} is for a new session, it does not go with --session")
         if arguments[option] == "":
             raise UsageError(f"{option} needs an argument that is not empty")
+    if session is not None and arguments["--ask"]:
+        raise UsageError("--ask is for a new session, it does not go with --session")
     if session == "":
         raise UsageError("--session needs a session's id")
     if arguments["--json"] and not (arguments["--wait"] or arguments["--lines"]):
@@ -113,6 +118,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
         arguments["--model"],
         mode,
         arguments["--now"],
+        arguments["--ask"],
         arguments["--wait"],
         arguments["--lines"],
         arguments["--json"],
@@ -164,12 +170,13 @@ async def _send_one(client: Client, options: Options, text: str, console: Consol
 
     if options.wait and options.session is not None:
         await skip_old_output(client, options.session)
-    accepted = await _deliver(client, options, options.session, text)
+    accepted = await _deliver(client, options, options.session, text, console)
     if not options.wait:
         write_line(accepted.session)
         return 0
     console.note(f"session {accepted.session}")
-    return _print_answer(await wait_for_answer(client, accepted), options, console)
+    hint = _permission_hint(accepted.session, console)
+    return _print_answer(await wait_for_answer(client, accepted, hint), options, console)
 
 
 async def _chat(client: Client, options: Options, console: Console) -> int:
@@ -180,11 +187,12 @@ async def _chat(client: Client, options: Options, console: Console) -> int:
     if session is not None:
         await skip_old_output(client, session)
     async for line in _messages(console):
-        accepted = await _deliver(client, options, session, line)
+        accepted = await _deliver(client, options, session, line, console)
         if session is None:
             session = accepted.session
             console.hint(f"session {session}, -s resumes it")
-        status |= _print_answer(await wait_for_answer(client, accepted), options, console)
+        hint = _permission_hint(session, console)
+        status |= _print_answer(await wait_for_answer(client, accepted, hint), options, console)
     return status
 
 
@@ -202,7 +210,20 @@ async def _messages(console: Console) -> AsyncIterator[str]:
         console.prompt(is_chat)
 
 
-async def _deliver(client: Client, options: Options, session: str | None, text: str) -> Accepted:
+def _permission_hint(session: str, console: Console) -> Callable[[], None]:
+    """Return what tells a person, once, that the session waits for permission."""
+    told = sys.stderr is None or not sys.stderr.isatty()
+
+    def tell() -> None:
+        nonlocal told
+        if not told:
+            console.hint(f"the session waits for permission, p2pclaude-approve URL {session} shows for what")
+        told = True
+
+    return tell
+
+
+async def _deliver(client: Client, options: Options, session: str | None, text: str, console: Console) -> Accepted:
     """Send a message, to a new session if there is none yet."""
     import uuid
 
@@ -215,18 +236,22 @@ async def _deliver(client: Client, options: Options, session: str | None, text: 
             return await remote.send(
                 client, session, text=text, message_id=message_id, now=options.now, persist=persist
             )
-        return await remote.spawn(
+        accepted = await remote.spawn(
             client,
             text=text,
             message_id=message_id,
             directory=options.directory,
             model=options.model,
             permission_mode=options.permission_mode,
+            ask=options.ask,
             persist=persist,
         )
     except TryAgain as error:
         error.hint = error.hint or "the message may have arrived all the same, p2pclaude-ls and p2pclaude-tail tell"
         raise
+    if options.ask and not accepted.asks:
+        console.hint("this daemon cannot ask, the session does without what needs permission")
+    return accepted
 
 
 def _print_answer(answer: Mapping[str, Any], options: Options, console: Console) -> int:

@@ -1,4 +1,4 @@
-"""p2pclaude-stop: end sessions."""
+"""p2pclaude-stop: end sessions, or their turns."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ each session that was stopped.
 
 Options:
   --all                    stop every session
+  --turn                   end what the session is doing, not the session
 {COMMON_OPTIONS}
 Exit status: 0 done, 64 usage, 65 malformed URL, 66 no such session (the others
 are stopped all the same), 69 daemon not found or not reachable, 75 timed out,
@@ -36,10 +37,11 @@ are stopped all the same), 69 daemon not found or not reachable, 75 timed out,
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Which sessions to stop; `sessions` None means all."""
+    """Which sessions to stop; `sessions` None means all. With `turn` only their turns end."""
 
     target: Target
     sessions: list[str] | None
+    turn: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +54,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
     sessions = None if arguments["--all"] else list(dict.fromkeys(arguments["SESSION"]))
     if sessions is not None and "" in sessions:
         raise UsageError("SESSION is empty")
-    return Options(parse_target(arguments, console), sessions)
+    return Options(parse_target(arguments, console), sessions, arguments["--turn"])
 
 
 def execute(options: Options, console: Console) -> int:
@@ -66,13 +68,14 @@ async def _stop(client: Client, options: Options, console: Console) -> int:
     """Ask for all at once, print in order; a session that ended by itself meanwhile is no error with --all."""
     import asyncio
 
-    from p2pclaude.remote import list_sessions, no_session, stop
+    from p2pclaude.remote import interrupt, list_sessions, no_session, stop
 
     sessions = options.sessions
     if sessions is None:
         sessions = [str(entry["sessionId"]) for entry in await list_sessions(client)]
     status = 0
-    stopping = [asyncio.create_task(stop(client, session)) for session in sessions]
+    end = interrupt if options.turn else stop
+    stopping = [asyncio.create_task(end(client, session)) for session in sessions]
     try:
         for session, stopped in zip(sessions, stopping, strict=True):
             if await stopped:

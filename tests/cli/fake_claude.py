@@ -2,9 +2,11 @@
 """A stand-in for `claude` in the commands' tests: it speaks stream-json and does what the message says.
 
 `FAIL` is answered with an error, `EXIT:N` ends it, `HANG` is never answered, `COUNT:N` prints N objects first, `TOOL`
-calls a tool; anything else comes back.
+calls a tool; `ASK:COMMAND` asks for permission to run it, and `QUESTION` which colour it shall be;
+anything else comes back.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -21,6 +23,27 @@ def say_content(**block: object) -> None:
     say(type="assistant", message={"role": "assistant", "content": [block]})
 
 
+def ask(number: int, line: str) -> None:
+    """Ask for permission and wait: the answer, or the interrupt, is the result."""
+    tool, given = "Bash", {"command": line.partition(":")[2]}
+    if line.startswith("QUESTION"):
+        tool, given = "AskUserQuestion", {"questions": [{"question": "Which colour?"}]}  # type: ignore[dict-item]
+    request_id = f"{os.getpid()}-{number}"
+    say(
+        type="control_request",
+        request_id=request_id,
+        request={"subtype": "can_use_tool", "tool_name": tool, "input": given},
+    )
+    answer = json.loads(sys.stdin.readline())
+    if answer["type"] == "control_request":
+        say(type="control_cancel_request", request_id=request_id)
+        say(type="result", subtype="error_during_execution", is_error=True)
+        return
+    said = answer["response"]["response"]
+    ran = json.dumps(said["updatedInput"]) if said["behavior"] == "allow" else said["message"]
+    say(type="result", subtype="success", is_error=False, result=f"{said['behavior']}: {ran}")
+
+
 def turn(text: str) -> None:
     """Answer one message."""
     word, _, number = text.partition(":")
@@ -28,6 +51,9 @@ def turn(text: str) -> None:
     if word == "EXIT":
         sys.exit(int(number))
     if word == "HANG":
+        return
+    if word in ("ASK", "QUESTION"):
+        ask(next(numbers), text)
         return
     if word == "COUNT":
         for n in range(int(number)):
@@ -42,5 +68,8 @@ def turn(text: str) -> None:
     say(type="result", subtype="success", is_error=False, result=f"echo: {text}")
 
 
+numbers = itertools.count(1)
 for line in sys.stdin:
-    turn(json.loads(line)["message"]["content"])
+    value = json.loads(line)
+    if value["type"] == "user":
+        turn(value["message"]["content"])

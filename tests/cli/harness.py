@@ -13,7 +13,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-TOOLS = ("daemon", "send", "tail", "ls", "stop", "ping", "node")
+TOOLS = ("daemon", "send", "tail", "ls", "stop", "approve", "ping", "node")
 TIMEOUT = 60.0
 
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from fuzz import engine
 from fuzz.target import Script, Target
@@ -18,6 +18,7 @@ from p2pclaude.hyperdht import KeyPair
 from p2pclaude.inbox import Recovery
 from p2pclaude.journalfile import JournalFile
 from p2pclaude.pairing import PREFIX, format_url, is_host_port, parse_url
+from p2pclaude.permissions import Answer, Book, History, Refusal, Request
 from p2pclaude.record import decode_record
 from p2pclaude.seqindex import seq_of_line
 from p2pclaude.sessionfile import Info
@@ -189,6 +190,20 @@ def _read_claude(data: bytes) -> None:
     assert b"\n" not in kept
     envelope = load_json(b'{"messages":[{"type":"session-output","seq":1,"data":' + kept + b"}]}")
     assert dump_json(envelope["messages"][0]["data"]) == dump_json(value)
+    _ask(value, len(kept))
+
+
+def _ask(value: dict[str, Any], size: int) -> None:
+    """What claude asks is shown, refused or ignored; what it is told holds the id that it asked with."""
+    outcome = Book(asks=True).receive(value, size, 0)
+    reply = None
+    if isinstance(outcome, Request):
+        dump_json(outcome.describe("s", "/"))
+        reply = Answer("allow").reply(outcome)
+    elif isinstance(outcome, Refusal):
+        reply = outcome.reply
+    if reply is not None:
+        assert load_json(dump_json(reply))["response"]["request_id"] == value["request_id"]
 
 
 def _claude_seeds() -> list[bytes]:
@@ -196,6 +211,9 @@ def _claude_seeds() -> list[bytes]:
         b'{"type":"system","subtype":"init","cwd":"/tmp","session_id":"x","tools":["Bash"]}',
         b'{"type":"assistant","message":{"role":"assistant","content":[{"type":"text","text":"\\ud83d\\ude00"}]}}',
         b'{"type":"result","subtype":"success","is_error":false,"total_cost_usd":0.01,"result":"\xc3\xa9"}\r',
+        b'{"type":"control_request","request_id":"r","request":{"subtype":"can_use_tool","tool_name":"Bash","input":{}}}',
+        b'{"type":"control_request","request_id":"r","request":{"subtype":"hook_callback"}}',
+        b'{"type":"control_cancel_request","request_id":"r"}',
         b"stray words \xff\xfe",
         b'{"type":"assistant","mess',
         b'{"a":' + b"[" * 900 + b"]" * 900 + b"}",
@@ -244,9 +262,11 @@ def _load_journal(data: bytes) -> None:
         lines = [line for line in data.split(b"\n")[:-1] if seq_of_line(line) is not None]
         assert last >= len({seq_of_line(line) for line in lines if line in page.lines})
         assert set(journal.read(0, max_bytes=len(data) + 1, outputs_only=True).lines) <= set(lines)
-        recovery = Recovery()
+        recovery, asked = Recovery(), History()
         for seq, line in others:
             recovery.learn(seq, line)
+            asked.learn(line)
+        assert len(asked.unanswered) + len(asked.answered) <= len(others)
         inbox = recovery.finish(lambda seq: journal.read(seq - 1, limit=1).lines[0], last)
         assert len(inbox) + len(inbox.handed) <= 2 * len(others)
         journal.start_of_last(2)
@@ -262,7 +282,16 @@ def _journal_seeds() -> list[bytes]:
     output = b'{"type":"session-output","seq":1,"timestamp":1,"data":{"type":"result"}}\n'
     message = b'{"type":"message","seq":2,"timestamp":2,"messageId":"m","data":{"type":"user"}}\n'
     turn = b'{"type":"turn","seq":3,"timestamp":3,"message":2}\n'
-    return [output + message + turn, output * 3 + turn[:-9], message + b"\x00\xff\n\n" + turn, b"[]\n1\n"]
+    asked = b'{"type":"permission-request","seq":4,"timestamp":4,"requestId":"r","data":{"tool_name":"Bash"}}\n'
+    answered = b'{"type":"permission-answer","seq":5,"timestamp":5,"requestId":"r","behavior":"allow","answerId":"a"}\n'
+    permissions = [asked + answered, asked * 2]
+    return [
+        *permissions,
+        output + message + turn,
+        output * 3 + turn[:-9],
+        message + b"\x00\xff\n\n" + turn,
+        b"[]\n1\n",
+    ]
 
 
 # Two files, each behind its length of two bytes; a length of 0 leaves the file out.
