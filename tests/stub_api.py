@@ -1,8 +1,9 @@
 """A stub of the Messages API on loopback, enough for whole turns of the real `claude` without an account.
 
-The last text of the user decides the answer: `TOOL:CMD` runs a command, `WRITE:PATH` writes a file, `SLOW:N` streams N
-words half a second apart, `BIG:N` gives N bytes, `ERR:STATUS` fails; anything else comes back as `echo: …`. Started as
-a program it prints its port and serves until it is ended.
+The last text of the user decides the answer: `TOOL:CMD` runs a command, `FETCH:URL URL` fetches pages, for which the
+CLI asks at once, `WRITE:PATH` writes a file, `QUESTION:TEXT` asks the user, `SLOW:N` streams N words half a second
+apart, `BIG:N` gives N bytes, `ERR:STATUS` fails; anything else comes back as `echo: …`. Started as a program it prints
+its port and serves until it is ended.
 """
 
 import json
@@ -77,6 +78,12 @@ def answer(messages: list[dict[str, Any]]) -> list[Block]:
     results = [b for b in blocks if b.get("type") == "tool_result"]
     if results and word not in ("TOOL", "WRITE"):
         return [{"type": "text", "text": f"tool said: {json.dumps(results[-1].get('content'))[:200]}"}]
+    if word == "FETCH":
+        return [_tool("WebFetch", {"url": url, "prompt": "what is there?"}) for url in rest.split()]
+    if word == "QUESTION":
+        options = [{"label": label, "description": label} for label in ("red", "blue")]
+        question = {"question": rest.strip(), "header": "Choice", "multiSelect": False, "options": options}
+        return [_tool("AskUserQuestion", {"questions": [question]})]
     if word == "TOOL":
         return [_tool("Bash", {"command": rest.strip(), "description": "run a command"})]
     if word == "WRITE":

@@ -264,7 +264,7 @@ def test_filters_chain(shell: Shell) -> None:
     """What the first leaves the second decides; each looks at a request once."""
     seen = shell.work / "seen"
     first = shell.start("approve", "-f", "--filter", f"cat >>{seen}; exit 75", "@")
-    second = shell.start("approve", "-f", "--filter", f"until grep -q . {seen}; do sleep 0.1; done; exit 0", "@")
+    second = shell.start("approve", "-f", "--filter", f"until grep -qs . {seen}; do sleep 0.1; done; exit 0", "@")
     time.sleep(1.0)
     session = ask_only(shell, "ASK:ls")
     [decided] = lines_of(second, 1)
