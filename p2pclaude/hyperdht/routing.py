@@ -130,6 +130,8 @@ class RoutingTable:
         """Return up to `k` nodes (default: the table's k), sorted by XOR distance to `target`."""
         k = self.k if k is None else k
         goal = int.from_bytes(target, "big")
+        if len(self._nodes) <= k:  # all of them; rows would be looked through for little
+            return sorted(self._nodes.values(), key=lambda node: int.from_bytes(node.id, "big") ^ goal)
         found: list[TableNode] = []
         for group in self._groups(self._row_index(goal)):
             if len(found) >= k:

@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     limit.add_argument("--seconds", type=float, metavar="N", help="fuzz each target for N seconds, and keep new inputs")
     limit.add_argument("--runs", type=int, metavar="N", help="try N inputs a target")
     made.add_argument("--seed", type=int, default=1, metavar="S", help="what random choices begin with (1)")
+    made.add_argument("--keep", action="store_true", help="with --runs too, go on from and keep what is found")
     made.add_argument("--random", action="store_true", help="mutate at random even where atheris is installed")
     made.add_argument("--list", action="store_true", help="print the targets' names")
     made.add_argument("words", nargs="*", metavar="TARGET", help="what to fuzz (all), or TARGET FILE to replay")
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_one(atheris: object, target: Target, options: argparse.Namespace) -> Result:
     runs = options.runs or (None if options.seconds else target.runs)
     if atheris is not None:
-        return guided.run(atheris, target, runs=runs, seconds=options.seconds, seed=options.seed)
+        limits = {"runs": runs, "seconds": options.seconds, "seed": options.seed}
+        return guided.run(atheris, target, **limits, keep=options.keep)
     return engine.run(target, runs=runs, seconds=options.seconds, seed=options.seed)
 
 

@@ -41,16 +41,22 @@ def instrument(atheris: Any) -> Iterator[None]:
 
 
 def run(
-    atheris: Any, target: Target, *, runs: int | None = None, seconds: float | None = None, seed: int = 0
+    atheris: Any,
+    target: Target,
+    *,
+    runs: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    keep: bool = False,
 ) -> Result:
     """Run one target in a process of its own.
 
-    By number, a run starts from the committed corpus and repeats with its seed. By time, it goes on from what earlier
-    ones found, in `engine.BUILD/found`, and keeps what it finds.
+    By number, a run starts from the committed corpus and repeats with its seed. By time, or with `keep`, it goes on
+    from what earlier ones found, in `engine.BUILD/found`, and keeps what it finds.
     """
     engine.BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=engine.memory()) as scratch:
-        found = engine.BUILD / "found" / target.name if seconds is not None else Path(scratch, "found")
+        found = engine.BUILD / "found" / target.name if keep or seconds is not None else Path(scratch, "found")
         seeds = Path(scratch, "seeds")
         for directory in (found, seeds, Path(scratch, "files"), engine.BUILD / "crashes"):
             directory.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,8 @@ from typing import Any, Final
 
 from sim import SimLoop
 
+from fuzz import remember
+
 WALL_SECONDS: Final = 30.0
 
 
@@ -30,7 +32,8 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     loop = SimLoop(wall_limit=WALL_SECONDS)
     _errors.records.clear()
     try:
-        loop.run_until_complete(main)
+        with remember.key_arithmetic():
+            loop.run_until_complete(main)
     finally:
         loop.close()
     for record in _errors.records:
