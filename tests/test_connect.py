@@ -123,6 +123,56 @@ def test_a_server_that_is_gone_is_not_taken_for_an_unknown_one() -> None:
     assert run(main(), seed=1) < 10
 
 
+def test_an_attempt_uses_its_time_where_answers_get_lost() -> None:
+    """The server's answers to the handshake are lost for eight seconds, and before that an answer of the lookup was."""
+
+    async def main() -> float:
+        async with swarm(1, 12) as network:
+            _, client, server, host = await peers(network)
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            looked_up = 0
+
+            def intercept(packet: Packet) -> bool:
+                nonlocal looked_up
+                if packet.origin is host and is_request(packet, Command.FIND_PEER):
+                    looked_up += 1
+                    return looked_up == 1
+                return is_request(packet, Command.PEER_HANDSHAKE) and loop.time() < started + 8
+
+            network.net.intercept = intercept
+            async with await client.connect(server.public_key) as connection:
+                assert await ask(connection, b"hello") == b"hello"
+            return loop.time() - started
+
+    assert 8 < run(main(), seed=1) < 12
+
+
+@pytest.mark.parametrize("behind_nats", [False, True])
+def test_a_client_that_vanishes_with_its_first_packet_is_given_up(behind_nats: bool) -> None:
+    """The server hears it, but nothing of the server's arrives: no stream, no socket and no handler may stay."""
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            node, client, server, host = await peers(network)
+            if not behind_nats:
+                node = await network.join(network.net.host("5.8.0.3"), ephemeral=False)
+                server = await serve(node, KeyPair.generate(network.net.random("server")))
+            network.net.intercept = lambda packet: (
+                packet.data[:1] == b"\xff" and (packet.origin is not host or bool(server._settling))
+            )
+            with pytest.raises(HyperDHTError):
+                await client.connect(server.public_key, timeout=3)
+            host.up = False
+            assert server._settling, "the server did not hear the client"
+            await asyncio.sleep(18)
+            assert not node.handlers
+            await asyncio.sleep(20)  # the break is told for a while
+            assert not node.endpoint.streams and len(node.endpoint.sockets) == 2
+
+    run(main(), seed=1)
+
+
 @pytest.mark.parametrize("timeout", [0.05, 0.3, 1.0, 7.0])
 @pytest.mark.parametrize("lost", ["everything", "udx and probes", "rounds"])
 def test_every_attempt_settles_by_its_deadline_and_leaves_nothing(timeout: float, lost: str) -> None:

@@ -106,7 +106,7 @@ def test_a_server_that_stays_busy_is_the_cause_in_the_end() -> None:
             await asyncio.sleep(5)
             server = await serve(node, node.key_pair)
             for _ in range(PunchThrottle.LIMIT):
-                node.throttle.begin()
+                node.throttle.begin(asyncio.get_running_loop().time())
             loop = asyncio.get_running_loop()
             started = loop.time()
             with pytest.raises(TryLater):

@@ -208,13 +208,17 @@ def test_the_socket_of_the_winning_way_lives_as_long_as_its_stream() -> None:
 
 def test_random_punches_are_rare() -> None:
     throttle = PunchThrottle()
-    assert throttle.allows(0.0)
     for _ in range(PunchThrottle.LIMIT):
-        throttle.begin()
-    assert not throttle.allows(0.0)
-    throttle.end(10.0)
-    assert not throttle.allows(10.0 + PunchThrottle.INTERVAL - 0.1)
-    assert throttle.allows(10.0 + PunchThrottle.INTERVAL)
+        assert throttle.allows(0.0)
+        throttle.begin(0.0)
+    assert not throttle.allows(1.0)
+    for second in range(2, 2 + PunchThrottle.BURST - PunchThrottle.LIMIT):
+        throttle.end()  # the next one may begin at once
+        assert throttle.allows(second)
+        throttle.begin(second)
+    throttle.end()
+    assert not throttle.allows(PunchThrottle.WINDOW - 0.1)
+    assert throttle.allows(PunchThrottle.WINDOW)
 
 
 def test_the_throttle_is_given_back_however_an_attempt_ends() -> None:
@@ -226,10 +230,10 @@ def test_the_throttle_is_given_back_however_an_attempt_ends() -> None:
             assert puncher.punch()
             puncher.close()
             puncher.close()
-            assert node.throttle.allows(now + PunchThrottle.INTERVAL)
-            node.throttle.begin()
-            assert node.throttle.allows(now + PunchThrottle.INTERVAL)  # ended once, not twice: one of two is left
-            node.throttle.begin()
-            assert not node.throttle.allows(now + PunchThrottle.INTERVAL)
+            assert node.throttle.allows(now)
+            node.throttle.begin(now)
+            assert node.throttle.allows(now)  # ended once, not twice: one of two is left
+            node.throttle.begin(now)
+            assert not node.throttle.allows(now)
 
     run(main(), seed=1)

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PARALLEL_HANDSHAKES: Final = 3
+HANDSHAKES: Final = 3  # through all relays, while answers get lost
 LOOKUPS: Final = 3  # while answers get lost
 ENOUGH_RELAYS: Final = 3  # as many as a server has
 PATH_TIMEOUT: Final = 10.0  # as long as a server keeps the stream of a handshake
@@ -127,6 +128,11 @@ class RelaySearch:
         self._found: set[Address] = set()
         self._lookups = 1
         self._query = self._look_up()
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether an answer of the last lookup got lost."""
+        return self._query.resends > 0
 
     def _look_up(self) -> Query:
         return self._node.query(Command.FIND_PEER, self._target, retries=3)
@@ -202,13 +208,16 @@ class Attempt:
         """Return the first valid handshake that any relay brings back."""
         message = self._noise.write_message(encode_noise_payload(self._payload()))
         failures: list[HyperDHTError] = []
-        search = RelaySearch(self._dht.node, self._target)
-        try:
-            shaken = await self._first_of(message, search, self._known_relays(), failures)
-        finally:
-            search.cancel()
-        if shaken is not None:
-            return shaken
+        for _ in range(HANDSHAKES):
+            search = RelaySearch(self._dht.node, self._target)
+            try:
+                shaken = await self._first_of(message, search, self._known_relays(), failures)
+            finally:
+                search.cancel()
+            if shaken is not None:
+                return shaken
+            if not search.is_lossy or not failures or not all(isinstance(failure, Timeout) for failure in failures):
+                break
         if refusals := [failure for failure in failures if isinstance(failure, HandshakeFailed)]:
             raise refusals[0]
         if failures:

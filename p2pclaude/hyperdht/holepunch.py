@@ -42,7 +42,7 @@ RELAYED_RETRIES: Final = 6  # on the way client, relay, server and back a packet
 SECRET_BYTES: Final = 32
 MAX_WAYS: Final = 3  # relays that a round is sent through
 SINGLE_PAUSE: Final = 0.5  # seconds at least before a round that must not be repeated without need is repeated
-SINGLE_TURNS: Final = 4
+SINGLE_TURNS: Final = 6
 SINGLE_TIMEOUT: Final = 3.0  # a late answer is one too
 REMOTE_ANALYSIS_PAUSE: Final = 0.5  # what the other side may need to classify its NAT
 

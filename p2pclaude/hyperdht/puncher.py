@@ -9,6 +9,7 @@ lib/holepuncher.js, lib/nat.js.
 import asyncio
 import logging
 import random
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final
 
@@ -26,7 +27,7 @@ PROBE: Final = b"\x00"
 LOW_TTL: Final = 5  # enough to pass the own NATs, too little to reach the peer's
 SAMPLES: Final = 8  # nodes asked how they see us: four must answer, and packets get lost
 MAX_REOPENS: Final = 3
-BIRTHDAY_SOCKETS: Final = 480  # upstream has 256; its 50 probes a second then hit one of ours within 10 s in 95 %
+BIRTHDAY_SOCKETS: Final = 640  # upstream has 256; its 50 probes a second then hit one of ours within 7 s in 95 %
 RANDOM_PROBES: Final = 3500
 RANDOM_INTERVAL: Final = 0.02
 RANDOM_BURST: Final = 4  # probes an interval: at 200 a second one of upstream's 256 sockets is hit within 6 s in 99 %
@@ -50,24 +51,26 @@ class PunchThrottle:
     """Keeps random punching rare: each leaves a few hundred mappings in the NATs. One for each node."""
 
     LIMIT: Final = 2  # at a time
-    INTERVAL: Final = 4.0  # seconds after one ended
+    BURST: Final = 4  # within a window; a client of upstream's does not ask again when it is told to try later
+    WINDOW: Final = 16.0  # seconds
 
     def __init__(self) -> None:
         self._active = 0
-        self._last_end = float("-inf")
+        self._begun: deque[float] = deque(maxlen=self.BURST)
 
     def allows(self, now: float) -> bool:
         """Tell whether a random punch may begin."""
-        return self._active < self.LIMIT and now - self._last_end >= self.INTERVAL
+        begun = self._begun
+        return self._active < self.LIMIT and (len(begun) < self.BURST or now - begun[0] >= self.WINDOW)
 
-    def begin(self) -> None:
+    def begin(self, now: float) -> None:
         """Count one that begins."""
         self._active += 1
+        self._begun.append(now)
 
-    def end(self, now: float) -> None:
+    def end(self) -> None:
         """Count one that ended."""
         self._active -= 1
-        self._last_end = now
 
 
 class Puncher:
@@ -132,7 +135,7 @@ class Puncher:
             if task is not None:
                 task.cancel()
         if self._random:
-            self._throttle.end(asyncio.get_running_loop().time())
+            self._throttle.end()
         for socket in self.sockets:
             if socket is not keep:
                 socket.close()
@@ -281,7 +284,7 @@ class Puncher:
             return False
         if self.needs_random:
             self._random = True
-            self._throttle.begin()
+            self._throttle.begin(asyncio.get_running_loop().time())
         self._punching = asyncio.create_task(strategy())
         return True
 

@@ -4,7 +4,8 @@
 
 A pair is the client's NAT and the server's; sides are likewise. Every run has new homes, a new server and a new client,
 so no throttle of an earlier one is felt. Prints one line a run on stderr and one a case on stdout: how many connected,
-and the times until the connection was open in milliseconds.
+and the times until the connection was open in milliseconds. With --again each run connects once more at once, and the
+second connects have a line of their own: the same client, but a new one of Node's, which waits 20 s by itself.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from nat.lab import KINDS, PUBLIC_HOSTS, Kind, Lab, remove_stale
 from nat.peers import Dwellers, exchange, homes_of, nodes_of
 
 SIDES: tuple[Side, ...] = ("python", "node")
+AGAIN_TIMEOUT = 40_000  # milliseconds; a server of Node's refuses random punches for 20 s after one
 Pair = tuple[Kind, Kind]
 Sides = tuple[Side, Side]
 
@@ -30,14 +32,21 @@ def percentile(values: Sequence[float], part: float) -> float:
     return ranked[max(0, math.ceil(len(ranked) * part) - 1)] if ranked else math.inf
 
 
-def once(lab: Lab, bootstrap: Sequence[str], pair: Pair, sides: Sides, loss: float = 0.0) -> Event:
-    """Connect once between two new homes; returns the client's result."""
+def once(
+    lab: Lab, bootstrap: Sequence[str], pair: Pair, sides: Sides, *, loss: float = 0.0, again: bool = False
+) -> list[Event]:
+    """Connect once between two new homes, or twice; returns the client's results."""
     with homes_of(lab, *pair) as (client_home, server_home), peers_on(bootstrap) as group:
         dwellers = Dwellers(group)
         server = dwellers.start(server_home, sides[1], "server")
         client = dwellers.start(client_home, sides[0], "client")
         client_home.lose(loss)
-        return exchange(client, server)
+        results = [exchange(client, server)]
+        if again:
+            if sides[0] == "node":
+                client = dwellers.start(client_home, sides[0], "client")
+            results.append(exchange(client, server, connectTimeout=AGAIN_TIMEOUT))
+        return results
 
 
 def describe(results: Sequence[Event]) -> str:
@@ -66,6 +75,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
     parser.add_argument("--loss", type=float, default=0.0, help="lost at the client's NAT, each way")
+    parser.add_argument("--again", action="store_true", help="connect a second time at once")
     parser.add_argument("--nodes", choices=SIDES, default="node", help="what the DHT consists of")
     options = parser.parse_args()
     pairs = options.pair or [f"{client}-{server}" for client in KINDS for server in KINDS]
@@ -74,13 +84,16 @@ def main() -> None:
         for pair in pairs:
             for sides in all_sides:
 
-                def run(_: int, pair: str = pair, sides: str = sides) -> Event:
+                def run(_: int, pair: str = pair, sides: str = sides) -> list[Event]:
                     kinds, who = cast(Pair, pair.split("-")), cast(Sides, sides.split("-"))
-                    result = once(lab, bootstrap, kinds, who, options.loss)
-                    print(pair, sides, result.get("openMs"), result.get("error", ""), file=sys.stderr)
-                    return result
+                    results = once(lab, bootstrap, kinds, who, loss=options.loss, again=options.again)
+                    for result in results:
+                        print(pair, sides, result.get("openMs"), result.get("error", ""), file=sys.stderr)
+                    return results
 
-                print(pair, sides, describe(list(pool.map(run, range(options.runs)))), flush=True)
+                rounds = zip(*pool.map(run, range(options.runs)), strict=True)
+                for name, results in zip(("", "again "), rounds, strict=False):
+                    print(pair, sides, name + describe(results), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_pair(home: MakeHome, dwellers: Dwellers, kinds: tuple[Kind, Kind], side
     lucky = set(kinds) == {"symmetric", "cone"}
     result = connect(home, dwellers, kinds, sides)
     if lucky and not result["ok"] and "node" in sides:
-        # Node sends fifty probes a second: one attempt in fifty of ours finds nothing in its twenty seconds.
+        # Node sends fifty probes a second at one of our sockets of chance: a long wait is a matter of bad luck.
         result = connect(home, dwellers, kinds, sides)
     assert result["ok"], result
     assert lucky or "node" in sides or result["openMs"] < SOON
@@ -52,13 +52,19 @@ def test_with_python_nodes_alone(home: MakeHome, python_dwellers: Dwellers, kind
     assert result["ok"], result
 
 
-@pytest.mark.parametrize("kinds", [("cone", "symmetric")], ids="-".join)
-def test_a_second_attempt_at_once(home: MakeHome, dwellers: Dwellers, kinds: tuple[Kind, Kind]) -> None:
-    """Random punches are throttled; a client that comes again within 20 s, as does another one, is served."""
-    server = dwellers.start(home(kinds[1]), "python", "server")
-    client = dwellers.start(home(kinds[0]), "python", "client")
-    results = [exchange(client, server) for _ in range(2)]
-    assert all(result["ok"] and result["openMs"] < 20_000 for result in results), results
+@pytest.mark.parametrize("sides", SIDES, ids="-".join)
+def test_a_second_attempt_at_once(home: MakeHome, dwellers: Dwellers, sides: tuple[Side, Side]) -> None:
+    """Random punches are throttled; a client that comes again within 20 s, as does another one, is served.
+
+    One of Node's refuses to by itself, so that it is another one; a server of Node's lets ours wait for 20 s.
+    """
+    server_home, client_home = home("symmetric"), home("cone")
+    server = dwellers.start(server_home, sides[1], "server")
+    clients = [dwellers.start(client_home, sides[0], "client")]
+    clients.append(dwellers.start(client_home, "node", "client") if sides[0] == "node" else clients[0])
+    results = [exchange(client, server, connectTimeout=40_000) for client in clients]
+    assert all(result["ok"] for result in results), results
+    assert sides[1] == "node" or results[1]["openMs"] < 20_000
 
 
 def test_neighbours_behind_one_nat_each_reach_the_server(home: MakeHome, dwellers: Dwellers) -> None:

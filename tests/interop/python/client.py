@@ -1,6 +1,7 @@
 """A HyperDHT client: the Python twin of `node/client.js`, with the same configuration, commands and events.
 
 Beyond it: `relay` in the configuration is the key of a blind relay, and a result has `how` the server was reached.
+A connect takes `connectTimeout` milliseconds at most.
 """
 
 import asyncio
@@ -87,7 +88,8 @@ async def exchange(number: int, command: Command, dht: HyperDHT) -> Result:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(asyncio.timeout(command.get("timeout", 30000) / 1000))
             node = await stack.enter_async_context(new_node()) if command.get("fresh") else dht
-            connecting = node.connect(bytes.fromhex(command["key"]), relay_through=relay_through())
+            limit = command.get("connectTimeout", 20000) / 1000
+            connecting = node.connect(bytes.fromhex(command["key"]), relay_through=relay_through(), timeout=limit)
             connection = await stack.enter_async_context(await connecting)
             result.update(opened=True, openMs=(time.perf_counter() - started) * 1000, how=connection.how)
             result.update(await job(connection, command.get("bytes", 64)))
