@@ -148,6 +148,29 @@ def test_an_attempt_uses_its_time_where_answers_get_lost() -> None:
     assert 8 < run(main(), seed=1) < 12
 
 
+def test_nobody_is_met_in_the_last_moment_and_left_alone() -> None:
+    """A way opens just before the deadline, and nothing of the server's would arrive in time."""
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            _, client, server, host = await peers(network)
+            loop = asyncio.get_running_loop()
+            end = loop.time() + 5
+
+            def intercept(packet: Packet) -> bool:
+                if packet.data[:1] == b"\xff":
+                    return packet.origin is not host
+                return len(packet.data) == 1 and loop.time() < end - 0.4
+
+            network.net.intercept = intercept
+            with pytest.raises(HyperDHTError):
+                await client.connect(server.public_key, timeout=5)
+            await asyncio.sleep(0.5)
+            assert not server._settling, "the server holds a connection that the client has given up"
+
+    run(main(), seed=1)
+
+
 @pytest.mark.parametrize("behind_nats", [False, True])
 def test_a_client_that_vanishes_with_its_first_packet_is_given_up(behind_nats: bool) -> None:
     """The server hears it, but nothing of the server's arrives: no stream, no socket and no handler may stay."""

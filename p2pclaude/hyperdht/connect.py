@@ -98,11 +98,14 @@ async def connect(
     cause: HolepunchError | None = None
     avoid: set[Address] = set()  # relays that led to no path: another may
     failures = 0
+    latest = asyncio.get_running_loop().time() + timeout - min(LAST_CHANCE, timeout / 10)
     try:
         async with asyncio.timeout(timeout):
             while True:
                 try:
-                    return await Attempt(dht, public_key, key_pair, relay_addresses, relay_through, avoid).run()
+                    attempt = Attempt(dht, public_key, key_pair, relay_addresses, relay_through, avoid)
+                    attempt.paths.latest = latest
+                    return await attempt.run()
                 except TryLater as error:
                     cause = error
                     await asyncio.sleep(dht.rng.uniform(*TRY_LATER_PAUSE))
@@ -188,7 +191,8 @@ class Attempt:
             rng=dht.rng,
         )
         self._open_address = dht.node.remote_address()
-        self._paths = Paths(dht.node, self._stream, self._connection)
+        self.paths = Paths(dht.node, self._stream, self._connection)
+        """The ways of the stream."""
 
     async def run(self) -> Connection:
         """Return the connection, open; raises as `connect` does, but knows no deadline."""
@@ -302,7 +306,7 @@ class Attempt:
     async def _open(self, shaken: Shaken) -> None:
         """Try all paths at once and wait for the server's first bytes on any."""
         assert shaken.payload.udx is not None
-        paths = self._paths
+        paths = self.paths
         paths.remote_id = shaken.payload.udx.id
         if paths.early is not None:
             paths.take(*paths.early)
@@ -368,7 +372,7 @@ class Attempt:
         if not shaken.relayed or self._open_address is not None or holepunch is None or not holepunch.relays:
             return None
         puncher = Puncher(
-            self._dht.node, self._dht.rng, self._dht.throttle, is_initiator=True, on_path=self._paths.hear_probe
+            self._dht.node, self._dht.rng, self._dht.throttle, is_initiator=True, on_path=self.paths.hear_probe
         )
         await puncher.open()
         return puncher
@@ -396,19 +400,19 @@ class Attempt:
             try:
                 return await holepunch.run()
             except TryLater:
-                if not self._paths.on_relay:  # else there is time
+                if not self.paths.on_relay:  # else there is time
                     raise
                 await asyncio.sleep(self._dht.rng.uniform(*TRY_LATER_PAUSE))
 
     async def _link(self, through: RelayThrough, *, is_initiator: bool) -> None:
         """Meet the server at a blind relay, and give it time to show that it is there."""
         link = await open_link(self._dht, through.public_key, through.token, is_initiator, self._stream)
-        self._paths.use_relay(link)
+        self.paths.use_relay(link)
         await asyncio.sleep(PATH_TIMEOUT)
 
     async def _settle(self, puncher: Puncher | None, efforts: Sequence[asyncio.Task[None]]) -> None:
         try:
-            await self._paths.settle(puncher)
+            await self.paths.settle(puncher)
         finally:
             cancel_all(efforts)
             if puncher is not None:
@@ -440,4 +444,4 @@ class Attempt:
         except HyperDHTError:
             return
         if not self._stream.acknowledged:
-            self._paths.take(reply.socket, address)
+            self.paths.take(reply.socket, address)

@@ -11,6 +11,7 @@ such object each.
 
 import asyncio
 import logging
+import math
 from typing import Final
 
 from .connection import Connection
@@ -54,6 +55,8 @@ class Paths:
         """The peer's id for the stream, once its handshake is read; 0 is none."""
         self.early: tuple[Socket, Address] | None = None
         """Where the peer's first packet came from, if that was before its handshake was read."""
+        self.latest = math.inf
+        """When the first way may be taken at the latest: a peer that hears us just before we give up would be alone."""
         stream.firewall = self.firewall
         connection.path_kind = self._kind
 
@@ -130,6 +133,8 @@ class Paths:
         return not self._stream.acknowledged and not self._upgraded
 
     def _connect(self, socket: Socket, remote_id: int, address: Address) -> None:
+        if not self._stream.core.connected and asyncio.get_running_loop().time() > self.latest:
+            return
         self._stream.connect(socket, remote_id, address)
         if not self._repeating:
             self._repeating = True
