@@ -477,6 +477,7 @@ def _server_seeds() -> list[bytes]:
         b"\x02" + shake + punch + wait + punch + wait + b"\x1c\x02\x00" + late,
         b"\x01" + shake + (wait + punch.replace(b"\x3e\x02", b"\x3e\x03")) * 2 + late,
         b"\x00" + shake + wait + punch * 3 + wait * 2 + late,
+        b"\x05" + shake + punch + wait + packet + late,  # with an announcer
         b"\xff" + shake + packet + late,
         b"\x00" + shake + wait + punch.replace(b"\x02\x01\x03", b"\x03\x01\x03") * 2 + late + punch,
     ]

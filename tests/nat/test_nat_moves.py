@@ -1,4 +1,7 @@
-"""What NATs and hosts do while a server runs: mappings and addresses move, and it is soon reachable again."""
+"""What NATs and hosts do while a server runs: mappings and addresses move, and it is soon reachable again.
+
+Each test prints how long that took; `pytest -rP` shows it.
+"""
 
 import time
 from collections.abc import Callable
@@ -48,7 +51,9 @@ def test_the_mapping_moved(home: MakeHome, dwellers: Dwellers, kind: Kind, move:
     assert exchange(client, server)["ok"]
     moved = time.monotonic()
     MOVES[move](house)
-    assert seconds_until_reached(client, server, moved) < MAPPING_SECONDS
+    reached = seconds_until_reached(client, server, moved)
+    print(f"{kind}, {move} moved: reachable after {reached:.1f} s")
+    assert reached < MAPPING_SECONDS
 
 
 @pytest.mark.parametrize("kind", ["open", "cone"])
@@ -64,6 +69,7 @@ def test_the_host_moved(home: MakeHome, dwellers: Dwellers, kind: Kind) -> None:
         reached = seconds_until_reached(client, server, moved)
     from_there = [one.at for one in sniffer.packets if one.source[0] == house.address and announces(one)]
     assert from_there and from_there[0] < ADDRESS_SECONDS, sniffer.text()
+    print(f"{kind}, host moved: announced after {from_there[0]:.1f} s, reachable after {reached:.1f} s")
     assert reached < MAPPING_SECONDS
 
 
@@ -82,4 +88,5 @@ def test_a_connection_survives(home: MakeHome, dwellers: Dwellers, who: str, mov
     MOVES[move](houses[who])
     pings = client.expect("pings", 60)["ms"]
     assert len(pings) == 3000
+    print(f"{who}'s {move} moved: echoes go on after {max(pings) / 1000:.1f} s")
     assert max(pings) < MAPPING_SECONDS * 1000
