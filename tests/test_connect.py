@@ -171,31 +171,6 @@ def test_nobody_is_met_in_the_last_moment_and_left_alone() -> None:
     run(main(), seed=1)
 
 
-@pytest.mark.parametrize("behind_nats", [False, True])
-def test_a_client_that_vanishes_with_its_first_packet_is_given_up(behind_nats: bool) -> None:
-    """The server hears it, but nothing of the server's arrives: no stream, no socket and no handler may stay."""
-
-    async def main() -> None:
-        async with swarm(1, 12) as network:
-            node, client, server, host = await peers(network)
-            if not behind_nats:
-                node = await network.join(network.net.host("5.8.0.3"), ephemeral=False)
-                server = await serve(node, KeyPair.generate(network.net.random("server")))
-            network.net.intercept = lambda packet: (
-                packet.data[:1] == b"\xff" and (packet.origin is not host or bool(server._settling))
-            )
-            with pytest.raises(HyperDHTError):
-                await client.connect(server.public_key, timeout=3)
-            host.up = False
-            assert server._settling, "the server did not hear the client"
-            await asyncio.sleep(18)
-            assert not node.handlers
-            await asyncio.sleep(20)  # the break is told for a while
-            assert not node.endpoint.streams and len(node.endpoint.sockets) == 2
-
-    run(main(), seed=1)
-
-
 @pytest.mark.parametrize("timeout", [0.05, 0.3, 1.0, 7.0])
 @pytest.mark.parametrize("lost", ["everything", "udx and probes", "rounds"])
 def test_every_attempt_settles_by_its_deadline_and_leaves_nothing(timeout: float, lost: str) -> None:

@@ -103,8 +103,7 @@ async def connect(
         async with asyncio.timeout(timeout):
             while True:
                 try:
-                    attempt = Attempt(dht, public_key, key_pair, relay_addresses, relay_through, avoid)
-                    attempt.paths.latest = latest
+                    attempt = Attempt(dht, public_key, key_pair, relay_addresses, relay_through, avoid, latest)
                     return await attempt.run()
                 except TryLater as error:
                     cause = error
@@ -171,6 +170,7 @@ class Attempt:
         relay_addresses: Sequence[Address],
         relay_through: bytes | None,
         avoid: set[Address],
+        latest: float,
     ) -> None:
         self._dht = dht
         self._public_key = public_key
@@ -191,8 +191,8 @@ class Attempt:
             rng=dht.rng,
         )
         self._open_address = dht.node.remote_address()
-        self.paths = Paths(dht.node, self._stream, self._connection)
-        """The ways of the stream."""
+        self._paths = Paths(dht.node, self._stream, self._connection)
+        self._paths.latest = latest
 
     async def run(self) -> Connection:
         """Return the connection, open; raises as `connect` does, but knows no deadline."""
@@ -306,7 +306,7 @@ class Attempt:
     async def _open(self, shaken: Shaken) -> None:
         """Try all paths at once and wait for the server's first bytes on any."""
         assert shaken.payload.udx is not None
-        paths = self.paths
+        paths = self._paths
         paths.remote_id = shaken.payload.udx.id
         if paths.early is not None:
             paths.take(*paths.early)
@@ -372,7 +372,7 @@ class Attempt:
         if not shaken.relayed or self._open_address is not None or holepunch is None or not holepunch.relays:
             return None
         puncher = Puncher(
-            self._dht.node, self._dht.rng, self._dht.throttle, is_initiator=True, on_path=self.paths.hear_probe
+            self._dht.node, self._dht.rng, self._dht.throttle, is_initiator=True, on_path=self._paths.hear_probe
         )
         await puncher.open()
         return puncher
@@ -400,19 +400,19 @@ class Attempt:
             try:
                 return await holepunch.run()
             except TryLater:
-                if not self.paths.on_relay:  # else there is time
+                if not self._paths.on_relay:  # else there is time
                     raise
                 await asyncio.sleep(self._dht.rng.uniform(*TRY_LATER_PAUSE))
 
     async def _link(self, through: RelayThrough, *, is_initiator: bool) -> None:
         """Meet the server at a blind relay, and give it time to show that it is there."""
         link = await open_link(self._dht, through.public_key, through.token, is_initiator, self._stream)
-        self.paths.use_relay(link)
+        self._paths.use_relay(link)
         await asyncio.sleep(PATH_TIMEOUT)
 
     async def _settle(self, puncher: Puncher | None, efforts: Sequence[asyncio.Task[None]]) -> None:
         try:
-            await self.paths.settle(puncher)
+            await self._paths.settle(puncher)
         finally:
             cancel_all(efforts)
             if puncher is not None:
@@ -444,4 +444,4 @@ class Attempt:
         except HyperDHTError:
             return
         if not self._stream.acknowledged:
-            self.paths.take(reply.socket, address)
+            self._paths.take(reply.socket, address)
