@@ -98,6 +98,9 @@ class FakeDaemon:
         self.data_key = data_key
         self.sessions: dict[str, FakeSession] = {}
         self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.pending: list[dict[str, Any]] = []
+        self.omitted = 0
+        self.answers: dict[str, dict[str, Any]] = {}
         self.raw_answer: bytes | None = None
         self.mute = False
         self.page_size = 1000
@@ -191,7 +194,8 @@ class FakeDaemon:
         session_id = params.get("sessionId") or f"s{next(self._ids)}"
         again = session_id in self.sessions
         self.sessions.setdefault(session_id, FakeSession())
-        result = {"type": "success", "sessionId": session_id, "pid": 7}
+        result: dict[str, Any] = {"type": "success", "sessionId": session_id, "pid": 7}
+        result |= {"ask": True} if params.get("ask") and not self.old else {}
         if self.old or "text" not in params:
             return result
         assert not again or params["messageId"] in self.sessions[session_id].message_ids
@@ -259,6 +263,51 @@ class FakeDaemon:
         if clear:
             session.cleared = len(session.journal)
         return {"messages": [{k: m[k] for k in ("type", "data", "timestamp")} for m in unread]}
+
+    async def ask(self, *request_ids: str, session: str = "s") -> None:
+        """Add permission requests."""
+        async with self._news:
+            self.pending += [
+                {"sessionId": session, "requestId": r, "toolName": "Bash", "input": {}} for r in request_ids
+            ]
+            self._news.notify_all()
+
+    async def settle(self, request_id: str, **answer: Any) -> None:
+        """Answer a permission request."""
+        async with self._news:
+            self.pending = [request for request in self.pending if request["requestId"] != request_id]
+            self.answers[request_id] = answer
+            self._news.notify_all()
+
+    async def _list_permissions(self, params: dict[str, Any]) -> object:
+        def state() -> str | None:
+            session = self.sessions.get(params.get("sessionId", ""))
+            return None if session is None else session.state
+
+        def version() -> str:
+            return ",".join(request["requestId"] for request in self.pending)
+
+        if params.get("waitMs"):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(params["waitMs"] / 1000), self._news:
+                    await self._news.wait_for(lambda: version() != params["version"] or state() == "ended")
+        found: dict[str, Any] = {"requests": self.pending, "version": version()}
+        found |= {"state": state()} if "sessionId" in params else {}
+        return found | ({"omitted": self.omitted} if self.omitted else {})
+
+    async def _answer_permission(self, params: dict[str, Any]) -> object:
+        request_id = params["requestId"]
+        if (answer := self.answers.get(request_id)) is not None:
+            if answer.get("answerId") == params["answerId"]:
+                return {"success": True}
+            return {"success": False, "error": f"Already answered: {answer['behavior']}"}
+        if request_id not in [request["requestId"] for request in self.pending]:
+            return {"success": False, "error": "Request not found"}
+        await self.settle(request_id, **params)
+        return {"success": True}
+
+    async def _interrupt_session(self, params: dict[str, Any]) -> object:
+        return {"success": params["sessionId"] in self.sessions}
 
     async def _stop_session(self, params: dict[str, Any]) -> object:
         session = self.sessions.get(params["sessionId"])

@@ -310,9 +310,9 @@ def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lost_connection_interrupts_reading_and_nothing_else() -> None:
     async def work(one: Bench) -> None:
         caller = one.caller()
-        calls = [asyncio.create_task(caller.call(name)) for name in ("get-output", "spawn-session")]
+        calls = [asyncio.create_task(caller.call(name)) for name in ("get-output", "list-permissions", "spawn-session")]
         await asyncio.sleep(0.1)
-        assert one.methods.running == 2
+        assert one.methods.running == 3
         caller.connection.abort()
         await asyncio.sleep(0.1)
         assert one.methods.running == 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from cli.harness import Process, Shell, command, daemon, environment, eventually, free_port
+from cli.test_transcripts import on_terminal
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +155,12 @@ def test_an_interrupted_turn_is_an_error_for_who_waits(shell: Shell) -> None:
     shell.succeed("stop", "--all", "@")
 
 
-def test_ask_is_for_a_new_session(shell: Shell) -> None:
-    assert "--ask is for a new session" in shell.fail(64, "send", "--ask", "-s", "x", "@", "hi")
+def test_who_waits_on_a_terminal_is_told_once(shell: Shell) -> None:
+    shown = on_terminal(shell, "send", "-w", "--ask", "@", "ASK:ls", typed=(b"hint: ", b"\x03"))
+    [session] = [line.split("\t")[0] for line in shell.succeed("ls", "@") if "\twaiting\t" in line]
+    assert f"hint: the session waits for permission, p2pclaude-approve URL {session} shows for what" in shown
+    assert shown.count("hint:") == 1
+    shell.succeed("stop", "@", session)
 
 
 # following

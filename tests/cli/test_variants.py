@@ -62,6 +62,24 @@ def test_a_typescript_daemon(tmp_path: Path) -> None:
         assert "no such session" in shell.fail(66, "stop", "@", session)
 
 
+def test_a_daemon_that_cannot_ask(tmp_path: Path) -> None:
+    with serving(FakeDaemon(old=True), tmp_path) as (shell, _):
+        result = shell.run("send", "--ask", "-C", "/srv", "@", "hi")
+        assert (result.status, len(result.lines())) == (0, 1)
+        hint = "this daemon cannot ask, the session does without what needs permission"
+        assert result.err == f"p2pclaude-send: hint: {hint}\n"
+
+
+def test_more_requests_than_fit_the_answer(tmp_path: Path) -> None:
+    daemon = FakeDaemon()
+    daemon.pending = [{"sessionId": "s", "requestId": "r", "toolName": "Bash", "input": {}}]
+    daemon.omitted = 2
+    with serving(daemon, tmp_path) as (shell, _):
+        result = shell.run("approve", "@")
+        assert (result.status, len(result.lines())) == (0, 1)
+        assert "hint: 2 more requests wait" in result.err
+
+
 def test_control_characters_stay_out_of_the_list(tmp_path: Path) -> None:
     daemon = FakeDaemon()
     daemon.sessions["s"] = FakeSession()
