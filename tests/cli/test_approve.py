@@ -1,7 +1,6 @@
 """p2pclaude-approve as a user types it, before a real daemon: listing, answering, filters, and what goes wrong."""
 
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -47,10 +46,11 @@ def answer_of(shell: Shell, session: str) -> str:
 def first_line(process: Process, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """Read what a follower prints up to the object that is wanted, and end it."""
     assert process.stdout
-    found = next(one for one in map(json.loads, process.stdout) if wanted(one))
-    process.terminate()
-    assert process.communicate(timeout=20)[1] == b""
-    return dict(found)
+    try:
+        return dict(next(one for one in map(json.loads, process.stdout) if wanted(one)))
+    finally:
+        process.terminate()
+        assert process.communicate(timeout=20)[1] == b""
 
 
 def test_what_waits_is_printed(shell: Shell) -> None:
@@ -329,18 +329,19 @@ def test_a_signal_ends_the_filters_too(shell: Shell, number: signal.Signals) -> 
 
 
 def test_an_approver_that_dies_in_mid_answer_leaves_the_request(shell: Shell) -> None:
-    pid = shell.work / "dying"
-    deciding = shell.start("approve", "-f", "--filter", f"echo $$ >{pid}; sleep 2; exit 0", "@")
+    pid, over = shell.work / "dying", shell.work / "over"
+    filter_ = f"echo $$ >{pid}; until test -e {over}; do sleep 0.1; done; exit 0"
+    deciding = shell.start("approve", "-f", "--filter", filter_, "@")
     request = ask(shell)
     eventually(lambda: pid.exists() and bool(pid.read_text().strip()))
     deciding.kill()
+    deciding.wait()
+    over.touch()  # its filter ends and allows, and nobody hears of it
+    eventually(lambda: not is_running(int(pid.read_text())))
     deciding.communicate()
-    time.sleep(2.5)  # its filter ends, and nobody hears of it
     assert request_of(shell, request["sessionId"]) == request
     shell.succeed("approve", "--filter", "exit 0", "@")
     assert answer_of(shell, request["sessionId"]) == 'allow: {"command": "ls"}'
-    if is_running(int(pid.read_text())):
-        os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
 def test_following_survives_a_restart_of_the_daemon(tmp_path: Path) -> None:

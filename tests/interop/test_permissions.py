@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import stub_api
+from conftest import TEST_SECONDS
 from interop.daemons import Daemon, start_daemon
 from interop.harness import Peer, Tools, peers_on
 
@@ -139,6 +141,7 @@ def test_two_race_and_one_wins(asking: Asking) -> None:
 
 
 def test_answered_late(asking: Asking) -> None:
+    signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS + TEST_SECONDS)  # the usual limit is shorter than this may take
     session = asking.start("TOOL:touch late")
     [request] = asking.requests(session)
     time.sleep(WAIT_SECONDS)
