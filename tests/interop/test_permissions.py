@@ -116,14 +116,20 @@ def test_denied_with_a_reason(asking: Asking) -> None:
 
 
 def test_left_to_a_second_approver(asking: Asking) -> None:
-    first = asking.approve("-v", "-f", "--filter", "echo seen >>seen; exit 75", asking.url)
+    seen = asking.root / "seen"
+    first = asking.approve("-v", "-f", "--filter", f"cat >>{seen}; exit 75", asking.url)
     session = asking.start("TOOL:touch second")
     [request] = asking.requests(session)
+    deadline = time.monotonic() + 20
+    while not (seen.exists() and seen.read_text().endswith("\n")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     decided = asking.tools.succeed("approve", "--filter", "exit 0", asking.url, session)
     assert json.loads(decided)["requestId"] == request["requestId"]
     _, result = asking.finish(session)
     assert not result["is_error"]
     assert (asking.root / "second").exists()
+    assert [json.loads(line)["requestId"] for line in seen.read_text().splitlines()] == [request["requestId"]]
     assert first.said == []
 
 
