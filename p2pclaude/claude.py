@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from p2pclaude.errors import Unavailable, WireError
+from p2pclaude.permissions import interrupt_request
+from p2pclaude.processes import Mark, Process, descendants_of, end_leftovers
 from p2pclaude.wire import LineBuffer, LineTooLong, dump_json, load_json
 
 PERMISSION_MODES = ("default", "acceptEdits", "bypassPermissions", "plan")
@@ -24,12 +26,12 @@ PERMISSION_MODES = ("default", "acceptEdits", "bypassPermissions", "plan")
 MAX_LINE = 64 * 1024 * 1024
 """Longest line, in bytes, that Claude may print; a longer one ends it. Lines of 3 MB were seen."""
 STOP_STEPS: tuple[tuple[signal.Signals | None, float], ...] = (
-    (None, 0.5),  # stdin is closed: an idle claude exits at once
-    (signal.SIGINT, 3.5),  # ends a running turn and its command, and gives a result
-    (signal.SIGTERM, 0.7),
-    (signal.SIGKILL, 1.0),
+    (None, 2.0),  # interrupted and stdin closed: 0.1 s, or 1.6 s when the running tool ignores its own end
+    (signal.SIGINT, 1.0),
+    (signal.SIGTERM, 0.5),
+    (signal.SIGKILL, 0.5),
 )
-"""How a process is ended: a signal and the seconds to wait for its exit, in turn; 5.7 s at the worst."""
+"""How a process is ended: a signal and the seconds to wait for its exit, in turn; 4 s at the worst."""
 
 _USUAL_PLACES = (
     "/usr/local/bin",
@@ -42,8 +44,10 @@ _USUAL_PLACES = (
 _INSTALL_HINT = "install it with `npm install -g @anthropic-ai/claude-code`, or name it with --claude"
 _HIGH_WATER = 1024 * 1024
 _CHUNK = 1024 * 1024
+_HIGH_WATER_AT_THE_END = 64 * 1024 * 1024  # claude drops what is not read within 5 s once its stdin is closed
 _LAST_WORDS_BYTES = 4096
 _LINGER_SECONDS = 1.0
+_NOT_FOR_CHILDREN = frozenset({"CLAUDECODE", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"})
 _SPARE_DEPTH = 400  # of nesting: for the envelope, the page, and a reader that stands deeper in its own calls
 _MESSAGE_NAMESPACE = uuid.UUID("8f1d2c0e-5f0b-4b5e-9a57-0d6f3f1c7f52")
 
@@ -101,11 +105,14 @@ def find_claude(explicit: str | None, environ: Mapping[str, str]) -> Path:
     raise Unavailable("claude was not found on PATH or in the usual places", hint=_INSTALL_HINT)
 
 
-def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Give the environment for the child: ours, marked as the daemon's, without the mark of a surrounding Claude."""
-    child = {name: value for name, value in environ.items() if name != "CLAUDECODE"}
+def child_environment(environ: Mapping[str, str], mark: Mark | None = None) -> dict[str, str]:
+    """Give the environment for the child: ours, marked as the daemon's and the session's.
+
+    The mark of a surrounding Claude and what a service manager said to the daemon alone are left out.
+    """
+    child = {name: value for name, value in environ.items() if name not in _NOT_FOR_CHILDREN}
     child["CLAUDE_CODE_ENTRYPOINT"] = "p2p-daemon"
-    return child
+    return child | ({} if mark is None else mark.variables())
 
 
 def has_conversation(claude_id: str, environ: Mapping[str, str]) -> bool | None:
@@ -186,22 +193,33 @@ def _check_depth(line: bytes) -> None:
 
 
 class ClaudeProcess:
-    """One running `claude`. Its stdout is drained as long as someone iterates over the process; stderr always."""
+    """One running `claude`. Its stdout is drained as long as someone iterates over the process; stderr always.
 
-    def __init__(self, transport: asyncio.SubprocessTransport, protocol: "_Pipes") -> None:
+    However it ends, everything that carries its mark is ended after it: nothing that it started goes on.
+    """
+
+    def __init__(self, transport: asyncio.SubprocessTransport, protocol: "_Pipes", mark: Mark | None) -> None:
         self._transport = transport
         self._pipes = protocol
+        self._mark = mark
+        self._family: set[Process] = set()  # what it was seen to have started
+        self._cleaning = asyncio.create_task(self._clean_up())
         self.pid = transport.get_pid()
 
     @classmethod
     async def start(
-        cls, launch: Launch, environ: Mapping[str, str] | None = None, *, keep: Collection[int] = ()
+        cls,
+        launch: Launch,
+        environ: Mapping[str, str] | None = None,
+        *,
+        mark: Mark | None = None,
+        keep: Collection[int] = (),
     ) -> Self:
         """Start the program in its directory, in a session of its own. Raises Unavailable if it cannot be run.
 
-        It inherits the descriptors in `keep`.
+        `mark` is what it and all that it starts are known by; it inherits the descriptors in `keep`.
         """
-        environment = child_environment(os.environ if environ is None else environ)
+        environment = child_environment(os.environ if environ is None else environ, mark)
         try:
             transport, protocol = await asyncio.get_running_loop().subprocess_exec(
                 _Pipes, *launch.command(), cwd=launch.directory, env=environment, start_new_session=True, pass_fds=keep
@@ -209,7 +227,7 @@ class ClaudeProcess:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise Unavailable(f"{launch.executable} could not be started: {reason}") from error
-        return cls(transport, protocol)
+        return cls(transport, protocol, mark)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Give each line of stdout as soon as it is complete, until stdout ends."""
@@ -229,8 +247,9 @@ class ClaudeProcess:
         return self._pipes.exited.done()
 
     async def finish(self) -> int:
-        """Wait for the exit, close the pipes and give the status; a negative one is a signal's number."""
+        """Wait for the exit, end what is left, close the pipes and give the status; a negative one is a signal's."""
         status = await asyncio.shield(self._pipes.exited)
+        await asyncio.shield(self._cleaning)
         await asyncio.wait([self._pipes.closed], timeout=_LINGER_SECONDS)
         self._transport.close()
         return status
@@ -248,21 +267,48 @@ class ClaudeProcess:
         """Give the end of what it wrote to stderr, at most 4 KiB."""
         return bytes(self._pipes.stderr).decode("utf-8", "replace").strip()
 
-    async def stop(self) -> int | None:
-        """End the process as `STOP_STEPS` says, and give its exit status; None if even SIGKILL did not end it.
+    async def stop(self, *, in_turn: bool = False) -> int | None:
+        """End the process as `STOP_STEPS` says, then what it left; give its status, None if SIGKILL did not end it.
 
-        Somebody must go on iterating meanwhile, or a full pipe holds the process up.
+        `in_turn` tells that there is a turn to interrupt, so that its result comes. Somebody must go on iterating
+        meanwhile, or a full pipe holds the process up.
         """
-        stdin = self._stdin()
-        if stdin is not None:
-            stdin.close()
+        await self._look_around()
+        self._pipes.high_water = _HIGH_WATER_AT_THE_END
+        self._say_goodbye(in_turn)
         for step, seconds in STOP_STEPS:
             if step is not None:
                 self._signal(step)
             done, _ = await asyncio.wait([self._pipes.exited], timeout=seconds)
             if done:
+                await asyncio.shield(self._cleaning)
                 return self._pipes.exited.result()
+            await self._look_around()
+        await self._end_leftovers()
         return None
+
+    def _say_goodbye(self, in_turn: bool) -> None:
+        stdin = self._stdin()
+        if in_turn:
+            try:
+                self.write(interrupt_request(str(uuid.uuid4())))
+            except ClaudeGone:
+                return
+        if stdin is not None:
+            stdin.close()
+
+    async def _look_around(self) -> None:
+        """Note what runs below it: once it is gone only the mark tells, and not every process keeps that."""
+        if self._mark is not None and not self.has_exited:
+            self._family.update(await asyncio.to_thread(descendants_of, self.pid))
+
+    async def _clean_up(self) -> None:
+        await asyncio.shield(self._pipes.exited)
+        await self._end_leftovers()
+
+    async def _end_leftovers(self) -> None:
+        if self._mark is not None:
+            await end_leftovers(self._mark, self._family)
 
     def kill(self) -> None:
         """End it at once, with whatever it started in its own process group."""
@@ -294,6 +340,7 @@ class _Pipes(asyncio.SubprocessProtocol):
         self.printed: asyncio.Future[None] = loop.create_future()
         self.closed: asyncio.Future[None] = loop.create_future()  # both stdout and stderr ended
         self.stderr = bytearray()
+        self.high_water = _HIGH_WATER
         self._buffer = LineBuffer(MAX_LINE)
         self._lines: deque[bytes] = deque()
         self._queued = 0
@@ -342,7 +389,7 @@ class _Pipes(asyncio.SubprocessProtocol):
             await self._news.wait()
         line = self._lines.popleft()
         self._queued -= len(line)
-        if self._paused and self._queued < _HIGH_WATER:
+        if self._paused and self._queued < self.high_water:
             self._pause(False)
         return line
 
@@ -362,7 +409,7 @@ class _Pipes(asyncio.SubprocessProtocol):
             self._news.set()
             if not self.printed.done():
                 self.printed.set_result(None)
-        if self._queued >= _HIGH_WATER and not self._paused:
+        if self._queued >= self.high_water and not self._paused:
             self._pause(True)
 
     def _pause(self, paused: bool) -> None:

@@ -19,11 +19,13 @@ from p2pclaude.hyperdht import (
     HolepunchError,
     HyperDHT,
     HyperDHTError,
+    KeyPair,
     PeerConnectionFailed,
     PeerNotFound,
     Timeout,
     TooFewNodes,
 )
+from p2pclaude.pairing import client_seed
 from p2pclaude.wire import (
     MAX_REQUEST_LINE,
     MAX_RESPONSE_LINE,
@@ -93,11 +95,10 @@ class Dialer(Protocol):
 
 
 class DhtDialer:
-    """Dials a public key over HyperDHT, with one node for all its connections."""
+    """Dials a pairing's daemon over HyperDHT, with one node for all its connections and the pairing's client key."""
 
-    def __init__(self, public_key: bytes, bootstrap: Sequence[str] | None, relay: bytes | None = None) -> None:
-        self._public_key = public_key
-        self._relay = relay
+    def __init__(self, pairing: Pairing, bootstrap: Sequence[str] | None) -> None:
+        self._pairing = pairing
         self._bootstrap = bootstrap
         self._dht: HyperDHT | None = None
 
@@ -107,7 +108,11 @@ class DhtDialer:
             dht = HyperDHT(bootstrap=self._bootstrap, port=0, ephemeral=True)
             await dht.start()
             self._dht = dht
-        return await self._dht.connect(self._public_key, relay_through=self._relay, timeout=timeout)
+        pairing = self._pairing
+        key_pair = KeyPair.from_seed(client_seed(pairing.data_key))
+        return await self._dht.connect(
+            pairing.public_key, key_pair=key_pair, relay_through=pairing.relay, timeout=timeout
+        )
 
     async def destroy(self) -> None:
         """Leave the network within `CLOSE_TIMEOUT` seconds."""
@@ -299,7 +304,7 @@ async def open_client(
 
     `bootstrap` are `host:port` strings, None for the public network; `timeout` is in seconds; `note` gets diagnostics.
     """
-    dialer = DhtDialer(pairing.public_key, bootstrap, pairing.relay)
+    dialer = DhtDialer(pairing, bootstrap)
     client = Client(dialer, pairing.data_key, timeout=timeout, note=note)
     try:
         yield client

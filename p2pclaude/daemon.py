@@ -6,6 +6,7 @@
 """
 
 import asyncio
+import hmac
 import os
 import resource
 import signal
@@ -24,8 +25,18 @@ from p2pclaude.errors import Unavailable, UsageError
 from p2pclaude.launcher import DEFAULT_MAX_SESSIONS, DEFAULT_PERMISSION_MODE, Settings
 from p2pclaude.log import Event, Log, short, wants_debug
 from p2pclaude.methods import Methods
-from p2pclaude.pairing import Pairing, format_url, is_host_port
+from p2pclaude.notify import Notifier
+from p2pclaude.pairing import Pairing, client_seed, format_url, is_host_port
 from p2pclaude.presence import Announcement, Node, Presence
+from p2pclaude.processes import (
+    END_SECONDS,
+    Mark,
+    Reaper,
+    become_subreaper,
+    end_descendants,
+    end_leftovers,
+    kill_leftovers,
+)
 from p2pclaude.retention import Retention
 from p2pclaude.service import PeerConnection, Service
 from p2pclaude.sessions import SessionTable
@@ -42,9 +53,9 @@ WANTED_FILES = 8192
 SHUTDOWN_SECONDS = 10.0
 """The ordered shutdown is over by then."""
 
-_SESSIONS_SECONDS = 6.0
-_RECORD_SECONDS = 2.0
-_DESTROY_SECONDS = 1.5
+_SESSIONS_SECONDS = 5.5
+_RECORD_SECONDS = 1.5
+_DESTROY_SECONDS = 1.3
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -53,7 +64,8 @@ class DaemonOptions:
     """What `p2pclaude-daemon` was asked for; None stands for the default.
 
     `bootstrap` lists `host:port`; `claude` is a path or a name on PATH; `refresh_interval` and
-    `ask_timeout` (None: for ever) are in seconds; `relay` is the 32-byte public key of a blind relay.
+    `ask_timeout` (None: for ever) are in seconds; `relay` is the 32-byte public key of a blind relay; `strict` lets
+    nobody shake hands who has not the client key.
     """
 
     root_dir: str | None = None
@@ -70,7 +82,12 @@ class DaemonOptions:
     max_sessions: int = DEFAULT_MAX_SESSIONS
     retain_days: int | None = None
     ask_timeout: float | None = None
+    strict: bool = False
     debug: bool = False
+
+
+Allow = Callable[[bytes, tuple[str, int]], bool]
+"""Tells whether a client with that public key, at that address, may shake hands."""
 
 
 class DHTServer(Announcement, Protocol):
@@ -97,7 +114,11 @@ class DHT(Node, Protocol):
         """Leave the network."""
 
     def create_server(
-        self, on_connection: Callable[[PeerConnection], Awaitable[None]], *, relay_through: bytes | None
+        self,
+        on_connection: Callable[[PeerConnection], Awaitable[None]],
+        *,
+        allow: Allow | None,
+        relay_through: bytes | None,
     ) -> DHTServer:
         """Make a server."""
 
@@ -108,7 +129,12 @@ MakeDHT = Callable[[DaemonOptions], DHT]
 async def run_daemon(options: DaemonOptions) -> int:
     """Serve until SIGINT or SIGTERM, and give the exit status. Raises P2PClaudeError when it cannot start."""
     _allow_many_files()
-    return await Daemon(options).run()
+    become_subreaper()
+    with Reaper():
+        try:
+            return await Daemon(options).run()
+        finally:
+            await end_descendants()
 
 
 def _allow_many_files() -> None:
@@ -123,6 +149,19 @@ def pairing_url(options: DaemonOptions, environ: Mapping[str, str] | None = None
     """Give the URL that a daemon with these options hands out, making keys if there are none (`--print-url`)."""
     data_dir = _data_dir(options, os.environ if environ is None else environ, lambda _: None)
     return format_url(_pairing(options, data_dir.load_or_create_identity()))
+
+
+def rotate(options: DaemonOptions, environ: Mapping[str, str] | None = None) -> str:
+    """Make a new data key and give the new pairing URL (`--rotate`). Raises TryAgain while a daemon runs."""
+    data_dir = _data_dir(options, os.environ if environ is None else environ, lambda _: None)
+    data_dir.lock()
+    try:
+        data_dir.rotate_data_key()
+        url = format_url(_pairing(options, data_dir.load_or_create_identity()))
+        data_dir.write_pairing_url(url)
+    finally:
+        data_dir.unlock()
+    return url
 
 
 class Daemon:
@@ -148,7 +187,9 @@ class Daemon:
         self._stopping = asyncio.Event()
         self.started = asyncio.Event()
         """Set when it serves."""
+        self._notifier = Notifier(self._environ)
         self._table: SessionTable | None = None
+        self._mark: Mark | None = None
 
     async def run(self) -> int:
         """Serve until a signal or `stop`; give the exit status. Raises P2PClaudeError when it cannot start."""
@@ -158,9 +199,10 @@ class Daemon:
         try:
             for number in _SIGNALS:
                 loop.add_signal_handler(number, self._on_signal, number)
+            loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
             return await self._serve(data_dir)
         finally:
-            for number in _SIGNALS:
+            for number in (*_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
             data_dir.unlock()
 
@@ -170,16 +212,22 @@ class Daemon:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stopping.is_set():
-            if self._table is not None:
+            if self._table is not None and self._mark is not None:
                 self._table.kill()
+                kill_leftovers(self._mark)
             self._exit_now(128 + number)
         self._log(Event.STOPPING, signal=number.name)
         self.stop()
+
+    def _on_hangup(self) -> None:
+        message = "nothing is opened anew: options and keys are those of the start, and the log is standard output"
+        self._log(Event.SIGNAL_IGNORED, signal="SIGHUP", message=message)
 
     async def _serve(self, data_dir: DataDir) -> int:
         """Bring everything up, wait for the end, and take it down in the reverse order."""
         identity = data_dir.load_or_create_identity()
         url = format_url(_pairing(self._options, identity))
+        self._mark = Mark.of_sessions(data_dir.sessions_dir)
         table = self._table = SessionTable(data_dir.sessions_dir, self._settings(), self._log, self._on_change)
         await table.load()
         service = Service(identity.data_key, Methods(table).call, self._log)
@@ -188,7 +236,8 @@ class Daemon:
             stack.push_async_callback(self._leave, dht)
             await self._start(dht)
             data_dir.write_pairing_url(url)
-            server = dht.create_server(service.serve, relay_through=self._options.relay)
+            allow = _only_client_key(identity) if self._options.strict else None
+            server = dht.create_server(service.serve, allow=allow, relay_through=self._options.relay)
             key_pair = _key_pair(identity)
             self._presence = Presence(
                 dht,
@@ -210,10 +259,12 @@ class Daemon:
         self._say_started(data_dir, identity, dht, url)
         presence = asyncio.create_task(self._presence.run())
         retention = asyncio.create_task(self._retain())
+        watchdog = asyncio.create_task(self._notifier.keep_alive(lambda: self._presence.is_alive))
         try:
             await self._unless_stopped(presence)
         finally:
             presence.cancel()
+            watchdog.cancel()
             retention.cancel()
 
     async def _retain(self) -> None:
@@ -241,15 +292,22 @@ class Daemon:
     async def _take_down(self, table: SessionTable, service: Service, server: DHTServer) -> None:
         """End sessions, connections and the announcement; together with `dht.destroy` within SHUTDOWN_SECONDS."""
         self._stopping.set()
+        self._notifier.send("STOPPING=1", "STATUS=stopping")
         loop = asyncio.get_running_loop()
         begin = loop.time()
         await self._gently(_within, _SESSIONS_SECONDS, table.close())
         table.kill()
+        leftovers = asyncio.create_task(self._end_leftovers())
         await service.close()
         # The record goes with the announcement: neither waits for nodes that do not answer.
         last_words = asyncio.gather(self._presence.store_record(), server.close(), return_exceptions=True)
         await self._gently(_within, _RECORD_SECONDS, last_words)
+        await self._gently(_within, END_SECONDS, leftovers)
         self._log(Event.STOPPED, seconds=round(loop.time() - begin, 3))
+
+    async def _end_leftovers(self) -> None:
+        if self._mark is not None and (ended := await end_leftovers(self._mark)):
+            self._log(Event.WARNING, message=f"ended {ended} processes that sessions had left running")
 
     async def _leave(self, dht: DHT) -> None:
         leaving = dht.destroy(timeout=_DESTROY_SECONDS / 2)
@@ -278,6 +336,11 @@ class Daemon:
         if self._terminal.isatty():
             print(url, file=self._terminal, flush=True)
         self.started.set()
+        self._notifier.send("READY=1", self._status())
+
+    def _status(self) -> str:
+        running = 0 if self._table is None else len(self._table.listing())
+        return f"STATUS=serving, {running} session{'s' * (running != 1)} running"
 
     def _network(self) -> str:
         if self._options.private:
@@ -310,6 +373,8 @@ class Daemon:
     def _on_change(self) -> None:
         if self.started.is_set():
             self._presence.changed()
+            if not self._stopping.is_set():
+                self._notifier.send(self._status())
 
     def _warn(self, message: str) -> None:
         self._log(Event.WARNING, message=message)
@@ -382,6 +447,13 @@ def _key_pair(identity: Identity) -> "KeyPair":
     from p2pclaude.hyperdht import KeyPair
 
     return KeyPair(identity.public_key, identity.secret_key)
+
+
+def _only_client_key(identity: Identity) -> Allow:
+    from p2pclaude.hyperdht import KeyPair
+
+    expected = KeyPair.from_seed(client_seed(identity.data_key)).public_key
+    return lambda public_key, _: hmac.compare_digest(public_key, expected)
 
 
 async def _within(seconds: float, awaitable: Awaitable[Any]) -> None:

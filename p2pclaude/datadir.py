@@ -128,6 +128,16 @@ class DataDir:
         except FileNotFoundError:
             raise self._missing(self.encryption_key_file) from None
 
+    def rotate_data_key(self) -> None:
+        """Make a new data key, so that no URL handed out before opens anything; call it with the lock held.
+
+        The key is replaced in one step: whatever comes after it, a crash too, the old one is gone, and `pairing.url`
+        is written anew at the latest when a daemon starts.
+        """
+        self.load_or_create_identity()  # damaged files are not made good by this
+        with file_errors(self.encryption_key_file):
+            write_atomically(self.encryption_key_file, _new_data_key())
+
     def write_pairing_url(self, url: str) -> None:
         """Write `pairing.url`, unless it holds that URL already."""
         with file_errors(self.pairing_url_file):
@@ -141,13 +151,12 @@ class DataDir:
         # handed out, or sessions exist, a missing file is a loss that a person must hear of.
         if self.pairing_url_file.exists() or (self.sessions_dir.exists() and any(self.sessions_dir.iterdir())):
             raise self._missing(self.keypair_file)
-        key = {"key": _to_base64(os.urandom(32)), "createdAt": time.time_ns() // 1_000_000}
         private = Ed25519PrivateKey.generate()
         public = private.public_key().public_bytes_raw()
         pair = {"publicKey": _to_base64(public), "secretKey": _to_base64(private.private_bytes_raw() + public)}
-        for path, value in ((self.encryption_key_file, key), (self.keypair_file, pair)):
+        for path, data in ((self.encryption_key_file, _new_data_key()), (self.keypair_file, _key_file(pair))):
             with file_errors(path):
-                write_atomically(path, json.dumps(value, indent=2).encode() + b"\n", exclusive=True)
+                write_atomically(path, data, exclusive=True)
 
     def _read_identity(self) -> Identity:
         pair = self._read_key_file(self.keypair_file)
@@ -244,6 +253,14 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _new_data_key() -> bytes:
+    return _key_file({"key": _to_base64(os.urandom(32)), "createdAt": time.time_ns() // 1_000_000})
+
+
+def _key_file(values: Mapping[str, object]) -> bytes:
+    return json.dumps(values, indent=2).encode() + b"\n"
 
 
 def _belong_together(public: bytes, secret: bytes) -> bool:

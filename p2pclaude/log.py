@@ -22,6 +22,8 @@ class Event(StrEnum):
     """The daemon serves: version, pid, public_key (first 8 digits), data_dir, root_dir, network, port, claude."""
     STOPPING = "daemon-stopping"
     """A signal came: signal."""
+    SIGNAL_IGNORED = "signal-ignored"
+    """A signal came that changes nothing: signal, message."""
     STOPPED = "daemon-stopped"
     """The ordered shutdown is over: seconds."""
     WARNING = "warning"

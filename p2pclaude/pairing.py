@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 from urllib.parse import unquote
 
@@ -28,6 +29,7 @@ KEY_BYTES = 32
 MAX_URL_CHARS = 65536
 """A longer URL is refused unread."""
 
+_CLIENT_KEY_LABEL = b"p2pclaude client key v1"
 _HINT = "use the URL in the daemon's pairing.url, whole and unchanged, or the path of a file that holds it"
 
 
@@ -49,6 +51,16 @@ class Pairing:
         """Give the public key of the blind relay where the daemon can be met; None if it uses none."""
         key = self.metadata.get("relay")
         return None if key is None else bytes.fromhex(key)
+
+
+def client_seed(data_key: bytes) -> bytes:
+    """Give the seed of the Ed25519 key pair that tools connect with: BLAKE2b-256 of a label, keyed with the data key.
+
+    A daemon derives the same key, and with `--strict` lets nobody else shake hands. All tools of all who hold the data
+    key share it: one of a run's own could not be told from a stranger's before the handshake is answered. It seals
+    nothing: the handshake's ephemeral keys do, so who learns the seed reads no connection.
+    """
+    return blake2b(_CLIENT_KEY_LABEL, key=data_key, digest_size=KEY_BYTES).digest()
 
 
 def parse_relay(text: str) -> bytes:

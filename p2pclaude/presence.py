@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ADDRESSES_SECONDS = 10.0
 """How often the host's addresses are looked at."""
+ALIVE_SECONDS = 30.0
+"""Who has not looked at them for so long hangs."""
 RECORD_BYTES = 1000
 """Longest value of a mutable record."""
 DEBOUNCE_SECONDS = 0.3
@@ -87,10 +89,16 @@ class Presence:
         self._news.set()  # what an earlier run left in the DHT is out of date
         self._stored: object = None
         self._seq = 0
+        self._looked_at = asyncio.get_running_loop().time()
 
     def changed(self) -> None:
         """Say that the list of sessions may have changed."""
         self._news.set()
+
+    @property
+    def is_alive(self) -> bool:
+        """Tell whether its loops were at work lately."""
+        return asyncio.get_running_loop().time() - self._looked_at < ALIVE_SECONDS
 
     async def run(self) -> None:
         """Keep it up until cancelled."""
@@ -119,6 +127,7 @@ class Presence:
     async def _watch_addresses(self) -> None:
         known = self._addresses()
         while True:
+            self._looked_at = asyncio.get_running_loop().time()
             await asyncio.sleep(ADDRESSES_SECONDS)
             addresses = self._addresses() or known
             if addresses != known:

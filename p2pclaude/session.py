@@ -25,6 +25,7 @@ from p2pclaude.journal import DiskFull, Journal
 from p2pclaude.journalfile import JournalFile
 from p2pclaude.log import Event, Log, first_line
 from p2pclaude.permissions import History, interrupt_request
+from p2pclaude.processes import Mark
 from p2pclaude.sessionfile import LIVE, Info, State, save_last_words
 from p2pclaude.wire import MESSAGE, NOTE, TURN, TURN_CUT
 
@@ -153,7 +154,8 @@ class Session:
         try:
             journal = await self.open_journal()
             await self.settle_turns("claude ended in its turn")
-            process = await ClaudeProcess.start(launch, keep=() if lock is None else (lock,))
+            keep = () if lock is None else (lock,)
+            process = await ClaudeProcess.start(launch, mark=Mark.of_session(self.path), keep=keep)
         except BaseException:
             self.info.state = before
             raise
@@ -209,7 +211,7 @@ class Session:
         """End the process, if there is one, and become `final`; what claude still says is journaled."""
         self._final = final
         if self._process is not None and self._pump is not None and not self._pump.done():
-            if await self._process.stop() is None:
+            if await self._process.stop(in_turn=bool(self.inbox.handed)) is None:
                 self._log(Event.WARNING, message="claude did not end even when killed", session=self.info.session_id)
             # The pump ends with claude's stdout; what keeps it longer is a full disk.
             await asyncio.wait([self._pump], timeout=1.0)

@@ -22,6 +22,7 @@ from p2pclaude.inbox import NOW
 from p2pclaude.journal import PAGE_BYTES, Journal, Page
 from p2pclaude.launcher import DEFAULT_PERMISSION_MODE, Launcher, Settings, Spawn
 from p2pclaude.log import Event, Log, first_line
+from p2pclaude.processes import Mark, end_leftovers
 from p2pclaude.session import Session
 from p2pclaude.sessionfile import LIVE, Info, State, try_lock
 from p2pclaude.wire import SESSION_NOT_FOUND
@@ -76,10 +77,12 @@ class SessionTable:
         self._change = asyncio.Event()
 
     async def load(self) -> None:
-        """Read what earlier daemons left: sessions whose process is gone with its daemon are dormant.
+        """Read what earlier daemons left, and end what they left running: its sessions are dormant.
 
         Those with messages that were accepted and are not done are started again, in the background.
         """
+        if ended := await end_leftovers(Mark.of_sessions(self._path)):
+            self._log(Event.WARNING, message=f"ended {ended} processes that an earlier daemon left running")
         with file_errors(self._path):
             self._path.mkdir(mode=0o700, exist_ok=True)
             entries = sorted(self._path.iterdir())

@@ -223,6 +223,7 @@ class FakeDHT:
         self.events: list[str] = []
         self.server: FakeServer | None = None
         self.relay_through: bytes | None = None
+        self.allow: Callable[[bytes, tuple[str, int]], bool] | None = None
 
     async def start(self) -> None:
         """Begin."""
@@ -236,9 +237,14 @@ class FakeDHT:
         await self.may_end.wait()
 
     def create_server(
-        self, on_connection: Callable[[PeerConnection], Awaitable[None]], *, relay_through: bytes | None = None
+        self,
+        on_connection: Callable[[PeerConnection], Awaitable[None]],
+        *,
+        allow: Callable[[bytes, tuple[str, int]], bool] | None = None,
+        relay_through: bytes | None = None,
     ) -> FakeServer:
         """Make the server."""
+        self.allow = allow
         self.relay_through = relay_through
         self.server = FakeServer(self, on_connection)
         return self.server

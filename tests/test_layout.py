@@ -24,8 +24,9 @@ MAX_FUNCTION_LINES = 60  # unless a comment `# long: ...` at its head gives the 
 # The application's layers: a module imports lower ones only.
 LAYERS = (
     {"p2pclaude", "p2pclaude.errors"},
-    {"p2pclaude.log", "p2pclaude.wire", "p2pclaude.pairing"},
-    {"p2pclaude.datadir", "p2pclaude.seqindex", "p2pclaude.inbox", "p2pclaude.claude", "p2pclaude.permissions"},
+    {"p2pclaude.log", "p2pclaude.wire", "p2pclaude.notify", "p2pclaude.pairing", "p2pclaude.processes"},
+    {"p2pclaude.permissions"},
+    {"p2pclaude.datadir", "p2pclaude.seqindex", "p2pclaude.inbox", "p2pclaude.claude"},
     {"p2pclaude.journalfile", "p2pclaude.sessionfile"},
     {"p2pclaude.journal", "p2pclaude.launcher", "p2pclaude.asking"},
     {"p2pclaude.session"},

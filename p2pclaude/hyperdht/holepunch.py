@@ -9,6 +9,7 @@ it claims, before anything is sent there in numbers. Source: hyperdht lib/connec
 """
 
 import asyncio
+import hmac
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -189,7 +190,7 @@ class ClientHolepunch:
         )
         reply = await (self._send_in_turn if in_turn else self._send)(ways, payload)
         self._check_error(reply.payload)
-        echoed = token is not None and reply.payload.remote_token == token
+        echoed = token is not None and hmac.compare_digest(reply.payload.remote_token or b"", token)
         self._puncher.update_remote(
             reply.payload.firewall,
             reply.payload.addresses or (),
@@ -354,7 +355,8 @@ class ServerHolepunch:
             return
         self._round = payload.round
         # A relay of ours sees the address a round really comes from; a stranger could name a victim's.
-        echoed = self._announcer.is_relay(request.source) and payload.remote_token == self._secrets.token(peer)
+        token = payload.remote_token or b""
+        echoed = self._announcer.is_relay(request.source) and hmac.compare_digest(token, self._secrets.token(peer))
         self.puncher.update_remote(
             payload.firewall, payload.addresses or (), payload.punching, peer[0] if echoed else None
         )
