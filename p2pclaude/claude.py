@@ -300,7 +300,7 @@ class ClaudeProcess:
     async def _look_around(self) -> None:
         """Note what runs below it: once it is gone only the mark tells, and not every process keeps that."""
         if self._mark is not None and not self.has_exited:
-            self._family.update(await asyncio.to_thread(descendants_of, self.pid))
+            self._family.update(await descendants_of(self.pid))
 
     async def _clean_up(self) -> None:
         await asyncio.shield(self._pipes.exited)

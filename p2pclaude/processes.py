@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final, Self
+from weakref import WeakKeyDictionary
 
 SESSION_VARIABLE: Final = "P2PCLAUDE_SESSION"
 """In the environment of a session's processes: the session's id."""
@@ -33,7 +34,7 @@ END_SECONDS: Final = 1.2
 REAP_SECONDS: Final = 2.0
 """How long a zombie stays at least: one that asyncio started is its own to reap, and that takes no time."""
 
-_POLL_SECONDS = 0.02
+_POLL_SECONDS = 0.03
 _PR_SET_CHILD_SUBREAPER = 36
 _PS = ("ps", "-axwwE", "-o", "pid=,ppid=,stat=,lstart=,command=")
 _LSTART_WORDS = 5  # Tue Nov 24 14:15:25 2026
@@ -79,6 +80,34 @@ class Process:
 
 Table = dict[int, Process]
 """Every process, by number."""
+Marks = dict[int, dict[str, str]]
+"""What processes carry of a mark, by number."""
+
+
+class _Scanner:
+    """Looks at all processes for many sessions at once: who asks before a look begins shares it."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._next: asyncio.Task[tuple[Table, Marks]] | None = None
+
+    async def look(self) -> tuple[Table, Marks]:
+        """Give what there was at some time after the call."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._run())
+        return await asyncio.shield(self._next)
+
+    async def _run(self) -> tuple[Table, Marks]:
+        async with self._lock:
+            self._next = None  # who asks from here on wants to see what happens after this
+            return await asyncio.to_thread(_look)
+
+
+_scanners: WeakKeyDictionary[asyncio.AbstractEventLoop, _Scanner] = WeakKeyDictionary()
+
+
+async def _look_together() -> tuple[Table, Marks]:
+    return await _scanners.setdefault(asyncio.get_running_loop(), _Scanner()).look()
 
 
 async def end_leftovers(mark: Mark, family: Collection[Process] = ()) -> int:
@@ -87,25 +116,25 @@ async def end_leftovers(mark: Mark, family: Collection[Process] = ()) -> int:
     SIGTERM first, SIGKILL `TERM_SECONDS` later; new ones are looked for until none is left or `END_SECONDS` are over.
     The calling process and those it descends from are never meant.
     """
-    return await _end(lambda table: _leftovers(table, mark, family))
+    return await _end(lambda table, marks: _leftovers(table, marks, mark, family))
 
 
 def kill_leftovers(mark: Mark) -> None:
     """End what carries a mark at once, for a process that has no time left."""
-    for process in _leftovers(processes(), mark, ()):
+    for process in _leftovers(*_look(), mark, ()):
         send_signal(process, signal.SIGKILL)
 
 
 async def end_descendants() -> int:
     """End every process below this one, as `end_leftovers` does; give their number."""
-    return await _end(lambda table: descendants(table, [os.getpid()]))
+    return await _end(lambda table, _: descendants(table, [os.getpid()]))
 
 
-async def _end(find: Callable[[Table], list[Process]]) -> int:
+async def _end(find: Callable[[Table, Marks], list[Process]]) -> int:
     loop = asyncio.get_running_loop()
     begin = loop.time()
     ended: set[Process] = set()
-    while found := await asyncio.to_thread(lambda: find(processes())):
+    while found := find(*await _look_together()):
         patient = loop.time() - begin < TERM_SECONDS and not ended.issuperset(found)
         for process in found:
             send_signal(process, signal.SIGTERM if patient else signal.SIGKILL)
@@ -118,9 +147,10 @@ async def _end(find: Callable[[Table], list[Process]]) -> int:
     return len(ended)
 
 
-def descendants_of(pid: int) -> list[Process]:
-    """Give what runs below a process now. It reads the whole table: call it in a thread."""
-    return descendants(processes(), [pid])
+async def descendants_of(pid: int) -> list[Process]:
+    """Give what runs below a process now."""
+    table, _ = await _look_together()
+    return descendants(table, [pid])
 
 
 def descendants(table: Table, roots: Iterable[int]) -> list[Process]:
@@ -140,10 +170,9 @@ def descendants(table: Table, roots: Iterable[int]) -> list[Process]:
     return [process for process in found.values() if not process.is_zombie]
 
 
-def _leftovers(table: Table, mark: Mark, family: Collection[Process]) -> list[Process]:
+def _leftovers(table: Table, marks: Marks, mark: Mark, family: Collection[Process]) -> list[Process]:
     spared = _ancestry(table, os.getpid())
     roots = {process.pid: process for process in family if _is_same(table.get(process.pid), process)}
-    marks = read_marks(table)
     for pid, process in table.items():
         if pid not in spared and not process.is_zombie and mark.covers(marks.get(pid, {})):
             roots[pid] = process
@@ -223,10 +252,10 @@ def decode_environ(data: bytes) -> dict[str, str]:
 # macOS
 
 
-def decode_ps(text: str) -> tuple[Table, dict[int, dict[str, str]]]:
+def decode_ps(text: str) -> tuple[Table, Marks]:
     """Read what `ps` prints: a line is pid, ppid, state, five words of the start, the command with its environment."""
     table: Table = {}
-    marks: dict[int, dict[str, str]] = {}
+    marks: Marks = {}
     for line in text.splitlines():
         words = line.split()
         if len(words) < 3 + _LSTART_WORDS or not (words[0].isdigit() and words[1].isdigit()):
@@ -239,7 +268,7 @@ def decode_ps(text: str) -> tuple[Table, dict[int, dict[str, str]]]:
     return table, marks
 
 
-def _run_ps(*more: str) -> tuple[Table, dict[int, dict[str, str]]]:
+def _run_ps(*more: str) -> tuple[Table, Marks]:
     done = subprocess.run([*_PS, *more], capture_output=True, text=True, errors="replace", check=False)
     return decode_ps(done.stdout)
 
@@ -252,11 +281,17 @@ def processes() -> Table:
     return _linux_processes() if sys.platform == "linux" else _run_ps()[0]
 
 
-def read_marks(table: Table) -> dict[int, dict[str, str]]:
-    """Give what the processes of a table carry of a mark; nothing for those that are gone or belong to others."""
-    if sys.platform == "linux":
-        return {pid: decode_environ(_read(f"/proc/{pid}/environ")) for pid in table}
-    return _run_ps()[1]
+def _look() -> tuple[Table, Marks]:
+    if sys.platform != "linux":
+        return _run_ps()
+    table = processes()
+    return table, {pid: decode_environ(_read(f"/proc/{pid}/environ")) for pid in table}
+
+
+def marked(mark: Mark) -> list[Process]:
+    """Give what runs and carries a mark. It takes a while: call it in a thread."""
+    table, marks = _look()
+    return [one for pid, one in table.items() if mark.covers(marks.get(pid, {})) and not one.is_zombie]
 
 
 def is_running(process: Process) -> bool:

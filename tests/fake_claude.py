@@ -2,19 +2,22 @@
 """A stand-in for `claude` that behaves like the CLI in what matters to the daemon, and starts in milliseconds.
 
 Like the real one it prints nothing before the first line of stdin, repeats `system/init` every turn, ends when stdin
-ends, turns SIGINT within a turn into a result, and dies of a line that is no user message. FAKE_CLAUDE in the
+ends, turns SIGINT and an interrupt within a turn into a result, and dies of a line that is neither. FAKE_CLAUDE in the
 environment makes it misbehave from the start; the text of a message makes it do what `TURNS` says. What it was
 started with and what it was told goes to the file that FAKE_CLAUDE_LOG names, one JSON object a line.
 """
 
 import json
 import os
+import select
 import signal
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
+WAITING: list[str] = []  # lines of stdin that came within a turn
 SESSION = next((a.split("=", 1)[1] for a in sys.argv if a.startswith(("--session-id=", "--resume="))), "none")
 
 
@@ -59,6 +62,31 @@ def ask(calls: list[str]) -> list[Any] | None:
     return list(answers.values())
 
 
+def obey(message: dict[str, Any]) -> None:
+    """Answer a control request."""
+    say(type="control_response", response={"subtype": "success", "request_id": message["request_id"]})
+
+
+def check_interrupt() -> None:
+    """Look whether an interrupt has come; the end of stdin changes nothing within a turn."""
+    if select.select([sys.stdin], [], [], 0.005)[0]:
+        line = sys.stdin.readline()
+        message = json.loads(line or "{}")
+        if message.get("type") == "control_request":
+            note(control=message)
+            obey(message)
+            raise InterruptedError
+        if line:
+            WAITING.append(line)
+        time.sleep(0.005)
+
+
+def lines() -> Iterator[str]:
+    """Give the lines of stdin, those first that came within a turn."""
+    while line := WAITING.pop(0) if WAITING else sys.stdin.readline():
+        yield line
+
+
 def turn(text: str) -> None:
     """Answer one message as its first word asks."""
     word, _, rest = text.partition(":")
@@ -84,9 +112,14 @@ def turn(text: str) -> None:
         print(rest, flush=True)
         result(sys.stdin.readline())
         return
-    elif word == "HOLD":  # until the file named is there, or SIGINT
+    elif word == "HOLD":  # until the file named is there, SIGINT, or an interrupt
         while not os.path.exists(rest):  # noqa: PTH110
-            time.sleep(0.005)
+            check_interrupt()
+    elif word == "LEAVE":  # what the shell is told to leave running
+        os.system(rest)
+    elif word == "FLOOD":
+        while True:
+            sys.stdout.write('{"type":"assistant","text":"' + "z" * 100_000 + '"}\n')
     result(f"echo: {text}"[:200], is_error=word == "ERR")
 
 
@@ -100,7 +133,7 @@ def main() -> None:
     if mode == "deaf":
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-    for line in sys.stdin:
+    for line in lines():
         message = json.loads(line)
         if message["type"] != "user":
             note(control=message)
@@ -108,6 +141,8 @@ def main() -> None:
         note(message=message)
         try:
             turn(message["message"]["content"])
+        except InterruptedError:
+            result("interrupted", is_error=True)
         except KeyboardInterrupt:
             result("interrupted", is_error=True)
             sys.exit(0)

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from daemon_kit import start
 from fake_dht import Caller, FakeDHT
 from sessions_kit import Place, prepare, run
 
@@ -293,36 +293,6 @@ def test_a_private_network_stands_in_the_url(place: Place) -> None:
 
 
 # As a process, on the real library
-
-PROGRAM = """
-import asyncio, json, sys
-from p2pclaude.daemon import DaemonOptions, run_daemon
-sys.exit(asyncio.run(run_daemon(DaemonOptions(**json.loads(sys.argv[1])))))
-"""
-
-
-def free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def start(place: Place) -> "subprocess.Popen[str]":
-    """Start a daemon in a private network and wait until it serves."""
-    options = {"private": True, "host": "127.0.0.1", "port": free_port(), "data_dir": str(place.path / "data")}
-    options |= {"claude": str(place.claude), "root_dir": str(place.root)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, json.dumps(options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert process.stdout is not None
-    first = process.stdout.readline()
-    assert '"daemon-started"' in first, first + process.communicate(timeout=10)[1]
-    return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -23,7 +23,6 @@ from p2pclaude.processes import (
     decode_ps,
     decode_stat,
     descendants,
-    descendants_of,
     end_leftovers,
     is_running,
     kill_leftovers,
@@ -129,7 +128,7 @@ def test_a_process_without_the_mark_is_ended_with_its_family(tmp_path: Path, sta
     ):
         one = Started(tmp_path, script, mark)
         started.append(one)
-        family = descendants_of(one.shell.pid)
+        family = descendants(processes(), [one.shell.pid])
         assert one.pid in {process.pid for process in family}
         one.end_shell()
         asyncio.run(end_leftovers(mark))
@@ -148,7 +147,7 @@ def test_processes_that_start_others_all_the_time_are_ended(tmp_path: Path, star
     one.end_shell()
     # A process that is another one every 2 ms is missed by a look now and then, not by many.
     deadline = time.monotonic() + 20
-    while any(mark.covers(variables) for variables in module.read_marks(processes()).values()):
+    while module.marked(mark):
         asyncio.run(end_leftovers(mark))
         assert time.monotonic() < deadline
 
@@ -223,7 +222,7 @@ processes.REAP_SECONDS = 0.05
 async def main():
     assert processes.become_subreaper()
     with processes.Reaper():
-        code = "import os,sys\\nfor _ in range(5):\\n if not os.fork():\\n  os.setsid(); os._exit(0)\\nos._exit(int(sys.argv[1]))"
+        code = "import os,sys\\nfor _ in range(5):\\n if not os.fork(): os._exit(0)\\nos._exit(int(sys.argv[1]))"
         statuses = []
         for number in range(40):  # each leaves five orphans, and asyncio waits for the parent itself
             child = await asyncio.create_subprocess_exec(sys.executable, "-S", "-E", "-c", code, str(number))

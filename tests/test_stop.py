@@ -1,0 +1,341 @@
+"""Stop stops: whatever claude and its tools do, after a stop and after the daemon's end nothing of it is left."""
+
+import asyncio
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from daemon_kit import client_of, daemon, marked, timed
+from sessions_kit import Place, outputs, prepare, read_all, read_until, run, wait_for_state
+from stub_api import StubApi, environment, stub_api
+from test_claude import REAL, needs_claude
+
+from p2pclaude import claude as claude_module
+from p2pclaude import processes as module
+from p2pclaude.claude import ClaudeProcess, Launch
+from p2pclaude.daemon import SHUTDOWN_SECONDS
+from p2pclaude.journal import Journal
+from p2pclaude.processes import Mark, descendants, processes
+from p2pclaude.session import State
+from p2pclaude.sessions import Spawn
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+
+# What hides in a session of its own, without the mark, and from the signals that may be ignored.
+LEAVES = "setsid -f sleep 1000; env -i sleep 1000 & setsid -f sh -c 'trap \"\" INT TERM HUP; while :; do sleep 1; done'"
+# Answers once, ignores all that can be ignored, and so do its two helpers, one of them in a session of its own.
+DEAF = """#!/bin/sh
+trap '' INT TERM HUP
+echo '{"type":"system","subtype":"deaf"}'
+(while :; do sleep 1000; done) &
+setsid -f sh -c 'while :; do sleep 1000; done'
+while :; do sleep 1000; done
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Give a place with a fake claude."""
+    return prepare(tmp_path, monkeypatch)
+
+
+def deafen(place: Place) -> None:
+    """Let the place's claude ignore everything."""
+    place.claude.write_text(DEAF)
+
+
+def marked_in(place: Place) -> list[int]:
+    """Give what carries the mark of a session of the place's own table."""
+    return [process.pid for process in module.marked(Mark.of_sessions(place.sessions))]
+
+
+def below(pid: int) -> set[int]:
+    """Give what runs below a process."""
+    return {process.pid for process in descendants(processes(), [pid])}
+
+
+def running(pids: set[int]) -> set[int]:
+    table = processes()
+    return {pid for pid in pids if pid in table and not table[pid].is_zombie}
+
+
+def test_nothing_that_the_tools_left_survives_a_stop(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            session, _ = await table.spawn(Spawn(session_id="s", text=f"LEAVE:{LEAVES}"))
+            await wait_for_state(table, "s", State.IDLE)
+            assert session.pid is not None
+            family = below(session.pid) | set(marked_in(place))
+            assert len(family) >= 4
+            with timed(4):
+                assert await table.stop("s")
+            assert not running(family)
+            assert session.state is State.ENDED
+
+    run(main())
+
+
+def test_nothing_that_the_tools_left_survives_a_claude_that_dies(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            session, _ = await table.spawn(Spawn(session_id="s", text="LEAVE:setsid -f sleep 1000"))
+            await wait_for_state(table, "s", State.IDLE)
+            assert session.pid is not None
+            os.kill(session.pid, signal.SIGKILL)
+            await wait_for_state(table, "s", State.FAILED)
+            assert marked_in(place) == []
+
+    run(main())
+
+
+def test_an_interrupt_brings_the_result_of_the_turn(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            session, _ = await table.spawn(Spawn(session_id="s", text="HOLD:/never"))
+            await read_until(table, "s", lambda e: bool(e["type"] == "session-output"))
+            with timed(1.5):  # no signal was needed
+                await table.stop("s")
+            assert session.info.exit_status == 0
+            assert outputs(await read_all(table, "s"), "result")[0]["result"] == "interrupted"
+
+    run(main())
+
+
+def test_a_flood_is_drained_to_the_end_of_the_child(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            session, _ = await table.spawn(Spawn(session_id="s", text="FLOOD"))
+            await read_until(table, "s", lambda e: bool(e.get("data", {}).get("type") == "assistant"))
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            with timed(6):
+                await table.stop("s")
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            assert grown < 256, f"{grown:.0f} MiB"
+            assert marked_in(place) == []
+            # What it said last, in the middle of another line, was heard: nothing between was lost.
+            (last,) = await read_all(table, "s", after=session.last_seq - 1)
+            assert "interrupted" in json.dumps(last)
+
+    run(main(), 60)
+
+
+def test_a_full_disk_holds_up_no_stop(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    from p2pclaude.journal import DiskFull
+
+    def refuse(self: Journal, data: bytes) -> int:
+        raise DiskFull("no space left on the disk")
+
+    async def main() -> None:
+        async with place.table() as table:
+            session, _ = await table.spawn(Spawn(session_id="s"))
+            monkeypatch.setattr(Journal, "append_output", refuse)
+            await table.send("s", f"LEAVE:{LEAVES}")
+            await wait_for_state(table, "s", State.PAUSED)
+            with timed(7):
+                await table.stop("s")
+            assert marked_in(place) == []
+            assert session.state is State.ENDED
+
+    run(main())
+
+
+def test_half_a_line_at_the_end_is_kept(place: Place) -> None:
+    script = """#!/bin/sh
+printf '\\377\\376 garbage\\n{"type":"assistant","half'
+exec sleep 1000
+"""
+    place.claude.write_text(script)
+
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(Spawn(session_id="s"))
+            await wait_for_state(table, "s", State.IDLE)
+            with timed(6):
+                await table.stop("s")
+            texts = [one["text"] for one in outputs(await read_all(table, "s"), "unparsed")]
+            assert texts == ["\ufffd\ufffd garbage", '{"type":"assistant","half']
+
+    run(main())
+
+
+def test_a_child_that_cannot_be_ended_holds_up_no_stop(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs in the kernel is left behind and named; what it started is not."""
+    deafen(place)
+    steps = tuple((None if number == signal.SIGKILL else number, 0.05) for number, _ in claude_module.STOP_STEPS)
+    monkeypatch.setattr(claude_module, "STOP_STEPS", steps)
+
+    async def unable(self: ClaudeProcess) -> None:
+        pass
+
+    monkeypatch.setattr(ClaudeProcess, "_end_leftovers", unable)
+
+    async def main() -> None:
+        process = await ClaudeProcess.start(
+            Launch(place.claude, place.root, "plan", "ID"), mark=Mark.of_session(place.sessions / "s")
+        )
+        with timed(2):
+            assert await process.stop() is None
+        process.kill()
+        assert await process.finish() == -signal.SIGKILL
+        monkeypatch.undo()
+        await process._end_leftovers()
+        assert marked_in(place) == []
+
+    run(main())
+
+
+# The daemon as a process
+
+
+async def spawn_all(place: Place, count: int, text: str | None = None) -> None:
+    """Start sessions through the daemon."""
+    async with client_of(place) as client:
+        for number in range(count):
+            params = {"sessionId": f"s{number}"} | ({} if text is None else {"text": text})
+            answer = await client.call("spawn-session", params)
+            assert isinstance(answer, dict) and answer["type"] == "success", answer
+
+
+def states(place: Place) -> set[str]:
+    """Give the states that stand in session.json."""
+    files = (place.path / "data" / "sessions").glob("*/session.json")
+    return {json.loads(file.read_text())["state"] for file in files}
+
+
+def test_the_daemon_ends_64_sessions_that_ignore_everything_in_time(place: Place) -> None:
+    deafen(place)
+    with daemon(place) as process:
+        run(spawn_all(place, 64), 120)
+        assert len(marked(place)) >= 64 * 5
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        took = time.monotonic() - begin
+        assert marked(place) == []
+        assert took < SHUTDOWN_SECONDS, took
+        assert states(place) == {"dormant"}
+
+
+def test_a_second_signal_leaves_nothing_running_either(place: Place) -> None:
+    deafen(place)
+    with daemon(place) as process:
+        run(spawn_all(place, 2))
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 128 + signal.SIGTERM
+        time.sleep(0.1)
+        assert marked(place) == []
+
+
+def test_the_next_daemon_ends_what_a_killed_one_left(place: Place) -> None:
+    deafen(place)
+    with daemon(place) as process:
+        run(spawn_all(place, 3))
+        process.kill()
+        process.wait()
+        assert len(marked(place)) >= 3 * 3
+        with daemon(place) as other:
+            assert marked(place) == []
+            other.send_signal(signal.SIGTERM)
+            _, err = other.communicate(timeout=15)
+            assert err == ""
+        assert states(place) == {"dormant"}
+
+
+def test_orphans_do_not_pile_up_below_the_daemon(place: Place) -> None:
+    with daemon(place) as process:
+        run(spawn_all(place, 3, "LEAVE:for i in 1 2 3; do setsid -f sleep 0.2; done"))
+        deadline = time.monotonic() + 15
+        while any(p.is_zombie and p.parent == process.pid for p in processes().values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        # They came to the daemon, and it reaped them: with init as their parent there would be nothing to see.
+        assert below(process.pid)
+
+
+# The real claude, with a tool in the foreground and others behind it
+
+
+@pytest.fixture
+def api() -> Iterator[StubApi]:
+    """Serve the stub of the Messages API."""
+    with stub_api() as server:
+        yield server
+
+
+@pytest.fixture
+def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: StubApi) -> Place:
+    """Give a place whose daemon runs the real claude, with an empty HOME, talking to the stub."""
+    place = Place(tmp_path)
+    place.claude = REAL.resolve()
+    (tmp_path / "home").mkdir()
+    for name in list(os.environ):
+        if name.startswith(("ANTHROPIC", "CLAUDE", "P2P_")):
+            monkeypatch.delenv(name)
+    for name, value in environment(api.url, str(tmp_path / "home"), os.environ["PATH"]).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("IS_SANDBOX", "1")
+    return place
+
+
+def tool(place: Place, name: str) -> str:
+    """Give a message that makes claude run a tool which leaves two processes and goes on, and shows that it runs."""
+    return f"TOOL:{LEAVES}; nohup sleep 1000 >/dev/null 2>&1 & touch {place.path / name}; sleep 1000"
+
+
+async def begin_tool(place: Place) -> None:
+    """Start a session whose turn runs the tool."""
+    async with client_of(place) as client:
+        params = {"sessionId": "s", "text": tool(place, "runs"), "permissionMode": "bypassPermissions"}
+        answer = await client.call("spawn-session", params)
+        assert isinstance(answer, dict) and answer["type"] == "success", answer
+        while not (place.path / "runs").exists():
+            await asyncio.sleep(0.05)
+
+
+@needs_claude
+@pytest.mark.parametrize("how", ["stop", "terminate", "kill"])
+def test_real_claude_leaves_no_tool_behind(real: Place, how: str) -> None:
+    with daemon(real, permission_mode="bypassPermissions") as process:
+        run(begin_tool(real), 60)
+        family = below(process.pid) | {one.pid for one in marked(real)}
+        assert len(family) >= 6  # claude, its shell, and four sleepers
+        if how == "stop":
+            run(stop_session(real), 30)
+            assert states(real) == {"ended"}
+        elif how == "terminate":
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(15) == 0
+            assert states(real) == {"dormant"}
+        else:
+            process.kill()
+            process.wait()
+            assert running(family)
+            with daemon(real):
+                # Without a parent that watched, only what kept the mark is known.
+                assert marked(real) == []
+                bare = {pid for pid in running(family) if is_bare(pid)}
+                assert running(family) == bare
+                for pid in bare:
+                    os.kill(pid, signal.SIGKILL)
+        assert not running(family)
+        shutil.rmtree(real.path / "home", ignore_errors=True)
+
+
+def is_bare(pid: int) -> bool:
+    """Tell whether a process was started with an empty environment."""
+    return Path(f"/proc/{pid}/environ").read_bytes() == b""
+
+
+async def stop_session(place: Place) -> None:
+    """Stop the session."""
+    async with client_of(place) as client:
+        assert await client.call("stop-session", {"sessionId": "s"}) == {"success": True}
