@@ -42,7 +42,7 @@ from p2pclaude.service import PeerConnection, Service
 from p2pclaude.sessions import SessionTable
 
 if TYPE_CHECKING:
-    from p2pclaude.hyperdht import KeyPair
+    from p2pclaude.hyperdht import HyperDHT, KeyPair
 
 PRIVATE_PORT = 49737
 """The port of a private network's bootstrap node, unless an option names another."""
@@ -147,13 +147,13 @@ def _allow_many_files() -> None:
 
 def pairing_url(options: DaemonOptions, environ: Mapping[str, str] | None = None) -> str:
     """Give the URL that a daemon with these options hands out, making keys if there are none (`--print-url`)."""
-    data_dir = _data_dir(options, os.environ if environ is None else environ, lambda _: None)
+    data_dir = data_dir_of(options, os.environ if environ is None else environ, lambda _: None)
     return format_url(_pairing(options, data_dir.load_or_create_identity()))
 
 
 def rotate(options: DaemonOptions, environ: Mapping[str, str] | None = None) -> str:
     """Make a new data key and give the new pairing URL (`--rotate`). Raises TryAgain while a daemon runs."""
-    data_dir = _data_dir(options, os.environ if environ is None else environ, lambda _: None)
+    data_dir = data_dir_of(options, os.environ if environ is None else environ, lambda _: None)
     data_dir.lock()
     try:
         data_dir.rotate_data_key()
@@ -181,7 +181,7 @@ class Daemon:
         self._environ = os.environ if environ is None else environ
         _check(options, self._environ)
         self._log = log or Log(debug=options.debug or wants_debug(self._environ))
-        self._make_dht = make_dht or _make_dht
+        self._make_dht = make_dht or new_dht
         self._terminal = sys.stderr if terminal is None else terminal
         self._exit_now = exit_now
         self._stopping = asyncio.Event()
@@ -194,7 +194,7 @@ class Daemon:
     async def run(self) -> int:
         """Serve until a signal or `stop`; give the exit status. Raises P2PClaudeError when it cannot start."""
         loop = asyncio.get_running_loop()
-        data_dir = _data_dir(self._options, self._environ, self._warn)
+        data_dir = data_dir_of(self._options, self._environ, self._warn)
         data_dir.lock()
         try:
             for number in _SIGNALS:
@@ -234,7 +234,7 @@ class Daemon:
         async with AsyncExitStack() as stack:
             dht = self._make_dht(self._options)
             stack.push_async_callback(self._leave, dht)
-            await self._start(dht)
+            await start_dht(dht, self._options)
             data_dir.write_pairing_url(url)
             allow = _only_client_key(identity) if self._options.strict else None
             server = dht.create_server(service.serve, allow=allow, relay_through=self._options.relay)
@@ -280,14 +280,6 @@ class Daemon:
             return False
         await task
         return True
-
-    async def _start(self, dht: DHT) -> None:
-        try:
-            await dht.start()
-        except OSError as error:
-            where = f"port {self._port()}" if self._port() is not None else "the network"
-            reason = (error.strerror or str(error)).lower()
-            raise Unavailable(f"{where} cannot be used: {reason}", hint="name another with --port") from error
 
     async def _take_down(self, table: SessionTable, service: Service, server: DHTServer) -> None:
         """End sessions, connections and the announcement; together with `dht.destroy` within SHUTDOWN_SECONDS."""
@@ -356,7 +348,7 @@ class Daemon:
             return None
 
     def _settings(self) -> Settings:
-        root = None if self._options.root_dir is None else _real_directory(self._options.root_dir)
+        root = root_of(self._options)
         return Settings(
             find_claude=lambda: find_claude(self._options.claude, self._environ),
             default_dir=root or Path.cwd(),
@@ -366,9 +358,6 @@ class Daemon:
             max_sessions=self._options.max_sessions,
             ask_timeout=self._options.ask_timeout,
         )
-
-    def _port(self) -> int | None:
-        return PRIVATE_PORT if self._options.port is None and self._options.private else self._options.port
 
     def _on_change(self) -> None:
         if self.started.is_set():
@@ -400,7 +389,13 @@ def _real_directory(path: str) -> Path:
     return real
 
 
-def _data_dir(options: DaemonOptions, environ: Mapping[str, str], warn: Callable[[str], None]) -> DataDir:
+def root_of(options: DaemonOptions) -> Path | None:
+    """Give the real path of the root directory, None if there is none. Raises UsageError if it is no directory."""
+    return None if options.root_dir is None else _real_directory(options.root_dir)
+
+
+def data_dir_of(options: DaemonOptions, environ: Mapping[str, str], warn: Callable[[str], None]) -> DataDir:
+    """Open the data directory for these options; `warn` gets what was put right. Raises P2PClaudeError."""
     path = DataDir.default_path(environ) if options.data_dir is None else Path(options.data_dir)
     return DataDir(path, warn=warn)
 
@@ -433,7 +428,8 @@ def _private_host(options: DaemonOptions) -> str:
     return next((address for address in addresses if not address.startswith("127.")), "127.0.0.1")
 
 
-def _make_dht(options: DaemonOptions) -> DHT:
+def new_dht(options: DaemonOptions) -> "HyperDHT":
+    """Make the node for these options, not yet started."""
     from p2pclaude.hyperdht import HyperDHT  # here, because --print-url needs no network
 
     if options.private:
@@ -441,6 +437,17 @@ def _make_dht(options: DaemonOptions) -> DHT:
         return HyperDHT.bootstrapper(port, _private_host(options))
     place: dict[str, Any] = {"host": options.host, "port": options.port, "bootstrap": options.bootstrap or None}
     return HyperDHT(**{name: value for name, value in place.items() if value is not None})
+
+
+async def start_dht(dht: DHT, options: DaemonOptions) -> None:
+    """Bind the node's sockets. Raises Unavailable."""
+    try:
+        await dht.start()
+    except OSError as error:
+        port = PRIVATE_PORT if options.port is None and options.private else options.port
+        where = "the network" if port is None else f"port {port}"
+        reason = (error.strerror or str(error)).lower()
+        raise Unavailable(f"{where} cannot be used: {reason}", hint="name another with --port") from error
 
 
 def _key_pair(identity: Identity) -> "KeyPair":

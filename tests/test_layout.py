@@ -35,7 +35,7 @@ LAYERS = (
     {"p2pclaude.methods"},
     {"p2pclaude.service", "p2pclaude.presence"},
     {"p2pclaude.client", "p2pclaude.daemon", "p2pclaude.dhtnode"},
-    {"p2pclaude.record"},  # the tools ask the DHT
+    {"p2pclaude.check", "p2pclaude.record"},  # the tools ask the DHT
     {"p2pclaude.remote"},  # the tools ask a client
     {"p2pclaude.approver"},
     {f"p2pclaude.cli.{shared}" for shared in ("common", "filters", "network", "stdin", "text")},

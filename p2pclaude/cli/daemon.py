@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from p2pclaude.cli.common import Arguments, Console, parse_bootstrap, parse_count, parse_seconds, run, write_line
+from p2pclaude.cli.common import (
+    Arguments,
+    Console,
+    is_terminal,
+    parse_bootstrap,
+    parse_count,
+    parse_seconds,
+    printable,
+    run,
+    write_line,
+)
 from p2pclaude.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +40,10 @@ Options:
   --data-dir DIR               keep keys and sessions in DIR; else in
                                P2P_CLAUDE_DATA_DIR or ~/.p2p-claude
   --print-url                  print the pairing URL and exit
+  --rotate                     make a new data key, which revokes every URL
+                               handed out, print the new URL and exit
+  --check                      test claude, data directory and network, print
+                               a line for each, and exit
   --private                    be a DHT of one's own, whose address the pairing
                                URL carries; no other network is needed
   --bootstrap NODES            HOST:PORT,... of the DHT's nodes to start from;
@@ -38,6 +52,8 @@ Options:
   --relay KEY                  meet clients at this blind relay (64 hexadecimal
                                digits, as p2pclaude-node prints them) where no
                                direct way is found
+  --strict                     shake hands only with tools that hold the data
+                               key; the TypeScript client does not get in
   --host HOST                  address to bind
   --port PORT                  UDP port to bind (--private: 49737)
   --claude PATH                the claude program; else the one on PATH or in
@@ -58,7 +74,8 @@ Options:
 
 Exit status: 0 ended by a signal, 64 usage, 65 damaged file in the data
 directory, 69 the network or claude cannot be used, 75 another daemon uses the
-data directory, 77 no permission.
+data directory, 77 no permission. With --check: 0 if there was no error, else
+the status of the first one.
 """
 
 PERMISSION_MODES = ("default", "acceptEdits", "bypassPermissions", "plan")
@@ -66,10 +83,10 @@ PERMISSION_MODES = ("default", "acceptEdits", "bypassPermissions", "plan")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to do: serve, or only print the pairing URL."""
+    """What to do: serve, unless `instead` is print-url, rotate or check."""
 
     daemon: DaemonOptions
-    print_url: bool
+    instead: str | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,9 +130,17 @@ def parse(arguments: Arguments, console: Console) -> Options:
         max_sessions=max_sessions,
         retain_days=retain_days,
         ask_timeout=ask_timeout,
+        strict=arguments["--strict"],
         debug=arguments["--verbose"],
     )
-    return Options(daemon, arguments["--print-url"])
+    return Options(daemon, _instead(arguments))
+
+
+def _instead(arguments: Arguments) -> str | None:
+    asked = [name for name in ("print-url", "rotate", "check") if arguments[f"--{name}"]]
+    if len(asked) > 1:
+        raise UsageError(f"--{asked[0]} does not go with --{asked[1]}")
+    return asked[0] if asked else None
 
 
 def _parse_relay(text: str | None) -> bytes | None:
@@ -128,12 +153,30 @@ def _parse_relay(text: str | None) -> bytes | None:
 
 
 def execute(options: Options, console: Console) -> int:
-    """Serve until a signal, or print the URL."""
+    """Serve until a signal, or do what was asked for instead."""
     import asyncio
 
-    from p2pclaude.daemon import pairing_url, run_daemon
+    from p2pclaude.daemon import pairing_url, rotate, run_daemon
 
-    if options.print_url:
+    if options.instead == "print-url":
         write_line(pairing_url(options.daemon))
-        return 0
-    return asyncio.run(run_daemon(options.daemon))
+    elif options.instead == "rotate":
+        write_line(rotate(options.daemon))
+    elif options.instead == "check":
+        return asyncio.run(_check(options.daemon))
+    else:
+        return asyncio.run(run_daemon(options.daemon))
+    return 0
+
+
+async def _check(options: DaemonOptions) -> int:
+    """Print what is found, and return the status of the first error."""
+    from p2pclaude.check import check
+
+    status, aligned = 0, is_terminal()
+    async for finding in check(options, os.environ):
+        text = finding.text if finding.hint is None else f"{finding.text}; hint: {finding.hint}"
+        row = (finding.level, finding.subject, printable(text))
+        write_line(f"{row[0]:7}  {row[1]:14}  {row[2]}" if aligned else "\t".join(row))
+        status = status or finding.status
+    return status

@@ -19,7 +19,7 @@ from .constants import DEFAULT_PORT, KEY_BYTES
 from .crypto import KeyPair
 from .encoding import Address
 from .endpoint import Endpoint, Network
-from .errors import Destroyed, Suspended
+from .errors import Destroyed, HyperDHTError, Suspended
 from .node import Node
 from .persistent import Persistent
 from .puncher import PunchThrottle
@@ -182,6 +182,23 @@ class HyperDHT:
     def bootstrapped(self) -> asyncio.Event:
         """Set once the node has joined the network, or found out that nobody answers."""
         return self.node.bootstrapped
+
+    async def ping_bootstrap_nodes(self) -> dict[Address, float | None]:
+        """Ask each bootstrap node whose address is known for an answer; give the seconds it took, None for silence."""
+
+        async def ping(address: Address) -> float | None:
+            try:
+                return (await self.node.ping(address)).rtt
+            except HyperDHTError:
+                return None
+
+        nodes = self.node.bootstrap.known()
+        return dict(zip(nodes, await asyncio.gather(*map(ping, nodes)), strict=True))
+
+    @property
+    def seen_address(self) -> tuple[str | None, int]:
+        """Where other nodes see this one: the port is 0 where a NAT chooses one for each, the host None if unknown."""
+        return self.node.host, self.node.port
 
     @property
     def remote_address(self) -> Address | None:
