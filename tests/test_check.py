@@ -27,7 +27,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 def findings(place: Place, **options: Any) -> list[Finding]:
     """Check, by default in a private network."""
     chosen: dict[str, Any] = {"private": True, "host": "127.0.0.1", "port": free_port()}
-    chosen |= {"data_dir": str(place.path / "data"), "claude": str(place.claude), "root_dir": str(place.root), **options}
+    chosen |= {"data_dir": str(place.path / "data"), "claude": str(place.claude), "root_dir": str(place.root)}
+    chosen |= options
     found: list[Finding] = []
 
     async def collect() -> None:

@@ -149,6 +149,48 @@ def test_the_pairing_url_is_written_once(theirs: DataDir) -> None:
     assert theirs.pairing_url_file.read_text() == "p2p-claude://connect?code=b\n"
 
 
+def test_a_new_data_key_keeps_the_identity(theirs: DataDir) -> None:
+    before = theirs.load_or_create_identity()
+    theirs.rotate_data_key()
+    after = theirs.load_or_create_identity()
+    assert (after.public_key, after.secret_key) == (before.public_key, before.secret_key)
+    assert after.data_key != before.data_key
+    assert after.created_at != before.created_at
+    assert after == theirs.load_or_create_identity()
+    assert theirs.encryption_key_file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_rotation_cut_short_leaves_the_old_key_or_the_new_one(
+    theirs: DataDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = theirs.load_or_create_identity()
+    theirs.write_pairing_url("old")
+    replace = Path.replace
+
+    def cut(self: Path, target: Path, *, after: bool) -> None:
+        if after:
+            replace(self, target)
+        raise KeyboardInterrupt
+
+    for after in (False, True):
+        monkeypatch.setattr(Path, "replace", lambda self, target, after=after: cut(self, target, after=after))
+        with pytest.raises(KeyboardInterrupt):
+            theirs.rotate_data_key()
+        monkeypatch.undo()
+        identity = theirs.load_or_create_identity()
+        assert (identity.data_key != before.data_key) is after
+        assert identity.public_key == before.public_key
+    theirs.write_pairing_url("new")  # as the next start does
+    assert theirs.pairing_url_file.read_text() == "new\n"
+
+
+def test_a_damaged_key_is_not_made_good_by_a_rotation(theirs: DataDir) -> None:
+    theirs.encryption_key_file.write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        theirs.rotate_data_key()
+    assert theirs.encryption_key_file.read_text() == "{"
+
+
 def test_a_full_disk_is_said_and_leaves_the_old_file(theirs: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs.write_pairing_url("old")
 

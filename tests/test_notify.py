@@ -62,7 +62,10 @@ def test_what_is_sent(manager: Manager) -> None:
     assert manager.hear() == ["READY=1", "STATUS=one MAINPID=1 "]
 
 
-@pytest.mark.parametrize("address", ["", "/", "@", "vsock:2:1", "relative", "/nowhere/at/all", "@nobody-listens", "/" * 200])
+NOBODY = ("", "/", "@", "vsock:2:1", "relative", "/nowhere/at/all", "@nobody-listens", "/" * 200)
+
+
+@pytest.mark.parametrize("address", NOBODY)
 def test_nobody_listens(address: str) -> None:
     Notifier({"NOTIFY_SOCKET": address}).send("READY=1")
     Notifier({}).send("READY=1")

@@ -1,6 +1,7 @@
 """The pairing URL: one form written, several read, nothing of it ever told."""
 
 import base64
+import hashlib
 import json
 from typing import Any
 from urllib.parse import quote
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pclaude.errors import DataError
-from p2pclaude.pairing import PREFIX, Pairing, format_url, is_host_port, parse_url
+from p2pclaude.pairing import PREFIX, Pairing, client_seed, format_url, is_host_port, parse_url
 
 PUBLIC = bytes(range(32))
 DATA = bytes(range(223, 255))
@@ -138,3 +139,11 @@ def test_any_text_is_a_pairing_or_a_data_error(text: str) -> None:
             assert isinstance(parse_url(prefix + text), Pairing)
         except DataError:
             pass
+
+
+def test_the_key_that_tools_connect_with_is_derived_from_the_data_key() -> None:
+    """A change of this would lock every tool out of every strict daemon of another version."""
+    seed = client_seed(bytes(range(32)))
+    assert seed == hashlib.blake2b(b"p2pclaude client key v1", digest_size=32, key=bytes(range(32))).digest()
+    assert seed.hex() == "2dfe49f5bc45242f16a4ab1b26eeb0dba4b9a2552a4c0d39ea293a0c8e2e88d2"
+    assert client_seed(bytes(32)) != seed

@@ -12,6 +12,8 @@ import pytest
 from interop.daemons import Daemon, start_daemon
 from interop.harness import HERE, Peer, Peers, Tools, free_port, peers_on
 
+from p2pclaude.pairing import parse_url
+
 
 @pytest.fixture(scope="module")
 def daemon(testnet: Peer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
@@ -195,3 +197,14 @@ def test_their_data_directory_works_for_us(peers: Peers, tmp_path: Path) -> None
     client = peers.start("node", "chat-client", url=url)
     assert call(client, "ping")["pong"] is True
     assert (ours.data / "encryption.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_strict_daemon_is_not_for_the_typescript_client(tmp_path: Path, peers: Peers, tools: Tools) -> None:
+    """It makes a new key pair for each run, and so cannot be told from a stranger."""
+    strict = start_daemon(peers, tmp_path, HERE / "fake_claude.py", "--strict")
+    stranger = peers.start("node", "client")
+    stranger.tell("connect", key=parse_url(strict.url).public_key.hex(), count=1, timeout=8000)
+    result = stranger.expect("result", timeout=30)
+    assert (result["ok"], result["opened"]) == (False, False), result
+    assert tools.succeed("ping", strict.url)
+    assert len(strict.peer.events("connection-opened")) == 1  # the tool's

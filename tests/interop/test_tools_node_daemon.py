@@ -6,6 +6,8 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,26 @@ def test_ls_and_stop(tools: Tools, url: str, root: Path) -> None:
     stopped = tools.succeed("stop", "--all", url).splitlines()
     assert session in stopped
     assert tools.succeed("ls", url) == ""
+
+
+def test_tools_that_share_their_key_do_not_get_in_each_others_way(tools: Tools, url: str, root: Path) -> None:
+    """All tools of a pairing have one key pair; nothing on the other side may take the second for the first."""
+    # A session each: their daemon gives what it clears to one of those who ask.
+    sessions = [tools.succeed("send", "-C", str(root), url, "hello") for _ in range(3)]
+    with ExitStack() as stack:
+        followers = [stack.enter_context(tools.start("tail", "-f", url, session)) for session in sessions]
+        for follower in followers:
+            assert json.loads(follower.line())["type"] == "system"
+        with ThreadPoolExecutor(4) as pool:
+            sent = [pool.submit(tools.succeed, "send", "-w", "-C", str(root), url, f"m{n}") for n in range(4)]
+            pings = [pool.submit(tools.succeed, "ping", "-c", "3", url) for _ in range(4)]
+        assert [one.result() for one in sent] == [f"echo: m{n}" for n in range(4)]
+        assert [len(one.result().splitlines()) for one in pings] == [3, 3, 3, 3]
+        for session, follower in zip(sessions, followers, strict=True):
+            tools.succeed("send", "-s", session, url, "more")
+            said = [json.loads(follower.line())["type"] for _ in range(5)]
+            assert said == ["assistant", "result", "system", "assistant", "result"]
+            assert "lost" not in follower.transcript()
 
 
 def test_what_is_not_there(tools: Tools, url: str, root: Path) -> None:
