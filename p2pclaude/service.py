@@ -31,8 +31,10 @@ PROVE_SECONDS = 10.0
 """A connection that has not proved the key by then is broken off."""
 MAX_UNPROVEN = 64
 """Connections that have not proved the key; one more breaks off the oldest."""
-MAX_UNPROVEN_BYTES = 32 * 1024 * 1024
-"""Bytes that all of these together may have sent without completing a line; the greediest is broken off."""
+MAX_UNPROVEN_BYTES = 2 * MAX_REQUEST_LINE
+"""Bytes kept for all of these together, of lines and frames not complete or not read; the greediest is broken off."""
+WEIGH_SECONDS = 0.05
+"""How often that is looked at: an unfinished frame grows without a word to us."""
 MAX_UNPROVEN_ERRORS = 8
 """Error answers that a connection gets before it has proved the key; then it is broken off."""
 MAX_CONNECTIONS = 1024
@@ -71,6 +73,10 @@ class PeerConnection(Protocol):
     async def write(self, data: bytes) -> None:
         """Send bytes as a whole, from any task. Raises ConnectionError."""
 
+    @property
+    def unread(self) -> int:
+        """Give how many bytes it keeps for `read`, those of a frame that is not complete included."""
+
     def limit_frames(self, max_bytes: int) -> None:
         """Take no larger frame: what is unfinished of one is kept in memory."""
 
@@ -92,6 +98,7 @@ class Service:
         self._unproven: dict[int, _Peer] = {}  # in order of arrival
         self._count = 0
         self._calls: set[asyncio.Task[bytes]] = set()
+        self._weighing: asyncio.TimerHandle | None = None
 
     async def serve(self, connection: PeerConnection) -> None:
         """Answer requests until the connection ends; never raises for the peer's sake."""
@@ -130,6 +137,8 @@ class Service:
             self._refuse(next(iter(self._unproven.values())), "too many have not proved the key")
         self._peers[peer.number] = self._unproven[peer.number] = peer
         loop = asyncio.get_running_loop()
+        if self._weighing is None:
+            self._weighing = loop.call_later(WEIGH_SECONDS, self._weigh)
         peer.timer = loop.call_later(PROVE_SECONDS, self._refuse, peer, "it did not prove the key in time")
         address = connection.remote_address
         self._log(
@@ -166,16 +175,18 @@ class Service:
             if too_long is not None:
                 await self._answer_error(peer, b"", str(too_long))
                 return str(too_long)
-            self._check_unproven_bytes()
         # It has said all it wants to say, and may still be listening.
         if peer.tasks:
             await asyncio.wait(peer.tasks, timeout=EOF_SECONDS)
         return "the peer closed it"
 
-    def _check_unproven_bytes(self) -> None:
-        if sum(peer.buffer.pending for peer in self._unproven.values()) > MAX_UNPROVEN_BYTES:
-            greediest = max(self._unproven.values(), key=lambda peer: peer.buffer.pending)
+    def _weigh(self) -> None:
+        """Break the greediest strangers off while they hold too much; again and again, as long as there are any."""
+        while sum(peer.weight for peer in self._unproven.values()) > MAX_UNPROVEN_BYTES:
+            greediest = max(self._unproven.values(), key=lambda peer: peer.weight)
             self._refuse(greediest, "it sent too much before proving the key")
+        loop = asyncio.get_running_loop()
+        self._weighing = loop.call_later(WEIGH_SECONDS, self._weigh) if self._unproven else None
 
     async def _take(self, peer: "_Peer", line: bytes) -> None:
         if not line.strip():
@@ -267,6 +278,11 @@ class _Peer:
         self.reason: str | None = None
         self._bytes = 0
         self._room = asyncio.Event()
+
+    @property
+    def weight(self) -> int:
+        """Give the bytes kept for it."""
+        return self.buffer.pending + self.connection.unread
 
     def start(self, answer: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(answer)

@@ -234,6 +234,11 @@ class Connection:
         """The bytes written that have not left yet."""
         return self._stream.core.buffered
 
+    @property
+    def unread(self) -> int:
+        """The bytes kept for the reader, those of a frame that is not complete yet included."""
+        return self._unread + (0 if self._secret is None else self._secret.buffered)
+
     def limit_frames(self, max_bytes: int) -> None:
         """Break the connection off when the peer announces a larger frame: what a stranger can make us keep."""
         if self._secret is not None:
@@ -321,6 +326,8 @@ class Connection:
         self._error = error
         if error is None:
             self._eof = True
+        if self._secret is not None:
+            self._secret.forget()
         if self._keep_alive_timer is not None:
             self._keep_alive_timer.cancel()
         for event in (self._closed, self._opened, self._readable, self._drained):

@@ -73,6 +73,11 @@ class SecretStream:
         """The number of received bytes that wait for the rest of their frame."""
         return len(self._buffer)
 
+    def forget(self) -> None:
+        """Drop what waits for the rest of its frame: the stream is over, though its object may still be kept."""
+        self._buffer = bytearray()
+        self._failed = True
+
     def header(self) -> bytes:
         """Return the frame that opens our direction; RuntimeError the second time."""
         if self._header_sent:
