@@ -215,6 +215,8 @@ class Connection:
     def abort(self) -> None:
         """Break the connection off at once; what was not delivered is lost."""
         if not self.closed:
+            self._chunks.clear()  # the stream is remembered for a while, and so is this
+            self._unread = 0
             self._finish(ConnectionClosed("the connection was broken off on this side"))
             self._stream.destroy()
 
