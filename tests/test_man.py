@@ -1,7 +1,9 @@
 """The manual: it passes mandoc's checks and says what the programs say."""
 
 import ast
+import configparser
 import importlib
+import plistlib
 import re
 import shutil
 import subprocess
@@ -10,8 +12,11 @@ from pathlib import Path
 import pytest
 from usages import PERMISSION_MODES, ROOT, TOOLS, usage_names, usage_options
 
-from p2pclaude import claude, wire
-from p2pclaude.hyperdht import relayserver
+from p2pclaude import claude, notify, presence, service, wire
+from p2pclaude.cli import daemon
+from p2pclaude.cli.common import Console, parse_arguments
+from p2pclaude.daemon import SHUTDOWN_SECONDS
+from p2pclaude.hyperdht import relayserver, server
 
 MAN = ROOT / "man"
 PAGES = sorted(MAN.iterdir())
@@ -189,6 +194,43 @@ def test_limits_are_complete(module: str) -> None:
     names = {name for name in vars(importlib.import_module(f"p2pclaude.{module}")) if name.startswith("MAX_")}
     own = set(re.findall(r"^(MAX_\w+)", (ROOT / "p2pclaude" / f"{module}.py").read_text(encoding="utf-8"), re.M))
     assert not {(module, name) for name in names & own} - {limit[:2] for limit in LIMITS} - UNLISTED
+
+
+def test_limits_of_handshakes() -> None:
+    """Those of the library are named too."""
+    text = rendered(section(page("p2pclaude-daemon.1"), "SECURITY"))
+    assert f"{server.HANDSHAKES_OF_ALL:g} a second, {server.HANDSHAKES_OF_HOST:g} of them from one address" in text
+    assert f"{server.MAX_PENDING} clients whose first packet has not come" in text
+    assert f"looked at every {service.WEIGH_SECONDS:g} seconds" in text
+
+
+def daemon_command(words: list[str]) -> None:
+    """Check that a command line of a page is one that the daemon takes."""
+    arguments = parse_arguments(daemon.USAGE, words)
+    assert isinstance(arguments, dict)
+    daemon.parse(arguments, Console("p2pclaude-daemon"))
+
+
+def test_the_unit_and_the_agent(tmp_path: Path) -> None:
+    """What systemd and launchd are given is well-formed, names options that there are, and fits the daemon."""
+    displays = re.findall(r"^\.Bd .*?\n(.*?)^\.Ed", section(page("p2pclaude-daemon.1"), "EXAMPLES"), re.M | re.S)
+    (unit_text,) = [display for display in displays if "[Service]" in display]
+    (agent,) = [display for display in displays if "<plist" in display]
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string(unit_text)
+    service_part = unit["Service"]
+    program, *words = service_part["ExecStart"].replace("%h", str(tmp_path)).split()
+    assert program.endswith("/bin/p2pclaude-daemon")
+    daemon_command(words)
+    assert service_part["Type"] == "notify"
+    assert float(service_part["WatchdogSec"]) / notify.PINGS < presence.ALIVE_SECONDS
+    assert float(service_part["TimeoutStopSec"]) > SHUTDOWN_SECONDS
+    assert unit["Install"]["WantedBy"] == "default.target"
+    values = plistlib.loads(agent.encode())
+    assert values["ProgramArguments"][0].endswith("/bin/p2pclaude-daemon")
+    daemon_command(values["ProgramArguments"][1:])
+    assert values["ExitTimeOut"] > SHUTDOWN_SECONDS
 
 
 def test_limits_of_the_relay() -> None:
