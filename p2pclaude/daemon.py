@@ -6,6 +6,7 @@
 """
 
 import asyncio
+import ctypes
 import hmac
 import os
 import resource
@@ -53,6 +54,7 @@ WANTED_FILES = 8192
 SHUTDOWN_SECONDS = 10.0
 """The ordered shutdown is over by then."""
 
+_M_MMAP_THRESHOLD = -3
 _SESSIONS_SECONDS = 5.5
 _RECORD_SECONDS = 1.5
 _DESTROY_SECONDS = 1.3
@@ -129,6 +131,7 @@ MakeDHT = Callable[[DaemonOptions], DHT]
 async def run_daemon(options: DaemonOptions) -> int:
     """Serve until SIGINT or SIGTERM, and give the exit status. Raises P2PClaudeError when it cannot start."""
     _allow_many_files()
+    _give_memory_back()
     become_subreaper()
     with Reaper():
         try:
@@ -149,6 +152,13 @@ def pairing_url(options: DaemonOptions, environ: Mapping[str, str] | None = None
     """Give the URL that a daemon with these options hands out, making keys if there are none (`--print-url`)."""
     data_dir = data_dir_of(options, os.environ if environ is None else environ, lambda _: None)
     return format_url(_pairing(options, data_dir.load_or_create_identity()))
+
+
+def _give_memory_back() -> None:
+    """Let glibc give large blocks back when they are freed: it would keep them after the first, and strangers cost."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
 
 
 def rotate(options: DaemonOptions, environ: Mapping[str, str] | None = None) -> str:

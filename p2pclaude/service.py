@@ -152,6 +152,8 @@ class Service:
 
     def _leave(self, peer: "_Peer") -> None:
         del self._peers[peer.number]
+        # The connection lingers, and with it the error that ended it, whose traceback knows all that stood here.
+        peer.buffer.clear()
         self._unproven.pop(peer.number, None)
         if peer.timer is not None:
             peer.timer.cancel()
@@ -175,18 +177,24 @@ class Service:
             if too_long is not None:
                 await self._answer_error(peer, b"", str(too_long))
                 return str(too_long)
+            if peer.number in self._unproven:
+                self._shed()
         # It has said all it wants to say, and may still be listening.
         if peer.tasks:
             await asyncio.wait(peer.tasks, timeout=EOF_SECONDS)
         return "the peer closed it"
 
     def _weigh(self) -> None:
-        """Break the greediest strangers off while they hold too much; again and again, as long as there are any."""
+        """Look at what strangers hold again and again, as long as there are any."""
+        self._shed()
+        loop = asyncio.get_running_loop()
+        self._weighing = loop.call_later(WEIGH_SECONDS, self._weigh) if self._unproven else None
+
+    def _shed(self) -> None:
+        """Break the greediest strangers off while they hold too much together."""
         while sum(peer.weight for peer in self._unproven.values()) > MAX_UNPROVEN_BYTES:
             greediest = max(self._unproven.values(), key=lambda peer: peer.weight)
             self._refuse(greediest, "it sent too much before proving the key")
-        loop = asyncio.get_running_loop()
-        self._weighing = loop.call_later(WEIGH_SECONDS, self._weigh) if self._unproven else None
 
     async def _take(self, peer: "_Peer", line: bytes) -> None:
         if not line.strip():
@@ -302,4 +310,5 @@ class _Peer:
 
     def drop(self, reason: str) -> None:
         self.reason = self.reason or reason
+        self.buffer.clear()
         self.connection.abort()

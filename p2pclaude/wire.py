@@ -237,6 +237,10 @@ class LineBuffer:
         """Give the number of bytes held of a line that is not complete yet."""
         return len(self._rest)
 
+    def clear(self) -> None:
+        """Drop what is held, and its memory."""
+        self._rest = bytearray()
+
     def feed(self, data: bytes) -> list[bytes]:
         """Take a chunk and give the lines that it completes, without their newlines.
 

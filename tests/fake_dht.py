@@ -35,6 +35,7 @@ class FakeConnection:
         self._eof = False
         self._error: str | None = None
         self._change = asyncio.Event()
+        self._writing = asyncio.Lock()
 
     @classmethod
     def pair(cls) -> "tuple[FakeConnection, FakeConnection]":
@@ -57,7 +58,12 @@ class FakeConnection:
         return data
 
     async def write(self, data: bytes) -> None:
-        """Hand bytes to the other end and wait for its window."""
+        """Hand bytes to the other end, as much at a time as its window has room for."""
+        async with self._writing:
+            for start in range(0, len(data), WINDOW):
+                await self._write(data[start : start + WINDOW])
+
+    async def _write(self, data: bytes) -> None:
         if self.closed:
             raise ConnectionResetError(self._error or "the connection is closed")
         self.peer._unread += data
