@@ -289,6 +289,7 @@ class Session:
         await asyncio.wait([pump], timeout=1.0)
         status = await process.finish()
         if self.is_live:
+            await asyncio.to_thread(save_last_words, self.path, process.last_words())
             self._over(status, process.last_words(), None)
 
     async def _run(self, process: ClaudeProcess, journal: Journal) -> None:
@@ -318,6 +319,7 @@ class Session:
                 await self.settle_turns(first_line(words) or _describe_exit(status))
             except OSError as failure:
                 error = f"the journal cannot be written: {failure}"
+            await asyncio.to_thread(save_last_words, self.path, words)
             self._over(status, words, error)
 
     async def _feed(self, process: ClaudeProcess, journal: Journal) -> None:
@@ -401,7 +403,6 @@ class Session:
     def _over(self, status: int | None, last_words: str, error: str | None) -> None:
         self.info.exit_status = status
         self._paused = False
-        self._soon(asyncio.to_thread(save_last_words, self.path, last_words))
         if self._final is not None:
             self._become(self._final)
         elif self.inbox and self._turns and error is None:

@@ -22,9 +22,9 @@ from p2pclaude import processes as module
 from p2pclaude.claude import ClaudeProcess, Launch
 from p2pclaude.daemon import SHUTDOWN_SECONDS
 from p2pclaude.journal import Journal
+from p2pclaude.launcher import Spawn
 from p2pclaude.processes import Mark, descendants, processes
 from p2pclaude.session import State
-from p2pclaude.sessions import Spawn
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 
