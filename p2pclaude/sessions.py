@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from p2pclaude.claude import Launch
-from p2pclaude.datadir import file_errors
+from p2pclaude.datadir import file_errors, sync_directory
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, WireError
 from p2pclaude.inbox import NOW
 from p2pclaude.journal import PAGE_BYTES, Journal, Page
@@ -413,13 +413,12 @@ class SessionTable:
 
     def _create(self, info: Info) -> Session:
         path = self._path / info.session_id
-        try:
-            with file_errors(path):
-                path.mkdir(mode=0o700)
-        except P2PClaudeError as error:
-            if isinstance(error.__cause__, FileExistsError):
-                raise Refused("sessionId is taken") from error
-            raise
+        # A directory with nothing in it is what a crash left of a spawn: its retry shall find it free.
+        if any((path / name).exists() for name in ("session.json", "journal.jsonl")):
+            raise Refused("sessionId is taken")
+        with file_errors(path):
+            path.mkdir(mode=0o700, exist_ok=True)
+            sync_directory(self._path)
         session = self._sessions[info.session_id] = self._make(path, info)
         return session
 

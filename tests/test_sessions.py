@@ -126,10 +126,13 @@ def test_a_session_id_is_taken_once(place: Place) -> None:
             await table.stop("s")
             with pytest.raises(Refused, match="taken"):
                 await table.spawn(spawn())
-        (place.sessions / "left").mkdir()
+        for name in ("left", "empty"):
+            (place.sessions / name).mkdir()
+        (place.sessions / "left" / "session.json").write_text("damaged")
         async with place.table() as table:
             with pytest.raises(Refused, match="taken"):
                 await table.spawn(Spawn(session_id="left"))
+            await table.spawn(Spawn(session_id="empty"))  # as a crash leaves it, and the retry comes
 
     run(main())
 
