@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from interop import harness
 from interop.harness import free_port, real_claude
 from stub_api import environment, stub_api
 
@@ -39,8 +40,8 @@ from p2pclaude.errors import P2PClaudeError
 from p2pclaude.pairing import Pairing, parse_url
 
 CALL_SECONDS: Final = 3.0
-FAKE_LIVES: Final = (0.0, 0.6)  # seconds from the start of a daemon to its end
-REAL_LIVES: Final = (0.3, 5.0)
+FAKE_LIVES: Final = (0.0, 0.8)  # seconds from the start of a daemon to its end
+REAL_LIVES: Final = (0.3, 6.0)
 MOST_UNANSWERED: Final = 4
 QUIET_SECONDS: Final = 60.0
 READERS: Final = 2
@@ -84,6 +85,7 @@ class Lives:
         self._process = process
         self.pid = 0
         self.over = asyncio.Event()  # set when the daemon was ended, and replaced
+        self._seen = 0  # bytes of the log
         self.urls: set[str] = set()
 
     async def start(self) -> None:
@@ -92,12 +94,16 @@ class Lives:
         self._process.stdin.write(b"\n")
         self.pid = int(await self._process.stdout.readline())
 
-    async def until_served(self) -> Pairing:
-        """Wait for the pairing URL of the first start."""
-        file = self._place.path / "data" / "pairing.url"
-        while not file.exists():
-            await asyncio.sleep(0.02)
-        return parse_url(self.read_url())
+    async def until_served(self) -> None:
+        """Wait until the log says that the daemon serves, which may be the next one by then."""
+        log = self._place.path / "log"
+        while not log.exists() or f'"pid": {self.pid}, "public_key"'.encode() not in self._read_log(log):
+            await asyncio.sleep(0.01)
+
+    def _read_log(self, log: Path) -> bytes:
+        with log.open("rb") as file:
+            file.seek(self._seen)
+            return file.read()
 
     def read_url(self) -> str:
         """Read the pairing URL as it stands now."""
@@ -112,6 +118,7 @@ class Lives:
             while True:
                 os.kill(self.pid, 0)
                 await asyncio.sleep(0.002)
+        self._seen = (self._place.path / "log").stat().st_size if (self._place.path / "log").exists() else 0
         self.read_url()
         self.over.set()
         self.over = asyncio.Event()
@@ -127,7 +134,7 @@ async def lives_at(place: Place) -> AsyncIterator[Lives]:
         *place.arguments(),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env=dict(os.environ) | place.env | {"LIVES_LOG": str(place.path / "log")},
+        env=harness.environment(place.env) | {"LIVES_LOG": str(place.path / "log")},
     )
     lives = Lives(place, process)
     try:
@@ -150,6 +157,7 @@ class Line:
         self._lives = lives
         self._client: Client | None = None
         self._of: asyncio.Event | None = None
+        self._dialing = asyncio.Lock()
 
     async def call(self, ask: Callable[[Client], Awaitable[Any]], patience: float = CALL_SECONDS) -> Any:
         """Ask the daemon until it answers."""
@@ -166,10 +174,12 @@ class Line:
             await asyncio.sleep(0.02)
 
     async def _ask(self, ask: Callable[[Client], Awaitable[Any]], patience: float, over: asyncio.Event) -> Any:
-        if self._of is not over:
-            await self.close()
-            dialer = DhtDialer(self._pairing.public_key, self._bootstrap)
-            self._client, self._of = Client(dialer, self._pairing.data_key, timeout=CALL_SECONDS), over
+        async with self._dialing:
+            if self._of is not over:
+                await self.close()
+                await self._lives.until_served()
+                dialer = DhtDialer(self._pairing.public_key, self._bootstrap)
+                self._client, self._of = Client(dialer, self._pairing.data_key, timeout=CALL_SECONDS), over
         assert self._client is not None
         async with asyncio.timeout(patience):
             return await ask(self._client)
@@ -300,13 +310,12 @@ async def torment(
     talks = [Conversation() for _ in range(sessions)]
     async with lives_at(place) as lives:
         await lives.start()
-        pairing = await lives.until_served()
-        lines = [Line(pairing, [f"127.0.0.1:{place.port}"], lives) for _ in range(2 * sessions)]
-        senders = [asyncio.create_task(talk.send(line, place)) for talk, line in zip(talks, lines, strict=False)]
+        await lives.until_served()
+        pairing = parse_url(lives.read_url())
+        lines = [Line(pairing, [f"127.0.0.1:{place.port}"], lives) for _ in range(1 + READERS)]
+        senders = [asyncio.create_task(talk.send(lines[0], place)) for talk in talks]
         readers = [
-            asyncio.create_task(talk.follow(number, line))
-            for talk, line in zip(talks, lines[sessions:], strict=True)
-            for number in range(READERS)
+            asyncio.create_task(talk.follow(number, lines[1 + number])) for talk in talks for number in range(READERS)
         ]
         failed = asyncio.wait([*senders, *readers], return_when=asyncio.FIRST_COMPLETED)
         killing = asyncio.create_task(kill_often(lives, kills, rng, lives_seconds))
@@ -358,9 +367,11 @@ def fake_place(path: Path) -> Place:
     return Place(path, claude, {"HOME": str(path / "home"), "LIVES_SETTLE_SECONDS": "0.05"})
 
 
-def crash(kills: int, seed: int, sessions: int, path: Path) -> Report:
+def crash(
+    kills: int, seed: int, sessions: int, path: Path, lives_seconds: tuple[float, float] = FAKE_LIVES
+) -> Report:
     """Run it with the stand-in."""
-    return asyncio.run(torment(fake_place(path), kills, sessions, random.Random(seed), FAKE_LIVES))
+    return asyncio.run(torment(fake_place(path), kills, sessions, random.Random(seed), lives_seconds))
 
 
 def crash_real(kills: int, seed: int, sessions: int, path: Path) -> Report:

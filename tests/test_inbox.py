@@ -1,0 +1,138 @@
+"""Messages: accepted, handed, done; what a crash left is found in the journal, and no message runs twice."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from p2pclaude.inbox import Inbox, Message, Recovery
+from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, TURN, TURN_CUT, dump_json
+
+RESULT: Mapping[str, Any] = {"type": "result"}
+INIT: Mapping[str, Any] = {"type": "system", "subtype": "init"}
+ASSISTANT: Mapping[str, Any] = {"type": "assistant"}
+
+
+def message(seq: int, *, now: bool = False) -> Message:
+    return Message(seq, {"uuid": f"u{seq}"} | ({"priority": "now"} if now else {}))
+
+
+def accepted(*messages: Message) -> Inbox:
+    inbox = Inbox()
+    for one in messages:
+        inbox.accept(f"m{one.seq}", one)
+    return inbox
+
+
+def hand(inbox: Inbox) -> int | None:
+    """Hand what comes next; give its seq."""
+    if (one := inbox.next()) is not None:
+        inbox.hand(one)
+    return None if one is None else one.seq
+
+
+def test_one_message_an_idle_claude() -> None:
+    inbox = accepted(message(1), message(2))
+    assert hand(inbox) == 1
+    assert hand(inbox) is None
+    assert [inbox.observe(value) for value in (INIT, ASSISTANT)] == [None, None]
+    answered = inbox.observe(RESULT)
+    assert answered is not None and answered.seq == 1
+    assert inbox.observe(RESULT) is None  # of nobody
+    assert hand(inbox) == 2
+    assert (inbox.seq_of("m1"), inbox.seq_of("m3"), inbox.is_done(1), inbox.is_done(2)) == (1, None, True, False)
+
+
+def test_an_urgent_message_is_answered_after_the_turn_that_it_ends() -> None:
+    inbox = accepted(message(1), message(2), message(3, now=True), message(4, now=True))
+    assert hand(inbox) == 3  # before what waits
+    assert hand(inbox) == 4  # during a turn
+    assert hand(inbox) is None  # and no third: two would become one turn
+    answers = [inbox.observe(RESULT), inbox.observe(RESULT)]
+    assert [one.seq for one in answers if one is not None] == [3, 4]
+    assert hand(inbox) == 1
+
+
+def test_a_turn_that_gets_no_result() -> None:
+    inbox = accepted(message(1), message(2))
+    hand(inbox)
+    inbox.observe(INIT)
+    assert not inbox.handed[0].begun
+    inbox.observe({"type": "unparsed"})
+    assert inbox.handed[0].begun
+    inbox.drop(inbox.handed[0], again=True)
+    assert hand(inbox) == 1
+    assert (inbox.handed[0].begun, inbox.handed[0].attempts) == (False, 2)
+    inbox.drop(inbox.handed[0], again=False)
+    assert hand(inbox) == 2
+
+
+class Kept:
+    """A journal in a list."""
+
+    def __init__(self, *envelopes: Mapping[str, Any]) -> None:
+        self.lines = [dump_json({"type": NOTE} | dict(one) | {"seq": n}) for n, one in enumerate(envelopes, 1)]
+        self.kinds = [one.get("type") for one in envelopes]
+
+    def recover(self) -> Inbox:
+        """Do what opening a session's journal does."""
+        recovery = Recovery()
+        for seq, (kind, line) in enumerate(zip(self.kinds, self.lines, strict=True), 1):
+            if kind != OUTPUT:
+                recovery.learn(seq, line)
+        return recovery.finish(lambda seq: self.lines[seq - 1], len(self.lines))
+
+
+def said(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"type": OUTPUT, "data": value}
+
+
+def sent(name: str) -> Mapping[str, Any]:
+    return {"type": MESSAGE, "messageId": name, "data": {"uuid": name}}
+
+
+def turn(seq: int, **fields: Any) -> Mapping[str, Any]:
+    return {"type": TURN, "message": seq, **fields}
+
+
+def cut(seq: int, *, again: bool) -> Mapping[str, Any]:
+    return {"type": TURN_CUT, "message": seq, "again": again}
+
+
+@pytest.mark.parametrize(
+    ("journal", "handed", "waiting"),
+    [
+        ((), [], []),
+        ((sent("a"), sent("b")), [], [1, 2]),
+        ((sent("a"), turn(1)), [(1, False, 1)], []),
+        ((sent("a"), turn(1), said(INIT)), [(1, False, 1)], []),
+        ((sent("a"), turn(1), said(INIT), said(ASSISTANT)), [(1, True, 1)], []),
+        ((sent("a"), turn(1), said(INIT), said(RESULT)), [], []),
+        ((sent("a"), turn(1), said(RESULT), said(INIT), sent("b")), [], [5]),
+        ((sent("a"), sent("b"), turn(1), said(RESULT), turn(2)), [(2, False, 1)], []),
+        ((sent("a"), turn(1), cut(1, again=False), sent("b")), [], [4]),
+        ((sent("a"), sent("b"), turn(1), cut(1, again=True)), [], [1, 2]),
+        ((sent("a"), turn(1), cut(1, again=True), turn(1)), [(1, False, 2)], []),
+        ((sent("a"), turn(1), cut(1, again=True), turn(1), said(RESULT)), [], []),
+        # b was handed during the turn of a
+        ((sent("a"), turn(1), sent("b"), turn(3, steers=1)), [(1, False, 1), (3, False, 1)], []),
+        ((sent("a"), turn(1), sent("b"), turn(3, steers=1), said(ASSISTANT)), [(1, True, 1), (3, False, 1)], []),
+        ((sent("a"), turn(1), said(ASSISTANT), sent("b"), turn(4, steers=1), said(RESULT)), [(4, False, 1)], []),
+        ((sent("a"), turn(1), sent("b"), turn(3, steers=1), said(RESULT), said(RESULT)), [], []),
+        ((sent("a"), turn(1), sent("b"), turn(3, steers=1), cut(3, again=True)), [(1, False, 1)], [3]),
+        # damage: notes instead of messages, marks of messages that were never there
+        (({"type": NOTE}, turn(1), turn(99), cut(7, again=True), said({"type": ["result"]})), [], []),
+    ],
+)
+def test_what_a_crash_left(
+    journal: Sequence[Mapping[str, Any]], handed: list[tuple[int, bool, int]], waiting: list[int]
+) -> None:
+    inbox = Kept(*journal).recover()
+    assert [(one.seq, one.begun, one.attempts) for one in inbox.handed] == handed
+    for one in list(inbox.handed):
+        inbox.drop(one, again=False)
+    found = []
+    while (seq := hand(inbox)) is not None:
+        found.append(seq)
+        inbox.observe(RESULT)
+    assert found == waiting

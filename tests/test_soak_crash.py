@@ -1,0 +1,15 @@
+"""A tenth of `tests/soak/crash`: a daemon that is killed again and again loses no message and runs none twice."""
+
+from pathlib import Path
+
+from soak.crash import crash
+
+KILLS = 100
+LIVES = (0.0, 0.5)
+
+
+def test_a_hundred_kills(tmp_path: Path) -> None:
+    report = crash(KILLS, seed=7, sessions=3, path=tmp_path, lives_seconds=LIVES)
+    assert report.problems == []
+    assert report.kills == KILLS
+    assert report.acknowledged > KILLS / 2 and report.cut > 0  # it was not idle
