@@ -106,7 +106,11 @@ class DhtDialer:
         """Open a connection; the node is started with the first one."""
         if self._dht is None:
             dht = HyperDHT(bootstrap=self._bootstrap, port=0, ephemeral=True)
-            await dht.start()
+            try:
+                await dht.start()
+            except BaseException:  # a caller that gives up must leave no socket behind
+                await dht.destroy(timeout=CLOSE_TIMEOUT)
+                raise
             self._dht = dht
         pairing = self._pairing
         key_pair = KeyPair.from_seed(client_seed(pairing.data_key))

@@ -113,6 +113,9 @@ def turn(text: str) -> None:
         result(sys.stdin.readline())
         return
     elif word == "HOLD":  # until the file named is there, SIGINT, or an interrupt
+    elif word == "SILENT_EXIT":
+        sys.exit(1)
+    elif word == "HOLD":  # until the file named is there, or SIGINT
         while not os.path.exists(rest):  # noqa: PTH110
             check_interrupt()
     elif word == "LEAVE":  # what the shell is told to leave running

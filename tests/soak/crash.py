@@ -158,6 +158,7 @@ class Line:
         self._client: Client | None = None
         self._of: asyncio.Event | None = None
         self._dialing = asyncio.Lock()
+        self._leaving: list[asyncio.Task[None]] = []
 
     async def call(self, ask: Callable[[Client], Awaitable[Any]], patience: float = CALL_SECONDS) -> Any:
         """Ask the daemon until it answers."""
@@ -176,7 +177,7 @@ class Line:
     async def _ask(self, ask: Callable[[Client], Awaitable[Any]], patience: float, over: asyncio.Event) -> Any:
         async with self._dialing:
             if self._of is not over:
-                await self.close()
+                self._leave()
                 await self._lives.until_served()
                 dialer = DhtDialer(self._pairing.public_key, self._bootstrap)
                 self._client, self._of = Client(dialer, self._pairing.data_key, timeout=CALL_SECONDS), over
@@ -184,12 +185,15 @@ class Line:
         async with asyncio.timeout(patience):
             return await ask(self._client)
 
+    def _leave(self) -> None:
+        if self._client is not None:
+            self._leaving.append(asyncio.create_task(self._client.close()))
+        self._client = self._of = None
+
     async def close(self) -> None:
         """Leave."""
-        client, self._client, self._of = self._client, None, None
-        if client is not None:
-            with contextlib.suppress(P2PClaudeError, OSError):
-                await client.close()
+        self._leave()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
 
 
 @dataclass
