@@ -5,11 +5,10 @@ from pathlib import Path
 from soak.crash import crash
 
 KILLS = 100
-LIVES = (0.0, 0.5)
 
 
 def test_a_hundred_kills(tmp_path: Path) -> None:
-    report = crash(KILLS, seed=7, sessions=3, path=tmp_path, lives_seconds=LIVES)
+    report = crash(KILLS, seed=7, sessions=3, path=tmp_path)
     assert report.problems == []
     assert report.kills == KILLS
     assert report.acknowledged > KILLS / 2 and report.cut > 0  # it was not idle

@@ -7,7 +7,7 @@ message with the id of its first attempt until it is acknowledged, beginning wit
 two readers that go on from the last seq they have. What a message ran is written down by what ran it. At the end every
 acknowledged message must have its result, or a word that its turn was cut off; none may have run twice; every reader
 must have read the journal, gapless; and the pairing URL must have been the same at every start. Exit status 1 when
-something did not hold. The seed decides when the daemon is ended; the rest is up to the machine.
+something did not hold. The seed decides after how much of its log the daemon is ended; the rest is up to the machine.
 """
 
 import argparse
@@ -40,8 +40,9 @@ from p2pclaude.errors import P2PClaudeError
 from p2pclaude.pairing import Pairing, parse_url
 
 CALL_SECONDS: Final = 3.0
-FAKE_LIVES: Final = (0.0, 0.8)  # seconds from the start of a daemon to its end
-REAL_LIVES: Final = (0.3, 6.0)
+FAKE_LINES: Final = 30  # what a daemon may log before it is ended, at most
+REAL_LINES: Final = 20
+PATIENCE: Final = 4.0  # seconds until it is ended anyway
 MOST_UNANSWERED: Final = 4
 QUIET_SECONDS: Final = 60.0
 READERS: Final = 2
@@ -99,6 +100,13 @@ class Lives:
         log = self._place.path / "log"
         while not log.exists() or f'"pid": {self.pid}, "public_key"'.encode() not in self._read_log(log):
             await asyncio.sleep(0.01)
+
+    async def until_logged(self, lines: int, seconds: float) -> None:
+        """Wait until the daemon has logged so many lines, or for so long."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while self._read_log(self._place.path / "log").count(b"\n") < lines and loop.time() < end:
+            await asyncio.sleep(0.005)
 
     def _read_log(self, log: Path) -> bytes:
         with log.open("rb") as file:
@@ -306,9 +314,7 @@ def judge(place: Place, lives: Lives, talks: Sequence[Conversation], kills: int,
     return Report(kills, acknowledged, len(cuts) - again, again, envelopes, time.monotonic() - began, problems)
 
 
-async def torment(
-    place: Place, kills: int, sessions: int, rng: random.Random, lives_seconds: tuple[float, float]
-) -> Report:
+async def torment(place: Place, kills: int, sessions: int, rng: random.Random, lines: int) -> Report:
     """Kill the daemon so many times while it is used, then let it come to rest and judge."""
     began = time.monotonic()
     talks = [Conversation() for _ in range(sessions)]
@@ -316,13 +322,13 @@ async def torment(
         await lives.start()
         await lives.until_served()
         pairing = parse_url(lives.read_url())
-        lines = [Line(pairing, [f"127.0.0.1:{place.port}"], lives) for _ in range(1 + READERS)]
-        senders = [asyncio.create_task(talk.send(lines[0], place)) for talk in talks]
+        wires = [Line(pairing, [f"127.0.0.1:{place.port}"], lives) for _ in range(1 + READERS)]
+        senders = [asyncio.create_task(talk.send(wires[0], place)) for talk in talks]
         readers = [
-            asyncio.create_task(talk.follow(number, lines[1 + number])) for talk in talks for number in range(READERS)
+            asyncio.create_task(talk.follow(number, wires[1 + number])) for talk in talks for number in range(READERS)
         ]
         failed = asyncio.wait([*senders, *readers], return_when=asyncio.FIRST_COMPLETED)
-        killing = asyncio.create_task(kill_often(lives, kills, rng, lives_seconds))
+        killing = asyncio.create_task(kill_often(lives, kills, rng, lines))
         await asyncio.wait([killing, watching := asyncio.create_task(failed)], return_when=asyncio.FIRST_COMPLETED)
         for task in (killing, *senders, *readers):
             if task.done():
@@ -336,14 +342,15 @@ async def torment(
         for task in readers:
             task.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
-        await asyncio.gather(*(line.close() for line in lines))
+        await asyncio.gather(*(wire.close() for wire in wires))
     return report
 
 
-async def kill_often(lives: Lives, kills: int, rng: random.Random, seconds: tuple[float, float]) -> None:
-    """End the daemon and start it again."""
+async def kill_often(lives: Lives, kills: int, rng: random.Random, lines: int) -> None:
+    """End the daemon and start it again: after some progress rather than some time, however busy the machine is."""
     for done in range(kills):
-        await asyncio.sleep(rng.uniform(*seconds))
+        await lives.until_logged(rng.randrange(lines), PATIENCE)
+        await asyncio.sleep(rng.uniform(0, 0.03))
         await lives.kill()
         await lives.start()
         if sys.stdout.isatty():
@@ -371,11 +378,9 @@ def fake_place(path: Path) -> Place:
     return Place(path, claude, {"HOME": str(path / "home"), "LIVES_SETTLE_SECONDS": "0.05"})
 
 
-def crash(
-    kills: int, seed: int, sessions: int, path: Path, lives_seconds: tuple[float, float] = FAKE_LIVES
-) -> Report:
+def crash(kills: int, seed: int, sessions: int, path: Path) -> Report:
     """Run it with the stand-in."""
-    return asyncio.run(torment(fake_place(path), kills, sessions, random.Random(seed), lives_seconds))
+    return asyncio.run(torment(fake_place(path), kills, sessions, random.Random(seed), FAKE_LINES))
 
 
 def crash_real(kills: int, seed: int, sessions: int, path: Path) -> Report:
@@ -386,7 +391,7 @@ def crash_real(kills: int, seed: int, sessions: int, path: Path) -> Report:
     with stub_api() as api:
         place = Place(path, claude, environment(api.url, str(path / "home"), os.environ["PATH"]))
         (path / "home" / ".claude" / "settings.json").write_text('{"permissions": {"allow": ["Bash"]}}')
-        return asyncio.run(torment(place, kills, sessions, random.Random(seed), REAL_LIVES))
+        return asyncio.run(torment(place, kills, sessions, random.Random(seed), REAL_LINES))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
