@@ -1,0 +1,254 @@
+"""Two hundred sessions in the table and two hundred followers at once: latency, memory, processor time.
+
+Usage: tests/soak/followers [--sessions N] [--followers N] [--seconds N]
+
+The daemon holds so many sessions, a few of which speak, and serves so many followers, on connections of their own over
+loopback, from a few client processes in this one. One more follower never reads what it is sent. Each message's way,
+from the sender's call to the moment when every follower of its session holds the answer, is measured. Exit status 1
+if a follower misses anything, or one waits for another.
+"""
+
+import argparse
+import asyncio
+import os
+import resource
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from interop.harness import environment, free_port, tool_command
+
+from p2pclaude import remote
+from p2pclaude.client import Client, DhtDialer
+from p2pclaude.datadir import DataDir
+from p2pclaude.pairing import Pairing, parse_url
+from p2pclaude.sessionfile import Info, State
+
+FAKE: Final = Path(__file__).resolve().parent.parent / "fake_claude.py"
+SPEAKING: Final = 4
+MOST_MS: Final = 5000.0
+CONNECT_AT_ONCE: Final = 8
+TICKS: Final = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the daemon has used so far."""
+
+    rss: int
+    cpu_seconds: float
+
+    @classmethod
+    def of(cls, pid: int) -> "Usage":
+        """Read it from /proc."""
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        return cls(int(words[21]) * resource.getpagesize(), (int(words[11]) + int(words[12])) / TICKS)
+
+
+def fill(data: Path, work: Path, count: int) -> None:
+    """Write what an earlier daemon left: its keys, and the directories of dormant sessions."""
+    DataDir(data).load_or_create_identity()
+    for number in range(count):
+        path = data / "sessions" / f"dormant-{number:03}"
+        path.mkdir(parents=True)
+        info = Info(path.name, "", str(work), 1_700_000_000_000 + number, "default", state=State.DORMANT, last_seq=50)
+        info.save(path)
+        lines = (
+            f'{{"type":"session-output","seq":{seq},"timestamp":1,"data":{{"type":"assistant","n":{seq}}}}}\n'
+            for seq in range(1, 51)
+        )
+        (path / "journal.jsonl").write_text("".join(lines))
+
+
+class Follower:
+    """Follows one session; tells when each answer arrived."""
+
+    def __init__(self, pairing: Pairing, bootstrap: Sequence[str], session: str) -> None:
+        self.session = session
+        self.last = 0
+        self.arrived: dict[str, float] = {}
+        self.problems: list[str] = []
+        self.client = Client(DhtDialer(pairing.public_key, bootstrap), pairing.data_key)
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        async for page in remote.follow(self.client, self.session):
+            now = time.monotonic()
+            for envelope in page.messages:
+                if envelope["seq"] != self.last + 1:
+                    self.problems.append(f"{self.session}: {envelope['seq']} came after {self.last}")
+                self.last = envelope["seq"]
+                data = envelope.get("data")
+                if isinstance(data, dict) and data.get("type") == "result":
+                    self.arrived[str(data.get("result"))] = now
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What came of it."""
+
+    connect_seconds: float
+    messages: int
+    ms: list[float]  # from the sender's call to each follower
+    spread_ms: list[float]  # from the first follower to the last, a message
+    before: Usage
+    connected: Usage
+    after: Usage
+    seconds: float
+    listed: int
+    list_ms: float
+    problems: list[str]
+
+    def show(self) -> None:
+        """Print it."""
+        for problem in self.problems[:20]:
+            print(f"PROBLEM {problem}")
+        ms, spread = sorted(self.ms) or [0.0], sorted(self.spread_ms) or [0.0]
+        print(f"{self.listed} sessions listed in {self.list_ms:.0f} ms; connected in {self.connect_seconds:.1f} s")
+        print(
+            f"{self.messages} messages, {len(ms)} arrivals: {statistics.median(ms):.0f} ms median, "
+            f"{ms[len(ms) * 99 // 100]:.0f} ms at 99 %, {ms[-1]:.0f} ms at most; from the first follower to the last "
+            f"{statistics.median(spread):.0f} ms median, {spread[-1]:.0f} ms at most"
+        )
+        share = (self.after.cpu_seconds - self.connected.cpu_seconds) / self.seconds
+        print(
+            f"daemon: {self.before.rss / 1e6:.0f} MB before, {self.connected.rss / 1e6:.0f} MB connected, "
+            f"{self.after.rss / 1e6:.0f} MB after; {share:.0%} of a processor"
+        )
+
+
+async def start_followers(followers: Sequence[Follower]) -> list["asyncio.Task[None]"]:
+    """Connect them all, a few at a time, and let them follow."""
+    gate = asyncio.Semaphore(CONNECT_AT_ONCE)
+
+    async def connect(follower: Follower) -> None:
+        async with gate:
+            await follower.client.connect()
+
+    await asyncio.gather(*map(connect, followers))
+    return [asyncio.create_task(follower.run()) for follower in followers]
+
+
+async def lazy_reader(pairing: Pairing, bootstrap: Sequence[str], session: str) -> Client:
+    """Ask for the whole of a session again and again without ever reading an answer."""
+    client = Client(DhtDialer(pairing.public_key, bootstrap), pairing.data_key)
+    stream: Any = await client.connect()
+    await client.call("ping")
+    client._channel._reading.cancel()  # type: ignore[union-attr]
+    for number in range(20):
+        channel: Any = client._channel
+        asking = asyncio.create_task(channel.call("get-output", {"sessionId": session, "after": 0}, 600))
+        asking.add_done_callback(lambda task: task.cancelled() or task.exception())
+        await asyncio.sleep(0 if number else 0.1)
+    assert stream is not None
+    return client
+
+
+async def measure(pid: int, pairing: Pairing, bootstrap: Sequence[str], followers: int, seconds: float) -> Figures:
+    """Measure it against a daemon that runs."""
+    sender = Client(DhtDialer(pairing.public_key, bootstrap), pairing.data_key)
+    talking = [(await remote.spawn(sender, text="hello", message_id=f"s{n}")).session for n in range(SPEAKING)]
+    began = time.monotonic()
+    listed = len(await remote.list_sessions(sender, every=True))
+    list_ms = (time.monotonic() - began) * 1000
+    big = await remote.send(sender, talking[0], text="BIG:900000", message_id="big")
+    await remote.wait_for_answer(sender, big)
+    before, began = Usage.of(pid), time.monotonic()
+    crowd = [Follower(pairing, bootstrap, talking[n % SPEAKING]) for n in range(followers)]
+    tasks = await start_followers(crowd)
+    connect_seconds = time.monotonic() - began
+    lazy = await lazy_reader(pairing, bootstrap, talking[0])
+    await asyncio.sleep(2)
+    connected, began = Usage.of(pid), time.monotonic()
+    sent: dict[str, tuple[str, float]] = {}
+    while time.monotonic() < began + seconds:
+        session = talking[len(sent) % SPEAKING]
+        text = f"message {len(sent)}"
+        sent[f"echo: {text}"] = (session, time.monotonic())
+        await remote.send(sender, session, text=text, message_id=text)
+        await asyncio.sleep(0.2)
+    await asyncio.sleep(3)
+    after, spent = Usage.of(pid), time.monotonic() - began
+    ms, spread_ms, problems = judge(crowd, sent)
+    problems += [f"a follower ended: {task.exception()!r}" for task in tasks if task.done()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    lazy_channel: Any = lazy._channel
+    lazy_channel.stream.abort()
+    await asyncio.gather(*(one.client.close() for one in crowd), sender.close(), lazy.close(), return_exceptions=True)
+    return Figures(
+        connect_seconds, len(sent), ms, spread_ms, before, connected, after, spent, listed, list_ms, problems
+    )
+
+
+def judge(
+    crowd: Sequence[Follower], sent: dict[str, tuple[str, float]]
+) -> tuple[list[float], list[float], list[str]]:
+    """Give all latencies, the spread of each message, and what did not hold."""
+    problems = [problem for follower in crowd for problem in follower.problems]
+    latencies: list[float] = []
+    spreads: list[float] = []
+    for text, (session, began) in sent.items():
+        readers = [follower for follower in crowd if follower.session == session]
+        times = [follower.arrived[text] for follower in readers if text in follower.arrived]
+        if len(times) < len(readers):
+            problems.append(f"{text!r} reached {len(times)} of {len(readers)} followers")
+            continue
+        latencies += [(moment - began) * 1000 for moment in times]
+        spreads.append((max(times) - min(times)) * 1000)
+    problems += [f"an answer took {ms:.0f} ms" for ms in latencies if ms > MOST_MS]
+    return latencies, spreads, problems
+
+
+async def run(path: Path, sessions: int, followers: int, seconds: float) -> Figures:
+    """Start a daemon with so many sessions and measure it."""
+    data, work, claude, port = path / "data", path / "work", path / "claude", free_port()
+    work.mkdir()
+    fill(data, work, sessions - SPEAKING)
+    claude.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S -E {shlex.quote(str(FAKE))} "$@"\n')
+    claude.chmod(0o755)
+    options = ["--private", "--host", "127.0.0.1", "--port", str(port), "--data-dir", str(data)]
+    options += ["--claude", str(claude), "--root-dir", str(work)]
+    log = path / "log"
+    with log.open("wb") as out:
+        argv = tool_command("daemon", *options)
+        daemon = await asyncio.create_subprocess_exec(
+            *argv, stdout=out, stderr=out, env=environment({"HOME": str(path / "home")})
+        )
+    try:
+        while b"daemon-started" not in log.read_bytes():
+            if daemon.returncode is not None:
+                raise SystemExit(log.read_text())
+            await asyncio.sleep(0.05)
+        pairing = parse_url((data / "pairing.url").read_text().strip())
+        return await measure(daemon.pid, pairing, [f"127.0.0.1:{port}"], followers, seconds)
+    finally:
+        if daemon.returncode is None:
+            daemon.terminate()
+        await daemon.wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it as a command."""
+    parser = argparse.ArgumentParser(prog="tests/soak/followers", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--sessions", type=int, default=200)
+    parser.add_argument("--followers", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    options = parser.parse_args(argv)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with tempfile.TemporaryDirectory() as path:
+        figures = asyncio.run(run(Path(path).resolve(), options.sessions, options.followers, options.seconds))
+    figures.show()
+    return 1 if figures.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
