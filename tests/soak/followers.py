@@ -34,6 +34,7 @@ FAKE: Final = Path(__file__).resolve().parent.parent / "fake_claude.py"
 SPEAKING: Final = 4
 MOST_MS: Final = 5000.0
 CONNECT_AT_ONCE: Final = 8
+CATCH_UP_SECONDS: Final = 120.0
 TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
@@ -94,6 +95,7 @@ class Figures:
     """What came of it."""
 
     connect_seconds: float
+    caught_up_seconds: float
     messages: int
     ms: list[float]  # from the sender's call to each follower
     spread_ms: list[float]  # from the first follower to the last, a message
@@ -110,7 +112,11 @@ class Figures:
         for problem in self.problems[:20]:
             print(f"PROBLEM {problem}")
         ms, spread = sorted(self.ms) or [0.0], sorted(self.spread_ms) or [0.0]
-        print(f"{self.listed} sessions listed in {self.list_ms:.0f} ms; connected in {self.connect_seconds:.1f} s")
+        print(
+            f"{self.listed} sessions listed in {self.list_ms:.0f} ms; connected in {self.connect_seconds:.1f} s, ",
+            end="",
+        )
+        print(f"caught up, with a megabyte each in one of the sessions, after {self.caught_up_seconds:.1f} s")
         print(
             f"{self.messages} messages, {len(ms)} arrivals: {statistics.median(ms):.0f} ms median, "
             f"{ms[len(ms) * 99 // 100]:.0f} ms at 99 %, {ms[-1]:.0f} ms at most; from the first follower to the last "
@@ -133,6 +139,15 @@ async def start_followers(followers: Sequence[Follower]) -> list["asyncio.Task[N
 
     await asyncio.gather(*map(connect, followers))
     return [asyncio.create_task(follower.run()) for follower in followers]
+
+
+async def caught_up(client: Client, crowd: Sequence[Follower]) -> None:
+    """Wait until every follower holds all there is."""
+    for session in {follower.session for follower in crowd}:
+        last = await remote.last_seq(client, session)
+        async with asyncio.timeout(CATCH_UP_SECONDS):
+            while any(follower.session == session and follower.last < last for follower in crowd):
+                await asyncio.sleep(0.05)
 
 
 async def lazy_reader(pairing: Pairing, bootstrap: Sequence[str], session: str) -> Client:
@@ -164,7 +179,8 @@ async def measure(pid: int, pairing: Pairing, bootstrap: Sequence[str], follower
     tasks = await start_followers(crowd)
     connect_seconds = time.monotonic() - began
     lazy = await lazy_reader(pairing, bootstrap, talking[0])
-    await asyncio.sleep(2)
+    await caught_up(sender, crowd)
+    caught_up_seconds = time.monotonic() - began
     connected, began = Usage.of(pid), time.monotonic()
     sent: dict[str, tuple[str, float]] = {}
     while time.monotonic() < began + seconds:
@@ -184,13 +200,22 @@ async def measure(pid: int, pairing: Pairing, bootstrap: Sequence[str], follower
     lazy_channel.stream.abort()
     await asyncio.gather(*(one.client.close() for one in crowd), sender.close(), lazy.close(), return_exceptions=True)
     return Figures(
-        connect_seconds, len(sent), ms, spread_ms, before, connected, after, spent, listed, list_ms, problems
+        connect_seconds,
+        caught_up_seconds,
+        len(sent),
+        ms,
+        spread_ms,
+        before,
+        connected,
+        after,
+        spent,
+        listed,
+        list_ms,
+        problems,
     )
 
 
-def judge(
-    crowd: Sequence[Follower], sent: dict[str, tuple[str, float]]
-) -> tuple[list[float], list[float], list[str]]:
+def judge(crowd: Sequence[Follower], sent: dict[str, tuple[str, float]]) -> tuple[list[float], list[float], list[str]]:
     """Give all latencies, the spread of each message, and what did not hold."""
     problems = [problem for follower in crowd for problem in follower.problems]
     latencies: list[float] = []
