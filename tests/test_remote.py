@@ -119,6 +119,27 @@ def test_the_answer_is_the_one_of_this_message() -> None:
     assert found == [None, None, None, None, mine["data"]]
 
 
+def test_a_message_that_steers_is_answered_after_the_turn_that_it_ends() -> None:
+    finder = remote.AnswerFinder(7)
+    cut_short, mine = ({"type": OUTPUT, "data": {"type": "result", "result": text}} for text in ("cut short", "mine"))
+    turn: dict[str, Any] = {"type": "turn", "message": 7, "steers": 3}
+    assert [finder.feed(envelope) for envelope in (turn, cut_short, mine)] == [None, None, mine["data"]]
+    # The turn that it was to end got no result, because Claude died; then it is handed again.
+    finder = remote.AnswerFinder(7)
+    cuts: list[dict[str, Any]] = [{"type": "turn-cut", "message": seq, "again": seq == 7} for seq in (7, 3)]
+    again = {"type": "turn", "message": 7}
+    assert [finder.feed(envelope) for envelope in (turn, *cuts, again, mine)] == [None] * 4 + [mine["data"]]
+
+
+def test_a_turn_that_was_cut_off_has_no_answer() -> None:
+    finder = remote.AnswerFinder(7)
+    finder.feed({"type": "turn", "message": 7})
+    assert finder.feed({"type": "turn-cut", "message": 5, "again": False, "reason": "x"}) is None
+    with pytest.raises(P2PClaudeError, match="the turn was cut off: it was ended by signal 9") as caught:
+        finder.feed({"type": "turn-cut", "message": 7, "again": False, "reason": "it was ended by signal 9"})
+    assert caught.value.exit_status == 1
+
+
 def test_an_error_result_is_an_answer() -> None:
     assert with_client(FakeDaemon(), lambda c: ask(c, "FAIL"))["is_error"] is True
 

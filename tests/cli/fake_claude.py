@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A stand-in for `claude` in the commands' tests: it speaks stream-json and does what the message says.
 
-`FAIL` is answered with an error, `EXIT:N` ends it, `HANG` is never answered, `COUNT:N` prints N objects first, `TOOL`
-calls a tool; `ASK:COMMAND` asks for permission to run it, and `QUESTION` which colour it shall be;
+`FAIL` is answered with an error, `DENIED` with denied tools, `ABORTED` cut short, `EXIT:N` ends it, `HANG` is never
+answered, `COUNT:N` prints N objects first, `TOOL` calls a tool; `ASK:COMMAND` asks for permission to run it, and `QUESTION` which colour it shall be;
 anything else comes back.
 """
 
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 
 def say(**fields: object) -> None:
@@ -65,7 +66,12 @@ def turn(text: str) -> None:
         say(type="result", subtype="success", is_error=True, result="API Error: 529 overloaded")
         return
     say_content(type="text", text=f"echo: {text}")
-    say(type="result", subtype="success", is_error=False, result=f"echo: {text}")
+    more: dict[str, Any] = {}
+    if word == "DENIED":
+        more["permission_denials"] = [{"tool_name": name, "tool_input": {}} for name in ("Bash", "Bash", "Write")]
+    if word == "ABORTED":
+        more["terminal_reason"] = "aborted_streaming"
+    say(type="result", subtype="success", is_error=False, result=f"echo: {text}", **more)
 
 
 numbers = itertools.count(1)

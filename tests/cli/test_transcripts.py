@@ -65,6 +65,44 @@ def test_send_prints_the_sessions_id(shell: Shell) -> None:
     assert json.loads(shell.succeed("tail", "@", session)[2])["result"] == "echo: hello world"
 
 
+def test_send_names_denied_tools(shell: Shell) -> None:
+    result = shell.run("send", "-w", "@", "DENIED")
+    assert (result.status, result.out) == (0, "echo: DENIED\n")
+    assert result.err == "p2pclaude-send: hint: denied: Bash, Write\n"
+
+
+def test_send_says_when_a_turn_was_cut_short(shell: Shell) -> None:
+    result = shell.run("send", "-w", "@", "ABORTED")
+    assert (result.status, result.out) == (1, "echo: ABORTED\n")
+    assert result.err == "p2pclaude-send: error: the turn was cut short: aborted_streaming\n"
+
+
+def test_send_prints_the_whole_result(shell: Shell) -> None:
+    [line] = shell.succeed("send", "-w", "--json", "@", "hello")
+    assert json.loads(line)["result"] == "echo: hello"
+    result = shell.run("send", "-w", "--json", "@", "FAIL")
+    assert (result.status, json.loads(result.out)["is_error"]) == (1, True)
+    assert "--json is for an answer" in shell.fail(64, "send", "--json", "@", "x")
+
+
+def test_send_now_ends_a_turn(shell: Shell) -> None:
+    [session] = shell.succeed("send", "@", "hello")
+    assert shell.succeed("send", "-w", "--now", "-s", session, "@", "at once") == ["echo: at once"]
+    assert "--now is for a session" in shell.fail(64, "send", "--now", "@", "x")
+
+
+def test_tail_shows_states(shell: Shell) -> None:
+    [session] = shell.succeed("send", "@", "hello")
+    tail = shell.start("tail", "-f", "--meta", "@", session)
+    shell.succeed("send", "-w", "-s", session, "@", "again")
+    shell.succeed("stop", "@", session)
+    lines = [json.loads(line) for line in tail.communicate(timeout=30)[0].splitlines()]
+    states = [line["state"] for line in lines if line["type"] == "state"]
+    assert states[-1] == "ended" and set(states) <= {"starting", "running", "idle", "ended"}
+    seqs = [line["seq"] for line in lines if line["type"] != "state"]
+    assert seqs == list(range(1, len(seqs) + 1))
+
+
 def test_send_takes_the_message_from_stdin(shell: Shell) -> None:
     text = 'grüß dich\nzwei Zeilen, ein \U0001f600 und "Anführung"\n'
     assert shell.succeed("send", "-w", "@", text=text) == [

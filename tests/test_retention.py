@@ -1,0 +1,100 @@
+"""Old sessions are deleted: only ended ones, only when they are old, and not when the clock jumps."""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sessions_kit import Place, prepare, read_results, run
+from sim.loop import SimLoop
+
+from p2pclaude.launcher import Spawn
+from p2pclaude.retention import DAY_SECONDS, Retention
+from p2pclaude.sessions import SessionTable
+
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Give a place to run sessions in."""
+    return prepare(tmp_path, monkeypatch)
+
+
+def ended_at(place: Place, name: str, moment: float) -> None:
+    """Let a session have ended at another time."""
+    path = place.sessions / name / "session.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ended_at": int(moment * 1000)}))
+
+
+def test_only_ended_sessions_that_are_old_enough_go(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            for name in ("old", "young", "dormant"):
+                await table.spawn(Spawn(session_id=name, text="x"))
+                await read_results(table, name)
+            for name in ("old", "young"):
+                await table.stop(name)
+        for name, days in (("old", 3.1), ("young", 2.9), ("dormant", 99)):
+            ended_at(place, name, NOW - days * DAY_SECONDS)
+        async with place.table() as table:
+            await Retention(table, 3, place.log, clock=lambda: NOW).remove_old()
+            left = {session["sessionId"] for session in table.listing(everything=True)}
+            assert left == {path.name for path in place.sessions.iterdir()} == {"young", "dormant"}
+            await table.spawn(Spawn(session_id="old", text="x"))  # the id is free again
+            await read_results(table, "old")
+        assert [line["session"] for line in place.log.events("session-removed")] == ["old"]
+
+    run(main())
+
+
+def test_a_session_of_an_older_version_ended_when_its_file_was_written(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(Spawn(session_id="s", text="x"))
+            await table.stop("s")
+        path = place.sessions / "s" / "session.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "ended_at"}))
+        async with place.table() as table:
+            written = path.stat().st_mtime
+            assert table.ended_before(written - 5) == []
+            assert table.ended_before(written + 5) == ["s"]
+
+    run(main())
+
+
+class Table(SessionTable):
+    """Counts the looks, has no sessions."""
+
+    def __init__(self) -> None:
+        self.looks: list[float] = []
+
+    def ended_before(self, moment: float) -> list[str]:
+        """Note what was asked."""
+        self.looks.append(moment)
+        return []
+
+
+def in_virtual_time(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    with asyncio.Runner(loop_factory=lambda: SimLoop(time_limit=30 * DAY_SECONDS)) as runner:
+        runner.run(body())
+
+
+def test_it_looks_at_the_start_and_daily_but_not_after_a_jump(place: Place) -> None:
+    async def main() -> None:
+        loop, table, jump = asyncio.get_running_loop(), Table(), 0.0
+        began = loop.time()
+        running = asyncio.create_task(Retention(table, 10, place.log, clock=lambda: NOW + loop.time() + jump).run())
+        await asyncio.sleep(2.5 * DAY_SECONDS)
+        assert [round((look - NOW - began) / DAY_SECONDS) for look in table.looks] == [-10, -9, -8]
+        jump = 400 * DAY_SECONDS  # somebody set the clock
+        await asyncio.sleep(DAY_SECONDS)
+        assert len(table.looks) == 3
+        assert place.log.events("warning")[0]["message"].startswith("the clock jumped")
+        await asyncio.sleep(DAY_SECONDS)
+        assert len(table.looks) == 4  # it has been that late for a whole day by now
+        running.cancel()
+
+    in_virtual_time(main)
