@@ -2,8 +2,8 @@
 """A stand-in for `claude` in the commands' tests: it speaks stream-json and does what the message says.
 
 `FAIL` is answered with an error, `DENIED` with denied tools, `ABORTED` cut short, `EXIT:N` ends it, `HANG` is never
-answered, `COUNT:N` prints N objects first, `TOOL` calls a tool; `ASK:COMMAND` asks for permission to run it, and `QUESTION` which colour it shall be;
-anything else comes back.
+answered, `COUNT:N` prints N objects first, `TOOL` calls a tool; `ASK:COMMAND` asks for permission to run it, and
+`QUESTION` which colour it shall be; anything else comes back.
 """
 
 import itertools
