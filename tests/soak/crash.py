@@ -173,6 +173,7 @@ class Line:
         while True:
             over = self._lives.over
             asking = asyncio.create_task(self._ask(ask, patience, over))
+            asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left to see it
             dying = asyncio.create_task(over.wait())
             await asyncio.wait([asking, dying], return_when=asyncio.FIRST_COMPLETED)
             dying.cancel()
