@@ -381,6 +381,7 @@ class SessionTable:
                 lock = try_lock(session.path)
             if lock is not None:
                 return lock
+            await end_leftovers(Mark.of_session(session.path))  # what an earlier daemon left, not seen when this began
             if loop.time() > deadline:
                 raise TryAgain("an earlier claude still works in this session, which is busy until it is done")
             await asyncio.sleep(0.05)

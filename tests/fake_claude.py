@@ -112,10 +112,9 @@ def turn(text: str) -> None:
         print(rest, flush=True)
         result(sys.stdin.readline())
         return
-    elif word == "HOLD":  # until the file named is there, SIGINT, or an interrupt
     elif word == "SILENT_EXIT":
         sys.exit(1)
-    elif word == "HOLD":  # until the file named is there, or SIGINT
+    elif word == "HOLD":  # until the file named is there, SIGINT, or an interrupt
         while not os.path.exists(rest):  # noqa: PTH110
             check_interrupt()
     elif word == "LEAVE":  # what the shell is told to leave running

@@ -188,7 +188,7 @@ class Line:
             if self._of is not over:
                 self._leave()
                 await self._lives.until_served()
-                dialer = DhtDialer(self._pairing.public_key, self._bootstrap)
+                dialer = DhtDialer(self._pairing, self._bootstrap)
                 self._client, self._of = Client(dialer, self._pairing.data_key, timeout=CALL_SECONDS), over
         assert self._client is not None
         async with asyncio.timeout(patience):

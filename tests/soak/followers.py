@@ -75,7 +75,7 @@ class Follower:
         self.last = 0
         self.arrived: dict[str, float] = {}
         self.problems: list[str] = []
-        self.client = Client(DhtDialer(pairing.public_key, bootstrap), pairing.data_key)
+        self.client = Client(DhtDialer(pairing, bootstrap), pairing.data_key)
 
     async def run(self) -> None:
         """Follow until cancelled."""
@@ -152,7 +152,7 @@ async def caught_up(client: Client, crowd: Sequence[Follower]) -> None:
 
 async def lazy_reader(pairing: Pairing, bootstrap: Sequence[str], session: str) -> Client:
     """Ask for the whole of a session again and again without ever reading an answer."""
-    client = Client(DhtDialer(pairing.public_key, bootstrap), pairing.data_key)
+    client = Client(DhtDialer(pairing, bootstrap), pairing.data_key)
     stream: Any = await client.connect()
     await client.call("ping")
     client._channel._reading.cancel()  # type: ignore[union-attr]
@@ -167,7 +167,7 @@ async def lazy_reader(pairing: Pairing, bootstrap: Sequence[str], session: str) 
 
 async def measure(pid: int, pairing: Pairing, bootstrap: Sequence[str], followers: int, seconds: float) -> Figures:
     """Measure it against a daemon that runs."""
-    sender = Client(DhtDialer(pairing.public_key, bootstrap), pairing.data_key)
+    sender = Client(DhtDialer(pairing, bootstrap), pairing.data_key)
     talking = [(await remote.spawn(sender, text="hello", message_id=f"s{n}")).session for n in range(SPEAKING)]
     began = time.monotonic()
     listed = len(await remote.list_sessions(sender, every=True))
