@@ -357,7 +357,7 @@ def test_packets_come_from_the_clients_host_only() -> None:
             assert relay_address is not None
             got: list[bytes] = []
             stranger = await place.network.net.host("5.66.6.6").bind(
-                "0.0.0.0", 0, lambda batch: got.extend(data for data, _ in batch)
+                "0.0.0.0", 0, lambda batch: got.extend(data for datagrams, _ in batch for data in datagrams)
             )
             stranger.send([packet(ids[0])] * 3, relay_address)
             await asyncio.sleep(1)

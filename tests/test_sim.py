@@ -450,8 +450,8 @@ async def _gossip(seed: int, hosts: int, rounds: int, link: Link) -> tuple[str, 
     targets = [(host.addresses[0], 1) for host in members[:hosts]]
 
     async def join(host: Host) -> None:
-        def receive(batch: list[tuple[bytes, Address]]) -> None:
-            for data, source in batch:
+        def receive(batch: list[tuple[list[bytes], Address]]) -> None:
+            for data, source in ((data, source) for datagrams, source in batch for data in datagrams):
                 if data[0]:
                     socket.send([bytes([data[0] - 1]) + rng.randbytes(20)], rng.choice([source, rng.choice(targets)]))
 

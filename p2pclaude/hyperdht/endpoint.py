@@ -12,10 +12,12 @@ from typing import Protocol
 from .encoding import Address
 from .errors import Destroyed
 from .streams import Stream, StreamSet
+from .udx.packet import PREFIX
 
 log = logging.getLogger(__name__)
 
-Datagrams = list[tuple[bytes, Address]]
+Arrival = tuple[list[bytes], Address]
+"""Datagrams of one source that came one after the other, and that source."""
 
 
 class DatagramSocket(Protocol):
@@ -35,7 +37,7 @@ class DatagramSocket(Protocol):
 class Network(Protocol):
     """What a node needs of the world; the kernel's is `udp.UdpNetwork`, tests bring a simulated one."""
 
-    async def bind(self, host: str, port: int, on_datagrams: Callable[[Datagrams], None]) -> DatagramSocket:
+    async def bind(self, host: str, port: int, on_datagrams: Callable[[list[Arrival]], None]) -> DatagramSocket:
         """Bind a socket and deliver what arrives to `on_datagrams`, in batches; raises OSError if it is taken."""
 
     def interfaces(self) -> list[str]:
@@ -103,22 +105,34 @@ class Endpoint:
         for socket in list(self.sockets):
             socket.close()
 
-    def _receive(self, socket: Socket, batch: Datagrams) -> None:
+    def _receive(self, socket: Socket, batch: list[Arrival]) -> None:
         by_stream: dict[Stream, list[bytes]] = {}
+        for datagrams, source in batch:
+            if source[1] != 0:  # nobody can be answered there
+                self._sort(socket, datagrams, source, by_stream)
+        for stream, packets in by_stream.items():
+            stream.receive(packets)
+
+    def _sort(
+        self, socket: Socket, datagrams: list[bytes], source: Address, by_stream: dict[Stream, list[bytes]]
+    ) -> None:
+        """Sort by stream what came from one source; packets that follow one of the same stream cost a comparison."""
         find = self.streams.find
-        for data, source in batch:
-            if source[1] == 0:
-                continue  # nobody can be answered there
+        settled, packets = b"", datagrams
+        for data in datagrams:
+            if data[4:8] == settled and data[:2] == PREFIX:
+                packets.append(data)
+                continue
             stream = find(data)
             if stream is not None:
                 if stream.accepts(socket, source):
-                    by_stream.setdefault(stream, []).append(data)
+                    packets = by_stream.setdefault(stream, [])
+                    packets.append(data)
+                    settled = data[4:8] if stream.is_way(socket, source) else b""
             elif len(data) >= 2:
                 self._deliver(socket, data, source)
             elif socket.on_probe is not None:
                 socket.on_probe(socket, source)
-        for stream, datagrams in by_stream.items():
-            stream.receive(datagrams)
 
     def _deliver(self, socket: Socket, data: bytes, source: Address) -> None:
         try:

@@ -118,8 +118,8 @@ class Stream:
 
     def consume(self, size: int) -> None:
         """Say that `size` received bytes were taken, so that the peer may send that many more."""
-        self.core.consume(size)
-        self._flush_soon()
+        if self.core.consume(size):
+            self._flush_soon()
 
     def end(self) -> None:
         """End the own side once everything queued is delivered."""
@@ -131,9 +131,13 @@ class Stream:
         self.core.destroy()
         self.flush()
 
+    def is_way(self, socket: "Socket", source: Address) -> bool:
+        """Tell whether this is the stream's own way at present."""
+        return socket is self.socket and source == self.address
+
     def accepts(self, socket: "Socket", source: Address) -> bool:
         """Decide about a packet by its way in; new ways are the firewall hook's choice."""
-        if socket is self.socket and source == self.address:
+        if self.is_way(socket, source):
             self.heard = True
         elif self.firewall is not None:
             if not self.firewall(socket, source):
@@ -146,10 +150,16 @@ class Stream:
         return True
 
     def receive(self, datagrams: Sequence[bytes]) -> None:
-        """Process a batch of packets for this stream."""
+        """Process a batch of packets for this stream.
+
+        A bare acknowledgement waits for the reader, who gets the next turn of the event loop: the answer may carry it.
+        """
         self.core.receive_datagrams(datagrams, self._streams.now())
         self._dispatch()
-        self.flush()
+        if self.core.owes_only_ack:
+            self._flush_soon()
+        else:
+            self.flush()
 
     def handle_timer(self, now: float) -> None:
         """Let the core act on its timer."""

@@ -1,30 +1,52 @@
-"""The kernel's UDP sockets behind the `Network` protocol (ring 2): the one place where system calls move datagrams."""
+"""The kernel's UDP sockets behind the `Network` protocol (ring 2): the one place where system calls move datagrams.
+
+A system call costs more than all else that is done for a datagram. So Linux is asked to take and to give trains: runs
+of datagrams of one size, the last may be shorter, to or from one address in one call. It cuts a train that is sent
+(UDP_SEGMENT, Linux 4.18) and couples what arrives (UDP_GRO, Linux 5.0); on the wire nothing differs. Whether it can is
+seen when a socket is made. What an interface refuses as a train leaves one by one, and so does all elsewhere.
+"""
 
 import asyncio
+import errno
+import os
 import socket
+import struct
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from .encoding import Address
-from .endpoint import Datagrams
+from .endpoint import Arrival
 
 BATCH: Final = 128  # datagrams a turn: enough to amortise the turn, few enough to let others run
 RECEIVE_BYTES: Final = 2048  # no datagram of this protocol is larger
+TRAIN_BYTES: Final = 65507  # what one IPv4 datagram could hold: the kernel's limit for a train
+TRAIN_DATAGRAMS: Final = 64  # linux/udp.h UDP_MAX_SEGMENTS, before it was raised
 BUFFER_BYTES: Final = 2 << 20
 MAX_BACKLOG: Final = 4096  # datagrams kept while the kernel's buffer is full; more are lost, as on any wire
+PLAIN: Final = "P2PCLAUDE_PLAIN_UDP"
+"""An environment variable: not empty, no trains are used, as on systems that have none. For tests and for doubts."""
+
 # "Never fragment, and let MTU probes out" as (option, value): linux/in.h and macOS netinet/in.h
 _DONT_FRAGMENT: Final = {"linux": (10, 3), "darwin": (28, 1)}.get(sys.platform)
+_SOL_UDP: Final = 17
+_UDP_SEGMENT: Final = 103  # linux/udp.h
+_UDP_GRO: Final = 104
+_SEGMENT_SIZE: Final = struct.Struct("=H")
+_ANCILLARY_BYTES: Final = 32  # room for one message with an int
+_REFUSALS: Final = {errno.EIO, errno.EINVAL, errno.ENOPROTOOPT, errno.EOPNOTSUPP}
 
 
 class UdpSocket:
     """A non-blocking UDP socket on the running event loop."""
 
-    def __init__(self, host: str, port: int, on_datagrams: Callable[[Datagrams], None]) -> None:
+    def __init__(self, host: str, port: int, on_datagrams: Callable[[list[Arrival]], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_datagrams = on_datagrams
-        self._backlog: deque[tuple[bytes, Address]] = deque()
+        self._backlog: deque[tuple[Sequence[bytes], Address]] = deque()
+        self._waiting = 0  # datagrams in it
+        self._sends_trains = self._receives_trains = False
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
             self._socket.setblocking(False)
@@ -42,6 +64,18 @@ class UdpSocket:
             self._socket.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
         if _DONT_FRAGMENT is not None:  # other systems may fragment instead
             self._socket.setsockopt(socket.IPPROTO_IP, *_DONT_FRAGMENT)
+        if sys.platform == "linux" and not os.environ.get(PLAIN):
+            self._sends_trains = self._has_option(_UDP_SEGMENT, 0)  # 0: only where a call says so
+            self._receives_trains = self._has_option(_UDP_GRO, 1)
+
+    def _has_option(self, option: int, value: int) -> bool:
+        try:
+            self._socket.setsockopt(_SOL_UDP, option, value)
+        except OSError:  # an older kernel
+            return False
+        return True
+
+    # -- out
 
     def send(self, datagrams: Sequence[bytes], to: Address, ttl: int | None = None) -> None:
         """Send a batch to one receiver; with `ttl`, that many hops for this batch alone."""
@@ -49,20 +83,32 @@ class UdpSocket:
             return
         if ttl is not None:
             self._send_with_ttl(datagrams, to, ttl)
-            return
-        if self._backlog:
+        elif self._backlog:
             self._queue(datagrams, to)
-            return
-        sendto = self._socket.sendto
-        for index, data in enumerate(datagrams):
+        elif (gone := self._hand_over(datagrams, to)) < len(datagrams):
+            self._queue(datagrams[gone:], to)
+            self._loop.add_writer(self._socket, self._writable)
+
+    def _hand_over(self, datagrams: Sequence[bytes], to: Address) -> int:
+        """Give datagrams to the kernel; return how many are gone, fewer than all when its buffer is full."""
+        gone, count = 0, len(datagrams)
+        while gone < count:
+            end = _train_end(datagrams, gone) if self._sends_trains else gone + 1
             try:
-                sendto(data, to)
+                if end - gone == 1:
+                    self._socket.sendto(datagrams[gone], to)
+                else:
+                    size = _SEGMENT_SIZE.pack(len(datagrams[gone]))
+                    self._socket.sendmsg(datagrams[gone:end], [(_SOL_UDP, _UDP_SEGMENT, size)], 0, to)
             except (BlockingIOError, InterruptedError):
-                self._queue(datagrams[index:], to)
-                self._loop.add_writer(self._socket, self._writable)
-                return
-            except OSError:  # no route, too large, refused by a firewall: lost, as on any wire
-                continue
+                return gone
+            except OSError as error:
+                if end - gone > 1 and error.errno in _REFUSALS:
+                    self._sends_trains = False  # nothing of it left: go on one by one
+                    continue
+                # No route, too large, refused by a firewall: lost, as on any wire.
+            gone = end
+        return gone
 
     def _send_with_ttl(self, datagrams: Sequence[bytes], to: Address, ttl: int) -> None:
         self._socket.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
@@ -75,33 +121,53 @@ class UdpSocket:
             self._socket.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, self._ttl)
 
     def _queue(self, datagrams: Sequence[bytes], to: Address) -> None:
-        room = MAX_BACKLOG - len(self._backlog)
-        self._backlog.extend((data, to) for data in datagrams[:room])
+        datagrams = datagrams[: MAX_BACKLOG - self._waiting]
+        if datagrams:
+            self._backlog.append((datagrams, to))
+            self._waiting += len(datagrams)
 
     def _writable(self) -> None:
         while self._backlog:
-            data, to = self._backlog[0]
-            try:
-                self._socket.sendto(data, to)
-            except (BlockingIOError, InterruptedError):
+            datagrams, to = self._backlog[0]
+            gone = self._hand_over(datagrams, to)
+            self._waiting -= gone
+            if gone < len(datagrams):
+                self._backlog[0] = (datagrams[gone:], to)
                 return
-            except OSError:
-                pass
             self._backlog.popleft()
         self._loop.remove_writer(self._socket)
 
+    # -- in
+
     def _readable(self) -> None:
-        batch: Datagrams = []
-        receive = self._socket.recvfrom
-        for _ in range(BATCH):
+        batch: list[Arrival] = []
+        receive = self._receive_train if self._receives_trains else self._receive_one
+        left = BATCH
+        while left > 0:
             try:
-                batch.append(receive(RECEIVE_BYTES))
+                arrival = receive()
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:  # a queued ICMP error of an earlier send: the next call reads on
+                left -= 1
                 continue
+            batch.append(arrival)
+            left -= len(arrival[0])
         if batch:
             self._on_datagrams(batch)
+
+    def _receive_one(self) -> Arrival:
+        data, source = self._socket.recvfrom(RECEIVE_BYTES)
+        return [data], source
+
+    def _receive_train(self) -> Arrival:
+        data, ancillary, _, source = self._socket.recvmsg(TRAIN_BYTES, _ANCILLARY_BYTES)
+        for level, kind, value in ancillary:
+            if level == _SOL_UDP and kind == _UDP_GRO:
+                size = int.from_bytes(value, sys.byteorder)
+                if 0 < size < len(data):
+                    return [data[start : start + size] for start in range(0, len(data), size)], source
+        return [data], source
 
     def close(self) -> None:
         """Stop reading and close; what was not sent yet is lost."""
@@ -112,10 +178,22 @@ class UdpSocket:
         self._socket.close()
 
 
+def _train_end(datagrams: Sequence[bytes], begin: int) -> int:
+    """Return where the train ends that begins there: equal sizes, and the last may be shorter."""
+    size = len(datagrams[begin])
+    limit = min(begin + TRAIN_DATAGRAMS, len(datagrams), begin + TRAIN_BYTES // max(size, 1))
+    end = begin + 1
+    while end < limit and len(datagrams[end]) == size:
+        end += 1
+    if end < limit and 0 < len(datagrams[end]) < size:
+        end += 1
+    return end
+
+
 class UdpNetwork:
     """This host's network."""
 
-    async def bind(self, host: str, port: int, on_datagrams: Callable[[Datagrams], None]) -> UdpSocket:
+    async def bind(self, host: str, port: int, on_datagrams: Callable[[list[Arrival]], None]) -> UdpSocket:
         """Bind a UDP socket; raises OSError if the address is taken or not ours."""
         return UdpSocket(host, port, on_datagrams)
 

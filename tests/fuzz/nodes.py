@@ -31,7 +31,7 @@ from p2pclaude.hyperdht.crypto import (
 from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address, uint
-from p2pclaude.hyperdht.endpoint import Datagrams, Socket
+from p2pclaude.hyperdht.endpoint import Arrival, Socket
 from p2pclaude.hyperdht.errors import DecodeError, HyperDHTError
 from p2pclaude.hyperdht.handshakes import (
     Handshake,
@@ -127,8 +127,8 @@ class _Node:
             ping = Request(1, HERE, InternalCommand.PING, True, node_id(address))
             self.deliver(self.sockets[0], encode_request(ping), address)
 
-    def _help(self, number: int, spread: int, batch: Datagrams) -> None:
-        for data, source in batch:
+    def _help(self, number: int, spread: int, batch: list[Arrival]) -> None:
+        for data, source in ((data, source) for datagrams, source in batch for data in datagrams):
             if data[:1] != bytes((REQUEST_ID,)):
                 continue
             request = decode_message(data)
@@ -159,7 +159,7 @@ class _Node:
 
     def deliver(self, socket: Socket, data: bytes, source: Address) -> None:
         """Let a datagram arrive."""
-        self.dht.endpoint._receive(socket, [(data, source)])
+        self.dht.endpoint._receive(socket, [([data], source)])
 
     def ask(self, work: Coroutine[Any, Any, object]) -> None:
         """Do something in the background that may fail as documented, and in no other way."""

@@ -15,7 +15,7 @@ RESOLVE_SECONDS: Final = 0.01
 _EPHEMERAL_PORTS: Final = (32768, 60999)
 _ANY: Final = "0.0.0.0"
 
-OnDatagrams = Callable[[list[tuple[bytes, Address]]], None]
+OnDatagrams = Callable[[list[tuple[list[bytes], Address]]], None]
 
 
 class Host(Node):
@@ -100,14 +100,18 @@ class Host(Node):
 
 
 class SimSocket:
-    """A bound UDP socket. What arrives at one instant is handed over as one batch, in a callback of its own."""
+    """A bound UDP socket.
+
+    What arrives at one instant is handed over as one batch, in a callback of its own; as from a kernel that couples
+    datagrams, what comes from one source without another's between is one entry of it.
+    """
 
     def __init__(self, host: Host, address: Address, on_datagrams: OnDatagrams) -> None:
         self.address = address
         self.closed = False
         self._host = host
         self._on_datagrams = on_datagrams
-        self._batch: list[tuple[bytes, Address]] = []
+        self._batch: list[tuple[list[bytes], Address]] = []
 
     def send(self, datagrams: Sequence[bytes], to: Address, ttl: int | None = None) -> None:
         """Send datagrams; what is lost is lost silently."""
@@ -124,7 +128,10 @@ class SimSocket:
         """Queue a packet for the callback."""
         if not self._batch:
             self._host.world.loop.call_soon(self._flush)
-        self._batch.append((packet.data, packet.source))
+        if self._batch and self._batch[-1][1] == packet.source:
+            self._batch[-1][0].append(packet.data)
+        else:
+            self._batch.append(([packet.data], packet.source))
 
     def close(self) -> None:
         """Free the port. Closing twice is fine."""

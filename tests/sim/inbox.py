@@ -36,11 +36,12 @@ class Inbox:
         """The source addresses, in the order of arrival."""
         return [source for _, _, source in self.packets]
 
-    def receive(self, batch: list[tuple[bytes, Address]]) -> None:
+    def receive(self, batch: list[tuple[list[bytes], Address]]) -> None:
         """Keep a batch, with the time it came."""
         now = asyncio.get_running_loop().time()
-        self.batches.append(len(batch))
-        self.packets += [(now, data, source) for data, source in batch]
+        packets = [(now, data, source) for datagrams, source in batch for data in datagrams]
+        self.batches.append(len(packets))
+        self.packets += packets
 
     async def take(self) -> list[tuple[float, bytes, Address]]:
         """Wait two seconds of virtual time and return, and forget, what came."""

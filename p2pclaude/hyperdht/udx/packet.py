@@ -29,7 +29,8 @@ from ..errors import DecodeError
 
 HEADER: Final = struct.Struct("<HBBIIII")
 HEADER_BYTES: Final = 20
-MAGIC: Final = 0x01FF  # ff 01, read as one little-endian number
+PREFIX: Final = b"\xff\x01"  # magic and version
+MAGIC: Final = 0x01FF  # the same, read as one little-endian number
 OVERHEAD_BYTES: Final = 48  # IPv4, UDP and UDX headers: what an MTU loses before payload; libudx UDX_IPV4_HEADER_SIZE
 DATAGRAM_OVERHEAD_BYTES: Final = 28  # IPv4 and UDP headers
 MAX_PADDING: Final = 255  # data offset is one byte

@@ -105,6 +105,11 @@ class Sender:
         return self._queue.size
 
     @property
+    def has_work(self) -> bool:
+        """Whether there is something to send, as soon as it may leave."""
+        return bool(self._lost or self._probes_due or self._queue.size or self._end_due)
+
+    @property
     def end_acked(self) -> bool:
         """Tell whether the peer has everything and knows of the end."""
         return self.end_seq is not None and self.acked_below > self.end_seq
@@ -278,7 +283,7 @@ class Sender:
     def send(self, burst_header: BurstHeader, now: float) -> list[bytes]:
         """Return the packets that may leave now: probes, repairs, new data."""
         self._paced_until = None
-        if not self._lost and not self._probes_due and not self.queued and not self._end_due:
+        if not self.has_work:
             return []
         if not self._packets:
             self._progress_at = now

@@ -121,6 +121,11 @@ class UdxStream:
         return self._sender.unacked
 
     @property
+    def owes_only_ack(self) -> bool:
+        """Whether an acknowledgement of data in order is all that may leave now: it may wait for a little."""
+        return self._ack_due and not self.closed and not self._receiver.holds_early and not self._sender.has_work
+
+    @property
     def sender(self) -> Sender:
         """The sending half, for its counters and estimates."""
         return self._sender
@@ -171,10 +176,15 @@ class UdxStream:
             self._messages.popleft()
         self._messages.append(bytes(data))
 
-    def consume(self, size: int) -> None:
-        """Say that the reader took `size` bytes of those in `DataReceived`: the peer may send as many more."""
-        if self._receiver.consume(size) and not self.closed:
-            self._ack_due = True
+    def consume(self, size: int) -> bool:
+        """Say that the reader took `size` bytes of those in `DataReceived`: the peer may send as many more.
+
+        Returns whether it should be told so at once, by what `datagrams_to_send` returns.
+        """
+        if not self._receiver.consume(size) or self.closed:
+            return False
+        self._ack_due = True
+        return True
 
     def next_event(self) -> Event | None:
         """Return the next event, `None` when there is none."""

@@ -1,0 +1,263 @@
+"""The kernel's sockets: trains where it has them, single datagrams where not, the same datagrams either way."""
+
+import asyncio
+import errno
+import random
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from p2pclaude.hyperdht import udp
+from p2pclaude.hyperdht.encoding import Address
+from p2pclaude.hyperdht.endpoint import Arrival
+from p2pclaude.hyperdht.udp import PLAIN, UdpSocket
+
+FULL = 1472
+has_trains = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has trains: THEY ARE NOT TESTED")
+
+
+class Inbox:
+    """A bound socket and what came to it."""
+
+    def __init__(self) -> None:
+        self.arrivals: list[Arrival] = []
+        self.calls = 0
+        self._changed = asyncio.Event()
+        self.socket = UdpSocket("127.0.0.1", 0, self._take)
+
+    def _take(self, batch: list[Arrival]) -> None:
+        self.calls += 1
+        self.arrivals += batch
+        self._changed.set()
+
+    @property
+    def datagrams(self) -> list[tuple[bytes, Address]]:
+        return [(data, source) for datagrams, source in self.arrivals for data in datagrams]
+
+    @property
+    def data(self) -> list[bytes]:
+        return [data for data, _ in self.datagrams]
+
+    async def wait(self, count: int) -> None:
+        async with asyncio.timeout(5):
+            while len(self.datagrams) < count:
+                self._changed.clear()
+                await self._changed.wait()
+
+
+class Refusing:
+    """Stands before a kernel socket and lets calls fail: `trains` with that error, `full` those to come."""
+
+    def __init__(self, inner: Any, trains: int = 0) -> None:
+        self.inner, self.trains = inner, trains
+        self.full: set[int] = set()  # numbers of calls that find the kernel's buffer full
+        self.calls: list[int] = []  # datagrams of each call that went through
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def _pass(self, count: int) -> None:
+        number = len(self.calls)
+        if number in self.full:
+            self.full.discard(number)
+            raise BlockingIOError(errno.EAGAIN, "full")
+        self.calls.append(count)
+
+    def sendto(self, data: bytes, to: Address) -> int:
+        self._pass(1)
+        sent: int = self.inner.sendto(data, to)
+        return sent
+
+    def sendmsg(self, datagrams: list[bytes], ancillary: Any, flags: int, to: Address) -> int:
+        if self.trains:
+            raise OSError(self.trains, "no trains here")
+        self._pass(len(datagrams))
+        sent: int = self.inner.sendmsg(datagrams, ancillary, flags, to)
+        return sent
+
+
+def refuse(sock: UdpSocket, trains: int = 0) -> Refusing:
+    """Put a `Refusing` before the kernel."""
+    refusing = Refusing(sock._socket, trains)
+    sock._socket = refusing  # type: ignore[assignment]
+    return refusing
+
+
+@pytest.fixture(params=["trains", "plain"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a test with all the kernel has, and as on a system that has none of it."""
+    monkeypatch.setenv(PLAIN, "1" if request.param == "plain" else "")
+    yield request.param
+
+
+def run(work: Callable[[Inbox, Inbox], Awaitable[None]]) -> None:
+    """Run a test's coroutine with two sockets."""
+
+    async def main() -> None:
+        one, two = Inbox(), Inbox()
+        try:
+            await work(one, two)
+        finally:
+            one.socket.close()
+            two.socket.close()
+
+    asyncio.run(main())
+
+
+def numbered(sizes: list[int]) -> list[bytes]:
+    """Return datagrams of these sizes, all different."""
+    return [random.Random(i).randbytes(size) for i, size in enumerate(sizes)]
+
+
+def test_every_datagram_arrives_as_it_was(kind: str) -> None:
+    rng = random.Random(1)
+    sizes = [FULL] * 100 + [700, FULL, FULL, 0, 1, 1, 1, 20, FULL] + [rng.choice((30, 31, FULL)) for _ in range(100)]
+    sent = numbered(sizes)
+
+    async def work(one: Inbox, two: Inbox) -> None:
+        one.socket.send(sent, two.socket.address)
+        await two.wait(len(sent))
+        assert two.data == sent
+        assert {source for _, source in two.datagrams} == {one.socket.address}
+
+    run(work)
+
+
+def test_sources_are_not_confused(kind: str) -> None:
+    async def work(one: Inbox, two: Inbox) -> None:
+        others = [Inbox() for _ in range(5)]
+        sent = {other.socket.address: numbered([FULL] * (7 + i)) for i, other in enumerate(others)}
+        for other in others:
+            other.socket.send(sent[other.socket.address], one.socket.address)
+        await one.wait(sum(map(len, sent.values())))
+        for other in others:
+            came = [data for data, source in one.datagrams if source == other.socket.address]
+            assert came == sent[other.socket.address]
+            other.socket.close()
+
+    run(work)
+
+
+@has_trains
+def test_a_train_is_one_call_each_way() -> None:
+    async def work(one: Inbox, two: Inbox) -> None:
+        assert one.socket._sends_trains and two.socket._receives_trains, "this kernel has no trains"
+        calls = refuse(one.socket).calls
+        sent = numbered([FULL] * 30 + [100] + [50] * 3)
+        one.socket.send(sent, two.socket.address)
+        await two.wait(len(sent))
+        assert calls == [31, 3]
+        assert [len(datagrams) for datagrams, _ in two.arrivals] == [31, 3]
+
+    run(work)
+
+
+def test_no_train_is_longer_than_the_kernel_takes() -> None:
+    for size in (1, 20, 500, 1000, FULL, 9000, 40_000):
+        datagrams = [bytes(size)] * 300
+        begin = 0
+        while begin < len(datagrams):
+            end = udp._train_end(datagrams, begin)
+            assert begin < end <= begin + 64 and (end - begin == 1 or (end - begin) * size <= 65_507)
+            begin = end
+
+
+@has_trains
+@pytest.mark.parametrize("error", [errno.EIO, errno.EINVAL])
+def test_what_an_interface_refuses_leaves_one_by_one(error: int) -> None:
+    async def work(one: Inbox, two: Inbox) -> None:
+        refusing = refuse(one.socket, trains=error)
+        sent = numbered([FULL] * 50 + [3])
+        for _ in range(2):
+            one.socket.send(sent, two.socket.address)
+        await two.wait(2 * len(sent))
+        assert two.data == sent * 2
+        assert refusing.calls == [1] * 102
+
+    run(work)
+
+
+@has_trains
+def test_another_error_loses_the_train_alone() -> None:
+    """No way there, or none that large: as on any wire, and no reason to give up trains."""
+
+    async def work(one: Inbox, two: Inbox) -> None:
+        refusing = refuse(one.socket, trains=errno.ENETUNREACH)
+        one.socket.send(numbered([FULL] * 10), two.socket.address)
+        refusing.trains = 0
+        one.socket.send(numbered([100] * 10), two.socket.address)
+        await two.wait(10)
+        assert two.data == numbered([100] * 10) and refusing.calls == [10]
+
+    run(work)
+
+
+def test_what_finds_the_buffer_full_leaves_later_in_order(kind: str) -> None:
+    async def work(one: Inbox, two: Inbox) -> None:
+        refusing = refuse(one.socket)
+        refusing.full = {1, 2, 3}
+        sent = numbered([FULL] * 100 + [9] * 20)
+        one.socket.send(sent[:100], two.socket.address)
+        one.socket.send(sent[100:], two.socket.address)
+        assert sum(refusing.calls) < len(sent)
+        await two.wait(len(sent))
+        assert two.data == sent and not refusing.full and not one.socket._waiting
+
+    run(work)
+
+
+def test_the_backlog_is_bounded(kind: str) -> None:
+    async def work(one: Inbox, two: Inbox) -> None:
+        refusing = refuse(one.socket)
+        refusing.full = {0}
+        for _ in range(100):
+            one.socket.send([bytes(10)] * 100, two.socket.address)
+        assert one.socket._waiting == udp.MAX_BACKLOG
+        assert sum(len(datagrams) for datagrams, _ in one.socket._backlog) == udp.MAX_BACKLOG
+        one.socket._writable()
+        assert sum(refusing.calls) == udp.MAX_BACKLOG and not one.socket._waiting
+
+    run(work)
+
+
+def test_others_have_their_turn(kind: str) -> None:
+    """However much waits to be read, a turn of the loop reads a bounded part."""
+
+    async def work(one: Inbox, two: Inbox) -> None:
+        for _ in range(20):
+            one.socket.send([bytes(100)] * 50, two.socket.address)
+        two.socket._readable()
+        assert udp.BATCH <= len(two.datagrams) < udp.BATCH + udp.TRAIN_DATAGRAMS
+
+    run(work)
+
+
+def test_an_older_kernel_has_no_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Older(socket.socket):
+        def setsockopt(self, level: int, option: int, value: Any, *rest: Any) -> None:
+            if level == 17:
+                raise OSError(errno.ENOPROTOOPT, "never heard of it")
+            super().setsockopt(level, option, value, *rest)
+
+    monkeypatch.setattr(udp.socket, "socket", Older)
+
+    async def work(one: Inbox, two: Inbox) -> None:
+        assert not one.socket._sends_trains and not two.socket._receives_trains
+        one.socket.send(numbered([FULL] * 10), two.socket.address)
+        await two.wait(10)
+        assert two.data == numbered([FULL] * 10)
+
+    run(work)
+
+
+def test_a_closed_socket_sends_nothing(kind: str) -> None:
+    async def work(one: Inbox, two: Inbox) -> None:
+        one.socket.close()
+        one.socket.send([b"late"] * 3, two.socket.address)
+        await asyncio.sleep(0.05)
+        assert two.data == []
+
+    run(work)
