@@ -2,8 +2,8 @@
 
 Usage: python -m bench.streams [--json] [--rounds N] [--megabytes N] [--wan-megabytes N] [--rtt MS] [--only PART,...]
 
-PART is `loopback`, `fair`, `idle` or `wan` (which needs root). Pairings read SERVER < CLIENT and take turns; figures are
-medians, ratios are to Node < Node. Everything here is a function that returns figures; `main` prints them.
+PART is `loopback`, `fair`, `idle` or `wan` (which needs root). Pairings read SERVER < CLIENT and take turns; figures
+are medians, ratios are to Node < Node. Everything here is a function that returns figures; `main` prints them.
 """
 
 import argparse

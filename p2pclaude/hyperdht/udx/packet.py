@@ -95,7 +95,8 @@ def sack_length(kind: int, data_offset: int, packet_length: int) -> int:
 
 def encode_sack(ranges: Iterable[tuple[int, int]]) -> bytes:
     """Encode ranges of received packets, each (start, end) with an exclusive end; any integers, cut to 32 bits."""
-    return b"".join([_RANGE.pack(start & SEQ_MASK, end & SEQ_MASK) for start, end in ranges])
+    edges = [edge & SEQ_MASK for both in ranges for edge in both]
+    return struct.pack(f"<{len(edges)}I", *edges)
 
 
 def decode_sack(data: bytes) -> list[tuple[int, int]]:

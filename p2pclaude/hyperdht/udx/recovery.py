@@ -45,10 +45,11 @@ class LossDetector:
 
     def __init__(self, rtt: RttEstimator) -> None:
         self._rtt = rtt
-        self._sent: deque[tuple[int, Packet]] = deque()  # (transmission, packet); outdated ones are skipped
+        self.sent: deque[tuple[int, Packet]] = deque()
+        """Every transmission with its packet, in the order they left: add to it. Outdated ones are skipped."""
         self._newest_order = -1  # the latest transmission known to have arrived
         self._newest_rtt = 0.0
-        self._highest_seq = -1
+        self.highest_seq = -1  # of the packets that arrived
         self._reordering_seen = False
         self._window_steps = 1
         self._calm = 0
@@ -56,10 +57,6 @@ class LossDetector:
         self.sacked = 0  # packets the peer holds behind a gap
         self.deadline: float | None = None  # when a packet will have to be called lost
         self.spurious = 0
-
-    def on_sent(self, packet: Packet) -> None:
-        """Note a transmission."""
-        self._sent.append((packet.order, packet))
 
     def on_delivered(self, packet: Packet, now: float) -> None:
         """Note a packet's first acknowledgement."""
@@ -69,10 +66,10 @@ class LossDetector:
             if minimum is not None and elapsed < minimum:
                 self._on_spurious()
                 return
-        elif packet.seq < self._highest_seq:
+        elif packet.seq < self.highest_seq:
             self._reordering_seen = True
-        if packet.seq > self._highest_seq:
-            self._highest_seq = packet.seq
+        if packet.seq > self.highest_seq:
+            self.highest_seq = packet.seq
         if packet.order > self._newest_order:
             self._newest_order = packet.order
             self._newest_rtt = elapsed
@@ -87,7 +84,7 @@ class LossDetector:
         """Return the packets now lost, marked so, and set `deadline` for the next one."""
         self.deadline = None
         lost: list[Packet] = []
-        sent = self._sent
+        sent = self.sent
         patience = self._newest_rtt + self._reordering_window(acked_below)
         while sent:
             order, packet = sent[0]

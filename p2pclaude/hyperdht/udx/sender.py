@@ -7,14 +7,15 @@ get what may leave. The parts know one thing each: `recovery` what is lost, `con
 
 import heapq
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
+from .burst import Burst, BurstHeader
 from .congestion import Bbr
 from .mtu import BLACK_HOLE_MTU, MtuSearch
 from .pacing import Pacer
 from .packet import DATA, END, HEADER, MAGIC, OVERHEAD_BYTES, SEQ_MASK
 from .ranges import RangeSet
-from .rate import AckSample, DeliveryRate, Flight
+from .rate import AckSample, DeliveryRate
 from .recovery import DELIVERED, IN_FLIGHT, LOST, LossDetector, Packet
 from .rtt import RttEstimator
 from .sendqueue import SendQueue
@@ -28,19 +29,6 @@ PROBES: Final = 2  # packets a probe timeout sends: one of them may be lost as w
 OUTAGE_ATTEMPTS: Final = 3  # probe timeouts in a row that mean more than a lost tail
 BLACK_HOLE_ATTEMPTS: Final = 3  # transmissions of one full packet, all lost while others arrive
 MAX_SPAN: Final = 3  # windows between the first unacknowledged byte and the last
-
-
-class BurstHeader(NamedTuple):
-    """What the headers of all packets of a burst share; numbers as they stand on the wire.
-
-    END never acknowledges the peer's END: libudx would close on that acknowledgement before it answers this END
-    (src/udx.c, process_packet). So `end_ack` is `ack` without the peer's END.
-    """
-
-    remote_id: int
-    window: int
-    ack: int
-    end_ack: int
 
 
 @dataclass(slots=True)
@@ -173,18 +161,48 @@ class Sender:
         if self._sacked:
             ack = self._sacked.end_behind(ack)  # what is held behind no gap is as good as acknowledged
         packets = self._packets
-        for seq in range(self.acked_below, ack):
-            packet = packets.pop(seq)
-            self.unacked -= len(packet.payload)
-            if packet.state == DELIVERED:
-                self._loss.sacked -= 1
-                self._sacked_bytes -= len(packet.payload)
-            else:
-                self._deliver(packet, now)
+        seq = self.acked_below
+        while seq < ack:
+            seq = self._deliver_run(seq, ack, now)
+            if seq < ack:
+                packet = packets.pop(seq)
+                self.unacked -= len(packet.payload)
+                if packet.state == DELIVERED:
+                    self._loss.sacked -= 1
+                    self._sacked_bytes -= len(packet.payload)
+                else:
+                    self._deliver(packet, now)
+                seq += 1
         if ack > self.acked_below:
             self.acked_below = ack
             self._sacked.discard_below(ack)
         return True
+
+    def _deliver_run(self, first: int, ack: int, now: float) -> int:
+        """Account for packets from `first` on that left once, in order, and arrived in order; return where that ends.
+
+        The hot path of acknowledgements. All that is learnt from such packets, the last of them teaches.
+        """
+        if first < self._loss.highest_seq:
+            return first  # it came late
+        packets, mtu = self._packets, self.search.mtu
+        last = None
+        size = 0
+        for seq in range(first, ack):
+            packet = packets[seq]
+            if packet.count != 1 or packet.state != IN_FLIGHT or packet.padded_mtu or packet.size > mtu:
+                break
+            del packets[seq]
+            packet.state = DELIVERED
+            size += packet.size
+            last = packet
+        if last is None:
+            return first
+        self.unacked -= size - (last.seq + 1 - first) * OVERHEAD_BYTES
+        self.in_flight -= size
+        self._batch_acked += size - last.size
+        self._deliver(last, now)
+        return last.seq + 1
 
     def receive_sack(self, ranges: list[tuple[int, int]], now: float) -> None:
         """Take ranges the peer holds behind a gap (unbounded numbers, end exclusive)."""
@@ -290,7 +308,7 @@ class Sender:
         congestion = self.congestion
         budget = self._pacer.budget(now, congestion.pacing_rate, congestion.quantum)
         allowance = min(congestion.window - self.in_flight, budget)
-        burst = _Burst(burst_header, self._rate.start_flight(now, self.in_flight))
+        burst = Burst(burst_header, self._rate.start_flight(now, self.in_flight))
         before = self.stats.bytes
         if self._probes_due:
             self._send_probes(burst)
@@ -314,7 +332,7 @@ class Sender:
             return False
         return not (self.peer_ended and self._packets)
 
-    def _send_probes(self, burst: "_Burst") -> None:
+    def _send_probes(self, burst: Burst) -> None:
         """Make the peer answer: what its reader waits for, then repairs or new data, else the last packet again."""
         due, self._probes_due = self._probes_due, 0
         first = next((packet for packet in self._packets.values() if packet.state != DELIVERED), None)
@@ -329,7 +347,7 @@ class Sender:
             if self.stats.packets == new_before:
                 self._send_again(burst, self._last_in_flight())
 
-    def _send_again(self, burst: "_Burst", packet: Packet | None) -> int:
+    def _send_again(self, burst: Burst, packet: Packet | None) -> int:
         if packet is None or packet.flight is burst.flight:
             return 0
         if packet.padded_mtu:
@@ -343,7 +361,7 @@ class Sender:
     def _last_in_flight(self) -> Packet | None:
         return next((packet for packet in reversed(self._packets.values()) if packet.state == IN_FLIGHT), None)
 
-    def _send_repairs(self, burst: "_Burst", allowance: int) -> None:
+    def _send_repairs(self, burst: Burst, allowance: int) -> None:
         while self._lost and allowance > 0:
             packet = self._packets.get(heapq.heappop(self._lost))
             if packet is None or packet.state != LOST:
@@ -353,57 +371,67 @@ class Sender:
             self._transmit(burst, packet)
             allowance -= packet.size
 
-    def _transmit(self, burst: "_Burst", packet: Packet) -> None:
+    def _transmit(self, burst: Burst, packet: Packet) -> None:
         """Send a packet another time, with current acknowledgement and window."""
         packet.count += 1
         packet.order = self._order
         packet.flight = burst.flight
         self._order += 1
-        self._loss.on_sent(packet)
-        burst.add(packet.kind, 0, packet.seq, packet.payload)
+        self._loss.sent.append((packet.order, packet))
+        burst.add(packet)
         self.stats.retransmits += 1
         self.stats.packets += 1
         self.stats.bytes += packet.size
 
-    def _send_new(self, burst: "_Burst", allowance: int) -> None:
-        """Cut new packets from the queue: the hot path of sending."""
-        queue = self._queue
+    def _send_new(self, burst: Burst, allowance: int) -> None:
+        """Cut new packets from the queue: the hot path of sending.
+
+        All but the last few of a stream are DATA packets of full size; whatever the burst shares is looked up once.
+        """
+        queue, packets, flight = self._queue, self._packets, burst.flight
+        take, on_sent, add, pack = queue.take, self._loss.sent.append, burst.packets.append, HEADER.pack
+        remote_id, window, ack, _ = burst.header
+        payload_size = self.search.mtu - OVERHEAD_BYTES
         room = self._window_room()
-        packets_left = min(MAX_PACKETS_UNDER_WAY - (self.next_seq - self.acked_below), MAX_BURST_PACKETS)
-        while allowance > 0 and packets_left > 0:
-            payload_size = self.search.mtu - OVERHEAD_BYTES
-            if queue.size:
-                size = min(payload_size, queue.size)
-                if size > room:
-                    # Part of a packet is worth sending only when nothing under way will open the window.
-                    if self._packets or room <= 0:
-                        break
-                    size = room
-                payload = queue.take(size)
-                kind = DATA
-            elif self._end_due:
-                kind, size, payload = END, 0, b""
-                self.end_seq = self.next_seq
-            else:
+        first = seq = self.next_seq
+        end = min(first + MAX_BURST_PACKETS, self.acked_below + MAX_PACKETS_UNDER_WAY)
+        order = self._order
+        sent_bytes = 0
+        while sent_bytes < allowance and seq < end:
+            size = min(payload_size, queue.size)
+            if size > room and size:
+                # Part of a packet is worth sending only when nothing under way will open the window.
+                if packets or room <= 0:
+                    break
+                size = room
+            if not size and not self._end_due:
                 break
-            padding = self._padding(size, payload_size)
             wire_size = size + OVERHEAD_BYTES
-            packet = Packet(self.next_seq, kind, payload, wire_size, burst.flight, self._order)
-            if padding:
-                packet.padded_mtu = wire_size + padding
-                self.search.probe_sent(packet.padded_mtu)
-            self._packets[self.next_seq] = packet
-            self._loss.on_sent(packet)
-            burst.add(kind, padding, self.next_seq, payload)
-            self._order += 1
-            self.next_seq += 1
-            self.unacked += size
-            self.in_flight += wire_size
-            self.stats.packets += 1
-            self.stats.bytes += wire_size
+            if size:
+                payload = take(size)
+                packet = packets[seq] = Packet(seq, DATA, payload, wire_size, flight, order)
+                padding = self._padding(size, payload_size) if self.search.wanted else 0
+                header = pack(MAGIC, DATA, padding, remote_id, window, seq & SEQ_MASK, ack)
+                if padding:
+                    packet.padded_mtu = wire_size + padding
+                    self.search.probe_sent(packet.padded_mtu)
+                    header += bytes(padding)
+                add(header + payload)
+            else:
+                packet = packets[seq] = Packet(seq, END, b"", wire_size, flight, order)
+                burst.add(packet)
+                self.end_seq = seq
+            on_sent((order, packet))
+            order += 1
+            seq += 1
             room -= size
-            allowance -= wire_size
-            packets_left -= 1
+            sent_bytes += wire_size
+        self._order = order
+        self.next_seq = seq
+        self.unacked += sent_bytes - (seq - first) * OVERHEAD_BYTES
+        self.in_flight += sent_bytes
+        self.stats.packets += seq - first
+        self.stats.bytes += sent_bytes
 
     def _window_room(self) -> int:
         """Return the payload bytes the peer's window has room for.
@@ -470,22 +498,3 @@ class Sender:
         self.window_probe.handle_timer(now)
         if self.window_probe.silence(last_heard, now) >= GIVE_UP_S:
             self.give_up = True
-
-
-class _Burst:
-    """Packets that leave in one call: what their headers and bookkeeping share."""
-
-    __slots__ = ("_header", "flight", "packets")
-
-    def __init__(self, header: BurstHeader, flight: Flight) -> None:
-        self._header = header
-        self.flight = flight
-        self.packets: list[bytes] = []
-
-    def add(self, kind: int, padding: int, seq: int, payload: bytes) -> None:
-        """Append a packet."""
-        remote_id, window, ack, end_ack = self._header
-        header = HEADER.pack(
-            MAGIC, kind, padding, remote_id, window, seq & SEQ_MASK, end_ack if kind & END else ack
-        )
-        self.packets.append(header + bytes(padding) + payload if padding else header + payload)

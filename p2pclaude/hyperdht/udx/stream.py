@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from .burst import BurstHeader
 from .events import Closed, DataReceived, Drained, EndReceived, Event, MessageReceived
 from .mtu import BASE_MTU
 from .packet import (
@@ -35,7 +36,7 @@ from .packet import (
     unwrap,
 )
 from .receiver import MAX_AHEAD, MAX_SACK_RANGES, Receiver
-from .sender import BurstHeader, Sender
+from .sender import Sender
 
 __all__ = ["Closed", "DataReceived", "Drained", "EndReceived", "Event", "MessageReceived", "UdxStream"]
 
@@ -93,6 +94,7 @@ class UdxStream:
         self._last_heard = 0.0
         self._last_ack = -1  # wire ack and window of the packet that was processed last:
         self._last_window = -1  # repetitions teach nothing
+        self._last_ranges: set[tuple[int, int]] = set()
         self._destroy_times: deque[float] = deque()  # still to come
         self._destroyed = False
         self._destroy_due = False
@@ -202,49 +204,53 @@ class UdxStream:
         if self.closed:
             self._receive_closed(datagrams)
             return
-        receiver, unpack = self._receiver, HEADER.unpack_from
-        stats, local_id = self.stats, self.local_id
+        unpack, local_id = HEADER.unpack_from, self.local_id
         run: list[bytes] = []
         run_bytes = 0
-        room = receiver.room
-        expected = receiver.next_seq & SEQ_MASK
+        expected, last_ack, last_window, room = self._usual()
         for data in datagrams:
             size = len(data)
             if size < HEADER_BYTES:
-                stats.bad += 1
+                self.stats.bad += 1
                 continue
             magic, kind, offset, stream_id, window, seq, ack = unpack(data)
             if magic != MAGIC or stream_id != local_id:
-                stats.bad += 1
+                self.stats.bad += 1
                 continue
-            stats.packets += 1
-            stats.bytes += size
             if (
-                kind == DATA
-                and seq == expected
+                seq == expected
+                and kind == DATA
+                and ack == last_ack
+                and window == last_window
                 and not offset
-                and ack == self._last_ack
-                and window == self._last_window
                 and run_bytes + size <= room
-                and not receiver.ended
             ):
                 run.append(data[HEADER_BYTES:])
                 run_bytes += size - HEADER_BYTES
-                expected = (expected + 1) & SEQ_MASK
+                expected = (seq + 1) & SEQ_MASK
                 continue
             if run:
                 self._receive_run(run, run_bytes)
                 run, run_bytes = [], 0
+            self.stats.packets += 1
+            self.stats.bytes += size
             self._receive_packet(data, kind, offset, window, seq, ack, now)
             if self.closed:
                 return
-            expected = receiver.next_seq & SEQ_MASK
-            room = receiver.room
+            expected, last_ack, last_window, room = self._usual()
         if run:
             self._receive_run(run, run_bytes)
         self._finish_batch(now)
 
+    def _usual(self) -> tuple[int, int, int, int]:
+        """Return what the next packet of a run has as seq, ack and window, and how many bytes there is room for."""
+        receiver = self._receiver
+        room = 0 if receiver.ended else receiver.room
+        return receiver.next_seq & SEQ_MASK, self._last_ack, self._last_window, room
+
     def _receive_run(self, payloads: list[bytes], size: int) -> None:
+        self.stats.packets += len(payloads)
+        self.stats.bytes += size + HEADER_BYTES * len(payloads)
         self._receiver.add_in_order(payloads, size)
         self._receiver.drain()
         self._ack_due = True
@@ -288,9 +294,11 @@ class UdxStream:
         if not sender.receive_ack(ack, now):
             return
         if kind & SACK:
-            near = sender.acked_below
-            ranges = [(unwrap(first, near), unwrap(last, near)) for first, last in decode_sack(data)]
-            sender.receive_sack(ranges, now)
+            # Most ranges are those of the packet before, and there may be dozens.
+            ranges, known, near = decode_sack(data), self._last_ranges, sender.acked_below
+            news = [(unwrap(pair[0], near), unwrap(pair[1], near)) for pair in ranges if pair not in known]
+            sender.receive_sack(news, now)
+            self._last_ranges = set(ranges)
         elif ack == sender.acked_below and window == sender.peer_window:
             self._last_ack, self._last_window = wire_ack, window
 
