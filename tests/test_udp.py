@@ -242,7 +242,7 @@ def test_an_older_kernel_has_no_trains(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise OSError(errno.ENOPROTOOPT, "never heard of it")
             super().setsockopt(level, option, value, *rest)
 
-    monkeypatch.setattr(udp.socket, "socket", Older)
+    monkeypatch.setattr(socket, "socket", Older)
 
     async def work(one: Inbox, two: Inbox) -> None:
         assert not one.socket._sends_trains and not two.socket._receives_trains

@@ -26,7 +26,7 @@ TRAIN_DATAGRAMS: Final = 64  # linux/udp.h UDP_MAX_SEGMENTS, before it was raise
 BUFFER_BYTES: Final = 2 << 20
 MAX_BACKLOG: Final = 4096  # datagrams kept while the kernel's buffer is full; more are lost, as on any wire
 PLAIN: Final = "P2PCLAUDE_PLAIN_UDP"
-"""An environment variable: not empty, no trains are used, as on systems that have none. For tests and for doubts."""
+"""An environment variable for tests: if it is not empty no trains are used, as on systems that have none."""
 
 # "Never fragment, and let MTU probes out" as (option, value): linux/in.h and macOS netinet/in.h
 _DONT_FRAGMENT: Final = {"linux": (10, 3), "darwin": (28, 1)}.get(sys.platform)

@@ -6,7 +6,6 @@ get what may leave. The parts know one thing each: `recovery` what is lost, `con
 """
 
 import heapq
-from dataclasses import dataclass
 from typing import Final
 
 from .burst import Burst, BurstHeader
@@ -19,6 +18,7 @@ from .rate import AckSample, DeliveryRate
 from .recovery import DELIVERED, IN_FLIGHT, LOST, LossDetector, Packet
 from .rtt import RttEstimator
 from .sendqueue import SendQueue
+from .stats import SenderStats
 from .windowprobe import WindowProbe
 
 GIVE_UP_S: Final = 11.8  # without progress; an outage of 10 s must kill nothing, and probes leave every second
@@ -29,19 +29,6 @@ PROBES: Final = 2  # packets a probe timeout sends: one of them may be lost as w
 OUTAGE_ATTEMPTS: Final = 3  # probe timeouts in a row that mean more than a lost tail
 BLACK_HOLE_ATTEMPTS: Final = 3  # transmissions of one full packet, all lost while others arrive
 MAX_SPAN: Final = 3  # windows between the first unacknowledged byte and the last
-
-
-@dataclass(slots=True)
-class SenderStats:
-    """Counters of a sending half."""
-
-    packets: int = 0
-    bytes: int = 0
-    retransmits: int = 0
-    lost: int = 0
-    probe_timeouts: int = 0
-    bad_acks: int = 0
-    bad_sacks: int = 0
 
 
 class Sender:

@@ -12,7 +12,6 @@ still sends.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from .burst import BurstHeader
@@ -37,6 +36,7 @@ from .packet import (
 )
 from .receiver import MAX_AHEAD, MAX_SACK_RANGES, Receiver
 from .sender import Sender
+from .stats import Stats
 
 __all__ = ["Closed", "DataReceived", "Drained", "EndReceived", "Event", "MessageReceived", "UdxStream"]
 
@@ -47,16 +47,6 @@ DESTROY_TIMES_S: Final = (0.0, 0.3, 1.0)  # when DESTROY is sent: it is never ac
 MAX_QUEUED_MESSAGES: Final = 256
 ECONNRESET: Final = "ECONNRESET"
 ETIMEDOUT: Final = "ETIMEDOUT"
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counters of received packets; those of the sending half are in `UdxStream.sender_stats`."""
-
-    packets: int = 0
-    bytes: int = 0
-    bad: int = 0  # no packets of this stream, or contradictions in themselves
-    dropped: int = 0  # outside of the window
 
 
 class UdxStream:

@@ -1,0 +1,147 @@
+"""Which datagram goes where, and how many datagrams a conversation takes."""
+
+import asyncio
+
+from sim import Link, Packet, SimNetwork, run
+from sim_peers import connect_ends
+
+from p2pclaude.hyperdht.constants import PacketType
+from p2pclaude.hyperdht.encoding import Address
+from p2pclaude.hyperdht.endpoint import Endpoint, Socket
+from p2pclaude.hyperdht.udx.packet import DATA, HEADER, MAGIC
+
+WAY = ("5.1.0.9", 9)
+ELSEWHERE = ("5.1.0.8", 8)
+
+
+def packet(stream_id: int, seq: int) -> bytes:
+    """Return a DATA packet whose payload names stream and number."""
+    return HEADER.pack(MAGIC, DATA, 0, stream_id, 1 << 20, seq, 0) + f"{stream_id} {seq} ".encode()
+
+
+class Reader:
+    """Keeps what a stream hands out."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+
+    def message_received(self, data: bytes) -> None: ...
+    def eof_received(self) -> None: ...
+    def drained(self) -> None: ...
+    def stream_closed(self, error: str | None) -> None: ...
+
+
+def test_what_came_together_is_told_apart() -> None:
+    """Datagrams of one source for two streams, strangers' ids and messages, all in one entry of a batch."""
+
+    async def main() -> None:
+        net = SimNetwork(1)
+        endpoint = Endpoint(net.host("5.1.0.1"), net.random("endpoint"))
+        socket = await endpoint.bind("0.0.0.0", 0)
+        messages: list[bytes] = []
+        endpoint.on_message = lambda _socket, data, _source: messages.append(data)
+        probes: list[Address] = []
+        socket.on_probe = lambda _socket, source: probes.append(source)
+        one, two = endpoint.streams.create(), endpoint.streams.create()
+        one.handler, two.handler = Reader(), Reader()
+        for stream in (one, two):
+            stream.connect(socket, 1, WAY)
+        unknown = next(number for number in range(9) if endpoint.streams.find_id(number) is None)
+        first = [packet(one.id, 0), packet(one.id, 1), packet(two.id, 0), packet(one.id, 2), b"message"]
+        rest = [packet(two.id, 1), packet(unknown, 0), b"", packet(two.id, 2), b"!", packet(two.id, 3)]
+        rest.append(packet(one.id, 3)[:19])
+        endpoint._receive(socket, [(first, WAY), (rest, WAY), ([b"never"], ("5.1.0.9", 0))])
+        assert one.handler.data == f"{one.id} 0 {one.id} 1 {one.id} 2 ".encode()
+        assert two.handler.data == f"{two.id} 0 {two.id} 1 {two.id} 2 {two.id} 3 ".encode()
+        assert messages == [b"message", packet(unknown, 0), packet(one.id, 3)[:19]]
+        assert probes == [WAY, WAY]
+        endpoint.close()
+
+    run(main(), seed=1)
+
+
+def test_every_packet_from_elsewhere_is_asked_for() -> None:
+    """Only on the stream's own way do its packets vouch for each other."""
+
+    async def main() -> None:
+        net = SimNetwork(1)
+        endpoint = Endpoint(net.host("5.1.0.1"), net.random("endpoint"))
+        socket = await endpoint.bind("0.0.0.0", 0)
+        stream = endpoint.streams.create()
+        reader = stream.handler = Reader()
+        asked: list[Address] = []
+
+        def firewall(_socket: Socket, source: Address) -> bool:
+            asked.append(source)
+            if len(asked) == 3:
+                stream.connect(socket, 1, source)
+            return len(asked) > 2
+
+        stream.firewall = firewall
+        endpoint._receive(socket, [([packet(stream.id, seq) for seq in range(2)], ELSEWHERE)])
+        assert reader.data == b"" and asked == [ELSEWHERE] * 2
+        endpoint._receive(socket, [([packet(stream.id, seq) for seq in range(4)], WAY)])
+        assert reader.data == b"".join(f"{stream.id} {seq} ".encode() for seq in range(4))
+        assert asked == [ELSEWHERE, ELSEWHERE, WAY]
+        endpoint.close()
+
+    run(main(), seed=1)
+
+
+def test_an_answer_carries_the_acknowledgement() -> None:
+    """A conversation takes one packet a direction and turn, as no acknowledgement leaves before the answer."""
+    seen: list[Packet] = []
+
+    async def main() -> None:
+        net = SimNetwork(1, Link(latency=(0.01, 0.01)))
+        left, right = await connect_ends(net)
+        await left.connection.write(b"hello")
+        assert await right.connection.read() == b"hello"
+        await asyncio.sleep(1)
+
+        def observe(event: str, one: Packet) -> None:
+            if event == "sent":
+                seen.append(one)
+
+        net.observe = observe
+        for _ in range(20):
+            await right.connection.write(b"question")
+            assert await left.connection.read() == b"question"
+            await left.connection.write(b"answer")
+            assert await right.connection.read() == b"answer"
+        net.observe = None
+        await asyncio.sleep(1)
+        for end in (left, right):
+            end.endpoint.close()
+
+    run(main(), seed=1)
+    assert [one.data[2] for one in seen] == [PacketType.DATA] * 40
+
+
+def test_an_acknowledgement_does_not_wait_for_a_slow_reader() -> None:
+    """Who has nothing to say acknowledges in the same instant."""
+    times: list[float] = []
+
+    async def main() -> None:
+        net = SimNetwork(1, Link(latency=(0.01, 0.01)))
+        left, right = await connect_ends(net)
+        await asyncio.sleep(1)
+        loop = asyncio.get_running_loop()
+
+        def observe(event: str, _one: Packet) -> None:
+            if event == "delivered":
+                times.append(loop.time())
+
+        net.observe = observe
+        began = loop.time()
+        await left.connection.write(b"nobody reads this")
+        await asyncio.sleep(0.5)
+        assert [round(at - began, 3) for at in times] == [0.01, 0.02]
+        net.observe = None
+        for end in (left, right):
+            end.endpoint.close()
+
+    run(main(), seed=1)
