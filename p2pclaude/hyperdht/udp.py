@@ -145,14 +145,17 @@ class UdpSocket:
         left = BATCH
         while left > 0:
             try:
-                arrival = receive()
+                datagrams, source = receive()
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:  # a queued ICMP error of an earlier send: the next call reads on
                 left -= 1
                 continue
-            batch.append(arrival)
-            left -= len(arrival[0])
+            left -= len(datagrams)
+            if batch and batch[-1][1] == source:
+                batch[-1][0].extend(datagrams)
+            else:
+                batch.append((datagrams, source))
         if batch:
             self._on_datagrams(batch)
 

@@ -188,8 +188,10 @@ class UdxStream:
         """Process a batch of packets; bad ones are dropped and counted.
 
         This is the hot path. In bulk almost every packet is DATA, next in order, and repeats the acknowledgement of
-        the one before; such packets cost one header and one slice, and are given to the receiver as a run. All others
-        go through `_receive_packet`. Conclusions are drawn, and one acknowledgement is made, once a batch.
+        the one before; such packets cost one header and one slice, and are given to the receiver as a run. In the
+        other direction go bare acknowledgements, one for each packet if the peer is libudx, and the last of a run
+        says all that the others did. The rest goes through `_receive_packet`. Conclusions are drawn, and one
+        acknowledgement is made, once a batch.
         """
         if self.closed:
             self._receive_closed(datagrams)
@@ -198,6 +200,8 @@ class UdxStream:
         run: list[bytes] = []
         run_bytes = 0
         expected, last_ack, last_window, room = self._usual()
+        latest: tuple[int, int, int] | None = None  # window, seq, ack of the last of a run of bare acknowledgements
+        next_seq, unacked = self._sender.next_seq, self._sender.next_seq - self._sender.acked_below
         for data in datagrams:
             size = len(data)
             if size < HEADER_BYTES:
@@ -219,17 +223,21 @@ class UdxStream:
                 run_bytes += size - HEADER_BYTES
                 expected = (seq + 1) & SEQ_MASK
                 continue
-            if run:
-                self._receive_run(run, run_bytes)
-                run, run_bytes = [], 0
+            if size == HEADER_BYTES and kind == 0 and seq == expected and (next_seq - ack) & SEQ_MASK <= unacked:
+                unacked = (next_seq - ack) & SEQ_MASK
+                latest = window, seq, ack
+                self.stats.packets += 1
+                self.stats.bytes += size
+                continue
+            self._settle(run, run_bytes, latest, now)
+            run, run_bytes, latest = [], 0, None
             self.stats.packets += 1
             self.stats.bytes += size
             self._receive_packet(data, kind, offset, window, seq, ack, now)
             if self.closed:
                 return
             expected, last_ack, last_window, room = self._usual()
-        if run:
-            self._receive_run(run, run_bytes)
+        self._settle(run, run_bytes, latest, now)
         self._finish_batch(now)
 
     def _usual(self) -> tuple[int, int, int, int]:
@@ -238,12 +246,20 @@ class UdxStream:
         room = 0 if receiver.ended else receiver.room
         return receiver.next_seq & SEQ_MASK, self._last_ack, self._last_window, room
 
-    def _receive_run(self, payloads: list[bytes], size: int) -> None:
-        self.stats.packets += len(payloads)
-        self.stats.bytes += size + HEADER_BYTES * len(payloads)
-        self._receiver.add_in_order(payloads, size)
-        self._receiver.drain()
-        self._ack_due = True
+    def _settle(self, run: list[bytes], run_bytes: int, latest: tuple[int, int, int] | None, now: float) -> None:
+        """Take payloads in order, and the last of a run of bare acknowledgements."""
+        if run:
+            self.stats.packets += len(run)
+            self.stats.bytes += run_bytes + HEADER_BYTES * len(run)
+            self._receiver.add_in_order(run, run_bytes)
+            self._receiver.drain()
+            self._ack_due = True
+        if latest is not None:
+            window, seq, ack = latest
+            self.received_any = True
+            self._last_heard = now
+            if ack != self._last_ack or window != self._last_window:
+                self._receive_ack(b"", 0, window, unwrap(seq, self._receiver.next_seq), ack, now)
 
     def _receive_packet(
         self, data: bytes, kind: int, offset: int, window: int, wire_seq: int, wire_ack: int, now: float
