@@ -101,8 +101,9 @@ def encode_sack(ranges: Iterable[tuple[int, int]]) -> bytes:
 
 def decode_sack(data: bytes) -> list[tuple[int, int]]:
     """Return the ranges of a packet with the SACK bit, as they stand on the wire; raises `DecodeError`."""
-    header = decode_header(data)
-    length = sack_length(header.type, header.data_offset, len(data)) & ~7
+    if len(data) < HEADER_BYTES or data[:2] != PREFIX or not data[2] & SACK:
+        raise DecodeError("not a UDX packet with the SACK bit")
+    length = sack_length(data[2], data[3], len(data)) & ~7
     return list(_RANGE.iter_unpack(data[HEADER_BYTES : HEADER_BYTES + length]))
 
 

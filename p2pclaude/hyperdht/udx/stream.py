@@ -48,6 +48,8 @@ MAX_QUEUED_MESSAGES: Final = 256
 ECONNRESET: Final = "ECONNRESET"
 ETIMEDOUT: Final = "ETIMEDOUT"
 
+_Ack = tuple[bytes, int, int, int, int]  # packet, kind, window, seq, ack; numbers as they stand on the wire
+
 
 class UdxStream:
     """One end of a reliable, ordered byte stream over datagrams, compatible with libudx.
@@ -200,7 +202,7 @@ class UdxStream:
         run: list[bytes] = []
         run_bytes = 0
         expected, last_ack, last_window, room = self._usual()
-        latest: tuple[int, int, int] | None = None  # window, seq, ack of the last of a run of bare acknowledgements
+        latest: _Ack | None = None  # the last of a run of acknowledgements without data
         next_seq, unacked = self._sender.next_seq, self._sender.next_seq - self._sender.acked_below
         for data in datagrams:
             size = len(data)
@@ -223,9 +225,10 @@ class UdxStream:
                 run_bytes += size - HEADER_BYTES
                 expected = (seq + 1) & SEQ_MASK
                 continue
-            if size == HEADER_BYTES and kind == 0 and seq == expected and (next_seq - ack) & SEQ_MASK <= unacked:
+            bare = (kind == 0 and size == HEADER_BYTES) or (kind == SACK and not offset)
+            if bare and seq == expected and (next_seq - ack) & SEQ_MASK <= unacked:
                 unacked = (next_seq - ack) & SEQ_MASK
-                latest = window, seq, ack
+                latest = data, kind, window, seq, ack
                 self.stats.packets += 1
                 self.stats.bytes += size
                 continue
@@ -246,8 +249,8 @@ class UdxStream:
         room = 0 if receiver.ended else receiver.room
         return receiver.next_seq & SEQ_MASK, self._last_ack, self._last_window, room
 
-    def _settle(self, run: list[bytes], run_bytes: int, latest: tuple[int, int, int] | None, now: float) -> None:
-        """Take payloads in order, and the last of a run of bare acknowledgements."""
+    def _settle(self, run: list[bytes], run_bytes: int, latest: _Ack | None, now: float) -> None:
+        """Take payloads in order, and the last of a run of acknowledgements."""
         if run:
             self.stats.packets += len(run)
             self.stats.bytes += run_bytes + HEADER_BYTES * len(run)
@@ -255,11 +258,11 @@ class UdxStream:
             self._receiver.drain()
             self._ack_due = True
         if latest is not None:
-            window, seq, ack = latest
+            data, kind, window, seq, ack = latest
             self.received_any = True
             self._last_heard = now
-            if ack != self._last_ack or window != self._last_window:
-                self._receive_ack(b"", 0, window, unwrap(seq, self._receiver.next_seq), ack, now)
+            if kind or ack != self._last_ack or window != self._last_window:
+                self._receive_ack(data, kind, window, unwrap(seq, self._receiver.next_seq), ack, now)
 
     def _receive_packet(
         self, data: bytes, kind: int, offset: int, window: int, wire_seq: int, wire_ack: int, now: float
