@@ -8,7 +8,7 @@ from interop.daemons import start_daemon
 from interop.harness import HERE, peers_on
 from soak.strangers import KINDS, besiege, resident, start_strangers, status_with_a_wrong_key
 
-SHARE = {"crumbs": 4_000_000, "frames": 70_000_000}
+SHARE = {"crumbs": 4_000_000, "frames": 60_000_000}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,8 +7,9 @@ are gone together; `held` are the connections that the daemon still held when it
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
+from weakref import WeakKeyDictionary
 
 from interop.python.control import Command, config, emit, serve_commands
 
@@ -19,6 +20,8 @@ from p2pclaude.wire import seal
 BLOCK: Final = b"x" * (1 << 16)
 FRAME: Final = b"x" * (8 << 20)  # the largest that the daemon takes
 CRUMBS: Final = 500
+WAIT_SECONDS: Final = 0.1
+UNFINISHED: Final[WeakKeyDictionary[Connection, Iterator[bytes]]] = WeakKeyDictionary()
 CONNECT_SECONDS: Final = 10.0
 WRITE_SECONDS: Final = 30.0
 PATIENCE_SECONDS: Final = 20.0  # more than a stranger has to prove the key
@@ -46,13 +49,17 @@ async def sealed(connection: Connection) -> int:
 
 
 async def frames(connection: Connection) -> int:
-    """Push an encrypted frame that is all but complete; what follows can only wait for the rest."""
-    frame = connection._secret.encrypt_frame(FRAME)  # type: ignore[union-attr]
-    view = memoryview(frame)[:-100]
-    for start in range(0, len(view), 1 << 16):
-        connection._write_raw(bytes(view[start : start + (1 << 16)]))
-        await connection._drain()
-    return len(view)
+    """Push an encrypted frame that is all but complete, a piece at a time; then there is nothing but to wait."""
+    if connection not in UNFINISHED:
+        frame = connection._secret.encrypt_frame(FRAME)  # type: ignore[union-attr]
+        UNFINISHED[connection] = iter([frame[start : start + (1 << 16)] for start in range(0, len(FRAME), 1 << 16)])
+    piece = next(UNFINISHED[connection], b"")
+    if not piece:
+        await asyncio.sleep(WAIT_SECONDS)
+    else:
+        connection._write_raw(piece)
+    await connection._drain()
+    return len(piece)
 
 
 async def crumbs(connection: Connection) -> int:
@@ -96,8 +103,6 @@ async def push_one(dht: HyperDHT, kind: str, state: Pushing) -> None:
                 sent = await KINDS[kind](connection)  # type: ignore[misc]
             state.sent += sent
             state.left -= sent
-            if kind == "frames":
-                break
         async with asyncio.timeout(PATIENCE_SECONDS):
             await reader
     except ConnectionClosed:
