@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable, WireError
+from p2pclaude.hintcache import MAX_ADDRESSES, HintCache, Hints
 from p2pclaude.hyperdht import (
     HolepunchError,
     HyperDHT,
@@ -38,8 +39,9 @@ from p2pclaude.wire import (
     SealError,
     decode_response,
     encode_request,
+    load_json,
     seal,
-    unseal,
+    unseal_json,
 )
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ _KEY_HINT = "the pairing URL may be an old one, take it again from pairing.url o
 _KEY_ERRORS = ("decrypt", "authenticate", "cipher")  # what Node's crypto and its users say of a wrong key
 
 Note = Callable[[str], None]
+Parse = Callable[[bytes], object]
 
 
 class Stream(Protocol):
@@ -80,6 +83,9 @@ class Stream(Protocol):
     async def close(self) -> None:
         """Send what is queued and end both directions."""
 
+    def leave(self) -> None:
+        """End both directions, and do not wait for the other side to know."""
+
     def abort(self) -> None:
         """End now."""
 
@@ -87,67 +93,105 @@ class Stream(Protocol):
 class Dialer(Protocol):
     """Opens connections to one daemon."""
 
-    async def dial(self, timeout: float) -> Stream:
-        """Open a connection within so many seconds; raise a HyperDHTError or OSError."""
+    async def dial(self, timeout: float, early_data: bytes = b"") -> Stream:
+        """Open a connection within so many seconds; raise a HyperDHTError or OSError.
+
+        `early_data` are the first bytes to send; the daemon may get them several times.
+        """
 
     async def destroy(self) -> None:
         """Leave the network."""
 
 
 class DhtDialer:
-    """Dials a pairing's daemon over HyperDHT, with one node for all its connections and the pairing's client key."""
+    """Dials a pairing's daemon over HyperDHT, with one node for all its connections and the pairing's client key.
 
-    def __init__(self, pairing: Pairing, bootstrap: Sequence[str] | None) -> None:
+    It remembers in `hints` how the daemon was found.
+    """
+
+    def __init__(
+        self,
+        pairing: Pairing,
+        bootstrap: Sequence[str] | None,
+        hints: HintCache | None = None,
+        note: Note | None = None,
+    ) -> None:
         self._pairing = pairing
         self._bootstrap = bootstrap
+        self._hints = hints
+        self._note: Note = note or (lambda text: None)
         self._dht: HyperDHT | None = None
 
-    async def dial(self, timeout: float) -> Stream:
+    async def dial(self, timeout: float, early_data: bytes = b"") -> Stream:
         """Open a connection; the node is started with the first one."""
-        if self._dht is None:
-            dht = HyperDHT(bootstrap=self._bootstrap, port=0, ephemeral=True)
-            try:
-                await dht.start()
-            except BaseException:  # a caller that gives up must leave no socket behind
-                await dht.destroy(timeout=CLOSE_TIMEOUT)
-                raise
-            self._dht = dht
+        dht = self._dht or await self._start()
         pairing = self._pairing
-        key_pair = KeyPair.from_seed(client_seed(pairing.data_key))
-        return await self._dht.connect(
-            pairing.public_key, key_pair=key_pair, relay_through=pairing.relay, timeout=timeout
+        return await dht.connect(
+            pairing.public_key,
+            key_pair=KeyPair.from_seed(client_seed(pairing.data_key)),
+            relay_through=pairing.relay,
+            early_data=early_data,
+            timeout=timeout,
         )
+
+    async def _start(self) -> HyperDHT:
+        hints = self._read_hints()
+        dht = HyperDHT(bootstrap=self._bootstrap, remembered=hints.nodes, port=0, ephemeral=True)
+        dht.remember_relays(self._pairing.public_key, hints.addresses)
+        try:
+            await dht.start()
+        except BaseException:  # a caller that gives up must leave no socket behind
+            await dht.destroy(timeout=CLOSE_TIMEOUT)
+            raise
+        self._dht = dht
+        return dht
+
+    def _read_hints(self) -> Hints:
+        if self._hints is None:
+            return Hints()
+        found = self._hints.read()
+        self._note_problem("read")
+        return found
 
     async def destroy(self) -> None:
         """Leave the network within `CLOSE_TIMEOUT` seconds."""
-        if self._dht is not None:
-            await self._dht.destroy(timeout=CLOSE_TIMEOUT)
+        if self._dht is None:
+            return
+        addresses = self._dht.remembered_relays(self._pairing.public_key)
+        if self._hints is not None and addresses:
+            self._hints.write(Hints(addresses, self._dht.latest_nodes(MAX_ADDRESSES)))
+            self._note_problem("kept")
+        await self._dht.destroy(timeout=CLOSE_TIMEOUT)
+
+    def _note_problem(self, what: str) -> None:
+        if self._hints is not None and self._hints.problem is not None:
+            self._note(f"the daemon's whereabouts cannot be {what}: {self._hints.problem}")
 
 
 class _Channel:
-    """One connection, and the calls waiting on it."""
+    """One connection, and the calls waiting on it; the request `early_id` went out with its first packet."""
 
-    def __init__(self, stream: Stream, data_key: bytes) -> None:
+    def __init__(self, stream: Stream, data_key: bytes, early_id: str | None = None) -> None:
         self.stream = stream
         self.failure: P2PClaudeError | None = None  # set once, when the connection is of no more use
         self._data_key = data_key
-        self._ids = itertools.count(1)
         self._waiting: dict[str | int, asyncio.Future[Response]] = {}
+        if early_id is not None:
+            self._waiting[early_id] = asyncio.get_running_loop().create_future()
         self._heard_at = 0.0
         self._reading = asyncio.create_task(self._read())
 
-    async def call(self, method: str, params: Mapping[str, object], timeout: float) -> object:
+    async def call(self, request_id: str, line: bytes, timeout: float, parse: Parse) -> object:
         """Make one call; `timeout` is the silence in seconds, so that a long answer may take its time."""
-        request_id = str(next(self._ids))
-        line = encode_request(Request(request_id, method, seal(self._data_key, params)))
-        if len(line) > MAX_REQUEST_LINE:
-            raise DataError(f"the request is longer than {MAX_REQUEST_LINE >> 20} MiB")
-        answer = asyncio.get_running_loop().create_future()
-        self._waiting[request_id] = answer
+        answer = self._waiting.get(request_id)
+        is_sent = answer is not None
+        if answer is None:
+            answer = self._waiting[request_id] = asyncio.get_running_loop().create_future()
         try:
-            async with asyncio.timeout(timeout):
-                await self.stream.write(line)
-            return self._open(await self._wait(answer, timeout))
+            if not is_sent:
+                async with asyncio.timeout(timeout):
+                    await self.stream.write(line)
+            return self._open(await self._wait(answer, timeout), parse)
         except (HyperDHTError, OSError) as error:
             self.failure = explain(error)
             raise self.failure from error
@@ -167,14 +211,14 @@ class _Channel:
                 raise self.failure
         return answer.result()
 
-    def _open(self, response: Response) -> object:
+    def _open(self, response: Response, parse: Parse) -> object:
         """Unseal a result, or raise what the answer says."""
         if not response.ok:
             raise _refusal(response.error or "")
         if response.result is None:
             return {}
         try:
-            return unseal(self._data_key, response.result)
+            return parse(unseal_json(self._data_key, response.result))
         except SealError as error:
             raise Refused("wrong key: the daemon's answer does not open with it", hint=_KEY_HINT) from error
 
@@ -210,6 +254,8 @@ class _Channel:
     async def close(self) -> None:
         """End the connection; its reader ends with it."""
         self._reading.cancel()
+        if not self._waiting and self.failure is None:
+            self.stream.leave()  # every answer is there: the daemon has all it needs
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self.stream.close()
@@ -232,6 +278,7 @@ class Client:
         self._data_key = data_key
         self._note: Note = note or (lambda text: None)
         self._channel: _Channel | None = None
+        self._ids = itertools.count(1)
         self._connecting = asyncio.Lock()
         self._reached = False
 
@@ -242,18 +289,43 @@ class Client:
         """
         return (await self._open_channel()).stream
 
-    async def call(self, method: str, params: Mapping[str, object] | None = None, *, patience: float = 0.0) -> object:
-        """Make one call and return its result, a JSON value.
+    async def call(
+        self,
+        method: str,
+        params: Mapping[str, object] | None = None,
+        *,
+        patience: float = 0.0,
+        early: bool = False,
+        parse: Parse = load_json,
+    ) -> object:
+        """Make one call and return its result, a JSON value, as `parse` reads it.
 
-        `patience` is added to the timeout, in seconds, for a call that the daemon answers late on purpose.
+        `patience` is added to the timeout, in seconds, for a call that the daemon answers late on purpose. An `early`
+        one may leave with the first packet of a new connection, which saves a round trip; when that packet's way turns
+        out to be none the daemon may get it again, so it must be harmless twice.
         Raises Unavailable, TryAgain, Refused (wrong key) or ProtocolError.
         """
-        channel = await self._open_channel()
-        result = await channel.call(method, params or {}, self.timeout + patience)
+        request_id = str(next(self._ids))
+        line = encode_request(Request(request_id, method, seal(self._data_key, params or {})))
+        if len(line) > MAX_REQUEST_LINE:
+            raise DataError(f"the request is longer than {MAX_REQUEST_LINE >> 20} MiB")
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        channel = await self._open_channel(request_id if early else None, line if early else b"")
+        result = await channel.call(request_id, line, self.timeout + patience, parse)
+        self._note(f"{method} answered in {(loop.time() - started) * 1000:.0f} ms")
         self._reached = True
         return result
 
-    async def persist(self, method: str, params: Mapping[str, object], *, patience: float = 0.0) -> object:
+    async def persist(
+        self,
+        method: str,
+        params: Mapping[str, object],
+        *,
+        patience: float = 0.0,
+        early: bool = False,
+        parse: Parse = load_json,
+    ) -> object:
         """Make a call that is harmless twice, reconnecting until it is answered.
 
         Tries again after each of `RECONNECT_DELAYS`, then raises what the last try raised. Every answered call
@@ -261,13 +333,13 @@ class Client:
         """
         for delay in RECONNECT_DELAYS:
             try:
-                return await self.call(method, params, patience=patience)
+                return await self.call(method, params, patience=patience, early=early, parse=parse)
             except (Unavailable, TryAgain) as error:
                 if not self._reached:
                     raise
                 self._note(f"{error}; trying again in {delay:g} s")
                 await asyncio.sleep(delay)
-        return await self.call(method, params, patience=patience)
+        return await self.call(method, params, patience=patience, early=early, parse=parse)
 
     async def close(self) -> None:
         """Close the connection and leave the network."""
@@ -275,20 +347,20 @@ class Client:
             await self._channel.close()
         await self._dialer.destroy()
 
-    async def _open_channel(self) -> _Channel:
+    async def _open_channel(self, early_id: str | None = None, early_data: bytes = b"") -> _Channel:
         async with self._connecting:
             if self._channel is None or self._channel.failure is not None:
                 if self._channel is not None:
                     await self._channel.close()
                     self._channel = None
-                self._channel = _Channel(await self._dial(), self._data_key)
+                self._channel = _Channel(await self._dial(early_data), self._data_key, early_id)
             return self._channel
 
-    async def _dial(self) -> Stream:
+    async def _dial(self, early_data: bytes) -> Stream:
         started = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(self.timeout):
-                stream = await self._dialer.dial(self.timeout)
+                stream = await self._dialer.dial(self.timeout, early_data)
         except (HyperDHTError, OSError) as error:
             raise explain(error) from error
         spent_ms = (asyncio.get_running_loop().time() - started) * 1000
@@ -303,12 +375,14 @@ async def open_client(
     bootstrap: Sequence[str] | None = None,
     timeout: float = DEFAULT_TIMEOUT,
     note: Note | None = None,
+    hints: HintCache | None = None,
 ) -> AsyncIterator[Client]:
     """Yield a Client of the daemon that a pairing names, and close it at the end.
 
-    `bootstrap` are `host:port` strings, None for the public network; `timeout` is in seconds; `note` gets diagnostics.
+    `bootstrap` are `host:port` strings, None for the public network; `timeout` is in seconds; `note` gets diagnostics;
+    `hints` says where the daemon was the last time.
     """
-    dialer = DhtDialer(pairing, bootstrap)
+    dialer = DhtDialer(pairing, bootstrap, hints, note)
     client = Client(dialer, pairing.data_key, timeout=timeout, note=note)
     try:
         yield client

@@ -23,9 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from p2pclaude.errors import DataError, P2PClaudeError, Refused, TryAgain, UsageError
+from p2pclaude.hyperdht import KeyPair
 
 ENVIRONMENT_VARIABLE = "P2P_CLAUDE_DATA_DIR"
 """Names the data directory when no option does."""
@@ -151,9 +150,8 @@ class DataDir:
         # handed out, or sessions exist, a missing file is a loss that a person must hear of.
         if self.pairing_url_file.exists() or (self.sessions_dir.exists() and any(self.sessions_dir.iterdir())):
             raise self._missing(self.keypair_file)
-        private = Ed25519PrivateKey.generate()
-        public = private.public_key().public_bytes_raw()
-        pair = {"publicKey": _to_base64(public), "secretKey": _to_base64(private.private_bytes_raw() + public)}
+        own = KeyPair.generate()
+        pair = {"publicKey": _to_base64(own.public_key), "secretKey": _to_base64(own.secret_key)}
         for path, data in ((self.encryption_key_file, _new_data_key()), (self.keypair_file, _key_file(pair))):
             with file_errors(path):
                 write_atomically(path, data, exclusive=True)
@@ -264,7 +262,7 @@ def _key_file(values: Mapping[str, object]) -> bytes:
 
 
 def _belong_together(public: bytes, secret: bytes) -> bool:
-    of_seed = Ed25519PrivateKey.from_private_bytes(secret[:32]).public_key().public_bytes_raw()
+    of_seed = KeyPair.from_seed(secret[:32]).public_key
     return of_seed == public == secret[32:]
 
 

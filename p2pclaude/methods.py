@@ -14,7 +14,7 @@ from p2pclaude.errors import DataError, NoSession, P2PClaudeError
 from p2pclaude.launcher import Spawn
 from p2pclaude.permissions import MAX_NAME_CHARS, decode_answer
 from p2pclaude.sessions import MAX_TEXT_FIELD, Output, SessionTable
-from p2pclaude.wire import UNKNOWN_METHOD, dump_json
+from p2pclaude.wire import PAGE_END, PAGE_START, UNKNOWN_METHOD, dump_json
 
 Params = Mapping[str, Any]
 
@@ -157,11 +157,12 @@ class Methods:
 
 
 def _encode_output(output: Output) -> bytes:
-    # The envelopes are JSON already: pages go out without being read and written again.
+    # The envelopes are JSON already: pages go out without being read and written again, each on a line of its own so
+    # that they come apart as easily (wire.load_page).
     rest: dict[str, object] = {"next": output.page.next, "state": output.state}
     if output.error is not None:
         rest["error"] = output.error
-    return b'{"messages":[' + b",".join(output.page.lines) + b"]," + dump_json(rest)[1:]
+    return PAGE_START + b"\n" + b",\n".join(output.page.lines) + b"\n" + PAGE_END + dump_json(rest)[1:]
 
 
 def _say(error: Exception) -> str:

@@ -13,10 +13,9 @@ import binascii
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any
-from urllib.parse import unquote
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 from p2pclaude.errors import DataError
 
@@ -30,16 +29,19 @@ MAX_URL_CHARS = 65536
 """A longer URL is refused unread."""
 
 _CLIENT_KEY_LABEL = b"p2pclaude client key v1"
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 _HINT = "use the URL in the daemon's pairing.url, whole and unchanged, or the path of a file that holds it"
 
 
-@dataclass(frozen=True, slots=True)
-class Pairing:
+class Pairing(NamedTuple):
     """What a tool needs to reach one daemon: its DHT public key and the key that seals requests (32 bytes each)."""
 
-    public_key: bytes = field(repr=False)
-    data_key: bytes = field(repr=False)
-    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    public_key: bytes
+    data_key: bytes
+    metadata: Mapping[str, Any] = _NOTHING
+
+    def __repr__(self) -> str:
+        return "Pairing()"
 
     @property
     def bootstrap(self) -> tuple[str, ...]:
@@ -80,7 +82,12 @@ def parse_url(text: str) -> Pairing:
     if prefix is None or len(text) > MAX_URL_CHARS:
         raise DataError(f"not a pairing URL: it should begin with {PREFIX}", hint=_HINT)
     # Form decoders turn the + of base64 into a blank; a blank cannot mean anything else here.
-    code = unquote(text[len(prefix) :].split("&", 1)[0].split("#", 1)[0]).replace(" ", "+")
+    code = text[len(prefix) :].split("&", 1)[0].split("#", 1)[0]
+    if "%" in code:
+        from urllib.parse import unquote  # here, because it takes its time and few URLs need it
+
+        code = unquote(code)
+    code = code.replace(" ", "+")
     return _pairing_from_json(_decode_base64(code, "code"))
 
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from p2pclaude.client import CLOSE_TIMEOUT, Client, explain
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable
 from p2pclaude.hyperdht import HyperDHT, HyperDHTError
 from p2pclaude.pairing import Pairing
-from p2pclaude.record import SessionRecord, decode_record
-from p2pclaude.wire import OUTPUT, PERMISSION_REQUEST, SESSION_NOT_FOUND, TURN, TURN_CUT
+from p2pclaude.wire import OUTPUT, PERMISSION_REQUEST, SESSION_NOT_FOUND, TURN, TURN_CUT, load_page
+
+if TYPE_CHECKING:
+    from p2pclaude.record import SessionRecord
 
 Envelope = Mapping[str, Any]
 """What the journal holds: `type`, `data`, `timestamp`, and `seq` unless the daemon has no journal."""
@@ -43,8 +44,7 @@ DORMANT_STATE = "dormant"
 """The state of a session whose process went with its daemon; the next message brings it back."""
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(NamedTuple):
     """A message the daemon has taken; `seq` is its place in the journal, None with a daemon that has none.
 
     `asks`: it started a session that asks for permission.
@@ -55,8 +55,7 @@ class Accepted:
     asks: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(NamedTuple):
     """A piece of a session's output: envelopes in order.
 
     `state` is the session's, None if there is no such session or the daemon does not tell. `next` is the sequence
@@ -100,7 +99,7 @@ async def spawn(
     asks = result.get("ask") is True
     if "accepted" in result:
         return Accepted(session, _seq(result), asks)
-    return replace(await send(client, session, text=text, message_id=message_id), asks=asks)
+    return (await send(client, session, text=text, message_id=message_id))._replace(asks=asks)
 
 
 async def send(
@@ -154,7 +153,7 @@ async def read_output(
         params["waitMs"] = round(wait * 1000)
     if state is not None:
         params["state"] = state
-    return _page(await client.persist("get-output", params, patience=wait))
+    return _page(await client.persist("get-output", params, patience=wait, early=True, parse=load_page))
 
 
 async def follow(
@@ -213,15 +212,22 @@ async def _is_listed(client: Client, session: str) -> bool:
 
 
 async def read_journal(client: Client, session: str, *, after: int = 0) -> AsyncGenerator[Page, None]:
-    """Yield what a session has printed so far, page by page. Raises NoSession."""
-    while True:
-        page = await read_output(client, session, after=after)
-        if page.state is None and (page.next is not None or not await _is_listed(client, session)):
-            raise no_session(session)
-        yield page
-        if page.next is None or not page.messages:
-            return
-        after = page.next
+    """Yield what a session has printed so far, page by page; the next one is on its way meanwhile. Raises NoSession."""
+    asked = asyncio.create_task(read_output(client, session, after=after))
+    try:
+        while True:
+            page = await asked
+            if page.state is None and (page.next is not None or not await _is_listed(client, session)):
+                raise no_session(session)
+            if page.next is None or not page.messages:
+                yield page
+                return
+            asked = asyncio.create_task(read_output(client, session, after=page.next))
+            await asyncio.sleep(0)  # the request leaves
+            yield page
+    finally:
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
 
 
 async def last_seq(client: Client, session: str) -> int:
@@ -313,6 +319,8 @@ async def read_record(pairing: Pairing, *, bootstrap: Sequence[str] | None, time
         raise explain(error) from error
     finally:
         await dht.destroy(timeout=CLOSE_TIMEOUT)
+    from p2pclaude.record import decode_record  # here, because only `p2pclaude-ls --dht` needs it
+
     if found is None:
         raise Unavailable("the DHT holds no record of this daemon", hint="it is stored while p2pclaude-daemon runs")
     return decode_record(found.seq, found.value, pairing.data_key)
@@ -321,7 +329,7 @@ async def read_record(pairing: Pairing, *, bootstrap: Sequence[str] | None, time
 async def list_sessions(client: Client, *, every: bool = False, persist: bool = False) -> list[Mapping[str, Any]]:
     """Return the sessions as the daemon lists them, ended ones too with `every`."""
     call = client.persist if persist else client.call
-    result = await call("list-sessions", {"all": True} if every else {})
+    result = await call("list-sessions", {"all": True} if every else {}, early=True)
     if not isinstance(result, list):
         raise ProtocolError("the daemon's list of sessions is not a list")
     return [entry for entry in result if isinstance(entry, dict) and isinstance(entry.get("sessionId"), str)]
@@ -348,7 +356,7 @@ def _page(result: object) -> Page:
     if not isinstance(messages, list):
         raise ProtocolError("the daemon's answer holds no messages")
     state = answer.get("state")
-    envelopes = [message for message in messages if isinstance(message, dict)]
+    envelopes = [message for message in messages if isinstance(message, Mapping)]
     error = answer.get("error")
     return Page(
         envelopes,

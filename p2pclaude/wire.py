@@ -17,12 +17,11 @@ import base64
 import binascii
 import json
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
 from math import isfinite
-from typing import Any, NoReturn
-
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from p2pclaude.errors import WireError
 
@@ -64,8 +63,14 @@ PERMISSION_REQUEST = "permission-request"
 PERMISSION_ANSWER = "permission-answer"
 """Envelope: what became of the request `requestId`: `behavior` allow, deny or cancelled, and what else was said."""
 
+PAGE_START = b'{"messages":['
+PAGE_END = b"],"
+"""Our daemon's answer to `get-output` is JSON in lines: this first, an envelope a line, then this and the rest."""
+
 _VERSION = 0
 _NONCE_BYTES = 12
+_CONTROL = bytes(range(0x20))
+_OUTPUT_HEAD = re.compile(rb'\{"type":"' + OUTPUT.encode() + rb'","seq":\d+,"timestamp":\d+,"data":')
 _TAG_BYTES = 16
 
 
@@ -81,8 +86,7 @@ class SealError(WireError):
     """Sealed text that this key does not open."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A request as it stands in its line: `params` is still sealed (None: left out)."""
 
     id: str | int
@@ -90,8 +94,7 @@ class Request:
     params: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
+class Response(NamedTuple):
     """A response as it stands in its line: `result` is still sealed (None: left out, which reads as {})."""
 
     id: str | int
@@ -131,6 +134,49 @@ def _finite(text: str) -> float:
     return number
 
 
+class JsonLine(Mapping[str, Any]):
+    """A JSON object as the text it came in, which is read when somebody looks into it. Raises WireError then."""
+
+    __slots__ = ("_value", "text")
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+        self._value: dict[str, Any] | None = None
+
+    def _read(self) -> dict[str, Any]:
+        if self._value is None:
+            self._value = _object(self.text)
+        return self._value
+
+    def __getitem__(self, name: str) -> Any:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    @property
+    def output(self) -> bytes | None:
+        """The text of what Claude printed, if this is an envelope of it as our journal writes one."""
+        head = _OUTPUT_HEAD.match(self.text)
+        return self.text[head.end() : -1] if head is not None and self.text.endswith(b"}") else None
+
+
+def load_page(text: bytes) -> Any:
+    """Read the answer to `get-output`; the envelopes in it stay unread (JsonLine) if it is our daemon's."""
+    first, *lines = text.split(b"\n")
+    if first != PAGE_START or len(lines) < 2 or not lines[-1].startswith(PAGE_END):
+        return load_json(text)
+    if len(text.translate(None, _CONTROL)) + len(lines) != len(text):
+        return load_json(text)  # it tells white space from what a terminal would obey
+    end = lines.pop()
+    page = _object(b"{" + end.removeprefix(PAGE_END))
+    page["messages"] = [JsonLine(line.removesuffix(b",")) for line in lines if line]
+    return page
+
+
 def seal(data_key: bytes, value: object) -> str:
     """Seal any JSON value under the 32-byte data key."""
     return seal_json(data_key, dump_json(value))
@@ -139,7 +185,7 @@ def seal(data_key: bytes, value: object) -> str:
 def seal_json(data_key: bytes, text: bytes, *, nonce: bytes | None = None) -> str:
     """Seal JSON text that stands ready as bytes; `nonce` (12 bytes) is random unless a test vector needs one."""
     nonce = os.urandom(_NONCE_BYTES) if nonce is None else nonce
-    sealed = bytes([_VERSION]) + nonce + AESGCM(data_key).encrypt(nonce, text, None)
+    sealed = bytes([_VERSION]) + nonce + cipher().encrypt(data_key, nonce, text)
     return base64.b64encode(sealed).decode()
 
 
@@ -148,6 +194,11 @@ def unseal(data_key: bytes, text: str) -> Any:
 
     Raises SealError if it is no sealed text or of another key, WireError if what it holds is not JSON.
     """
+    return load_json(unseal_json(data_key, text))
+
+
+def unseal_json(data_key: bytes, text: str) -> bytes:
+    """Open sealed text and give the JSON text it holds, unread. Raises SealError."""
     try:
         sealed = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -155,10 +206,65 @@ def unseal(data_key: bytes, text: str) -> Any:
     if len(sealed) < 1 + _NONCE_BYTES + _TAG_BYTES or sealed[0] != _VERSION:
         raise SealError("sealed text has another form")
     try:
-        plain = AESGCM(data_key).decrypt(sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :], None)
-    except InvalidTag:
+        return cipher().decrypt(data_key, sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :])
+    except ValueError:
         raise SealError("sealed text does not open with this key") from None
-    return load_json(plain)
+
+
+class Cipher(Protocol):
+    """AES-256-GCM: key (32 bytes), nonce (12), text."""
+
+    def encrypt(self, key: bytes, nonce: bytes, text: bytes) -> bytes:
+        """Return ciphertext and tag."""
+
+    def decrypt(self, key: bytes, nonce: bytes, sealed: bytes) -> bytes:
+        """Return the text. Raises ValueError when the tag is wrong."""
+
+
+@cache
+def cipher() -> Cipher:
+    """Return libsodium's AES where the processor has it: that library is loaded anyway, OpenSSL takes its time."""
+    try:
+        found = _Sodium()
+        found.encrypt(bytes(32), bytes(_NONCE_BYTES), b"")
+        return found
+    except (AttributeError, RuntimeError):  # an older PyNaCl; a processor without AES
+        return _OpenSSL()
+
+
+class _Sodium:
+    def __init__(self) -> None:
+        from nacl import bindings, exceptions
+
+        self._encrypt = bindings.crypto_aead_aes256gcm_encrypt
+        self._decrypt = bindings.crypto_aead_aes256gcm_decrypt
+        self._error = exceptions.CryptoError
+
+    def encrypt(self, key: bytes, nonce: bytes, text: bytes) -> bytes:
+        return self._encrypt(text, None, nonce, key)
+
+    def decrypt(self, key: bytes, nonce: bytes, sealed: bytes) -> bytes:
+        try:
+            return self._decrypt(sealed, None, nonce, key)
+        except self._error:
+            raise ValueError("a wrong tag") from None
+
+
+class _OpenSSL:
+    def __init__(self) -> None:
+        from cryptography.exceptions import InvalidTag
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        self._aes, self._error = AESGCM, InvalidTag
+
+    def encrypt(self, key: bytes, nonce: bytes, text: bytes) -> bytes:
+        return self._aes(key).encrypt(nonce, text, None)
+
+    def decrypt(self, key: bytes, nonce: bytes, sealed: bytes) -> bytes:
+        try:
+            return self._aes(key).decrypt(nonce, sealed, None)
+        except self._error:
+            raise ValueError("a wrong tag") from None
 
 
 def encode_request(request: Request) -> bytes:
@@ -191,8 +297,8 @@ def id_of_line(line: bytes) -> str | int:
 def encode_response(response: Response) -> bytes:
     """Give a response's line, newline included."""
     body: dict[str, object] = {"id": response.id, "ok": response.ok}
-    if response.result is not None:
-        body["result"] = response.result
+    if response.result is not None:  # base64, which may be long and needs no escaping
+        return dump_json(body)[:-1] + b',"result":"' + response.result.encode() + b'"}\n'
     if response.error is not None:
         body["error"] = response.error
     return dump_json(body) + b"\n"

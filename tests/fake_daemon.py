@@ -62,6 +62,10 @@ class MemoryStream:
         """End in good order."""
         self._end(b"")
 
+    def leave(self) -> None:
+        """End both directions."""
+        self._end(b"")
+
     def abort(self) -> None:
         """Break off."""
         self._end(None)
@@ -327,13 +331,15 @@ class MemoryDialer:
         self.destroyed = False
         self._serving: list[asyncio.Task[None]] = []
 
-    async def dial(self, timeout: float) -> MemoryStream:
+    async def dial(self, timeout: float, early_data: bytes = b"") -> MemoryStream:
         """Open a connection, or fail."""
         self.dials.append(asyncio.get_running_loop().time())
         if self.failures:
             raise self.failures.pop(0)
         near, far = memory_pair()
         self._serving.append(asyncio.create_task(self.daemon.serve(far)))
+        if early_data:
+            await near.write(early_data)
         return near
 
     async def destroy(self) -> None:

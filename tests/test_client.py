@@ -1,15 +1,17 @@
 """The client: calls in flight, what failures mean, reconnecting. On virtual time, against a daemon in memory."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
-from fake_daemon import DATA_KEY, FakeDaemon, MemoryDialer
+from fake_daemon import DATA_KEY, FakeDaemon, MemoryDialer, MemoryStream
 from sim import run
 
+from p2pclaude import remote
 from p2pclaude.client import RECONNECT_DELAYS, Client
 from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable
 from p2pclaude.hyperdht import (
@@ -117,7 +119,7 @@ def test_a_dial_that_never_ends_times_out() -> None:
     daemon = FakeDaemon()
 
     class Hanging(MemoryDialer):
-        async def dial(self, timeout: float) -> Any:
+        async def dial(self, timeout: float, early_data: bytes = b"") -> Any:
             await asyncio.Event().wait()
 
     with pytest.raises(TryAgain):
@@ -282,3 +284,49 @@ def test_no_error_shows_a_key() -> None:
     shown = json.dumps([str(caught.value), repr(caught.value), caught.value.hint])
     assert DATA_KEY.hex() not in shown
     assert repr(DATA_KEY) not in shown
+
+
+def test_an_early_call_goes_out_with_the_first_packet_and_once() -> None:
+    """The dialer is given the request's line; on a connection that stands, the line is written as ever."""
+    daemon = FakeDaemon()
+
+    class Noting(MemoryDialer):
+        early: ClassVar[list[bytes]] = []
+
+        async def dial(self, timeout: float, early_data: bytes = b"") -> MemoryStream:
+            self.early.append(early_data)
+            return await super().dial(timeout, early_data)
+
+    dialer = Noting(daemon)
+
+    async def work(client: Client) -> None:
+        answers = await asyncio.gather(client.call("ping", early=True), client.call("ping", early=True))
+        assert len(answers) == 2
+        await client.call("ping", early=True)
+        daemon.cut()
+        assert (await client.persist("ping", {}, early=True)) == answers[0]
+
+    with_client(daemon, work, dialer=dialer)
+    assert len(dialer.early) == 2
+    assert all(b'"ping"' in line and line.count(b"\n") == 1 for line in dialer.early)
+    assert [method for method, _ in daemon.requests] == ["ping"] * 4
+
+
+def test_what_is_not_harmless_twice_waits_for_the_connection() -> None:
+    """Only what changes nothing leaves early: a message or a stop never does."""
+    daemon = FakeDaemon()
+
+    class Noting(MemoryDialer):
+        async def dial(self, timeout: float, early_data: bytes = b"") -> MemoryStream:
+            assert early_data == b""
+            return await super().dial(timeout, early_data)
+
+    works: tuple[Callable[[Client], Awaitable[object]], ...] = (
+        lambda client: remote.spawn(client, text="hello", message_id="1", directory="/w"),
+        lambda client: remote.send(client, "none", text="hello", message_id="2"),
+        lambda client: remote.stop(client, "none"),
+        lambda client: remote.skip_old_output(client, "none"),
+    )
+    for work in works:
+        with contextlib.suppress(P2PClaudeError):
+            with_client(daemon, work, dialer=Noting(daemon))

@@ -7,7 +7,7 @@ from sim import Host, run
 from sim.realm import Packet
 from sim_dht import Swarm, ask, serve, swarm
 
-from p2pclaude.hyperdht import connect as module
+from p2pclaude.hyperdht import handshaking as module
 from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT

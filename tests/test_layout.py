@@ -5,6 +5,7 @@ All of it is read from syntax trees, so that a module need not be importable to 
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from p2pclaude.hyperdht import KeyPair
+from p2pclaude.pairing import Pairing, format_url
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "p2pclaude"
@@ -27,7 +31,7 @@ LAYERS = (
     {"p2pclaude.log", "p2pclaude.wire", "p2pclaude.notify", "p2pclaude.pairing", "p2pclaude.processes"},
     {"p2pclaude.permissions"},
     {"p2pclaude.datadir", "p2pclaude.seqindex", "p2pclaude.inbox", "p2pclaude.claude"},
-    {"p2pclaude.journalfile", "p2pclaude.sessionfile"},
+    {"p2pclaude.journalfile", "p2pclaude.sessionfile", "p2pclaude.hintcache"},
     {"p2pclaude.journal", "p2pclaude.launcher", "p2pclaude.asking"},
     {"p2pclaude.session"},
     {"p2pclaude.sessions"},
@@ -38,7 +42,7 @@ LAYERS = (
     {"p2pclaude.check", "p2pclaude.record"},  # the tools ask the DHT
     {"p2pclaude.remote"},  # the tools ask a client
     {"p2pclaude.approver"},
-    {f"p2pclaude.cli.{shared}" for shared in ("common", "filters", "network", "stdin", "text")},
+    {f"p2pclaude.cli.{shared}" for shared in ("common", "filters", "lean", "network", "stdin", "text")},
     {f"p2pclaude.cli.{tool}" for tool in TOOLS},
 )
 TOGETHER = {len(LAYERS) - 2}  # the tools' shared modules may import each other
@@ -397,3 +401,35 @@ def test_help_is_light(tool: str, option: str) -> None:
     loaded = set(json.loads(done.stdout))
     assert f"p2pclaude.cli.{tool}" in loaded
     assert not loaded & HEAVY
+
+
+IDLE = {  # what a tool that asks one question has no use for
+    "argparse", "cryptography", "ctypes", "ifaddr", "ipaddress", "pathlib", "shutil", "ssl", "tempfile", "urllib",
+    "uuid", "p2pclaude.claude", "p2pclaude.daemon", "p2pclaude.journal", "p2pclaude.record", "p2pclaude.session",
+    *(f"p2pclaude.hyperdht.{module}" for module in (
+        "announcer", "budget", "holepunch", "mux", "pending", "persistent", "protomux", "puncher", "relay",
+        "relayserver", "server", "storage", "turns",
+    )),
+}  # fmt: skip
+LEAVING = """
+import os
+def leave(status):
+    raise SystemExit(status)
+os._exit = leave
+"""
+
+
+@pytest.mark.parametrize("tool", ["ls", "ping", "tail"])
+def test_a_tool_loads_what_it_uses(tool: str, tmp_path: Path) -> None:
+    """One question to a daemon that is not there, all the way into the network and out again."""
+    url = format_url(Pairing(KeyPair.from_seed(bytes(32)).public_key, bytes(32), {"bootstrap": ["127.0.0.1:9"]}))
+    arguments = [tool, "--timeout", "0.2", url, *(["session"] if tool == "tail" else [])]
+    env = {"PATH": os.environ["PATH"], "P2P_CLAUDE_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{LEAVING}{PROBE}", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=30, env=env,
+    )  # fmt: skip
+    assert done.stdout, done
+    loaded = set(json.loads(done.stdout))
+    assert "p2pclaude.hyperdht.connect" in loaded
+    assert not loaded & IDLE, loaded & IDLE

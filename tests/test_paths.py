@@ -155,15 +155,19 @@ def test_a_direct_way_that_dies_right_after_the_move_is_left_for_the_relay(seed:
         async with pair(seed, "cone", "random") as place:
             net = place.network.net
             dead: list[float] = []
+            on_relay = False
 
             def intercept(packet: Packet) -> bool:
                 if packet.data[:1] != b"\xff" or not place.is_direct(packet):
                     return False
-                dead.append(net.loop.now)
-                return len(dead) > 6  # the first packets still pass
+                if on_relay:
+                    dead.append(net.loop.now)
+                return not 0 < len(dead) <= 6  # the first packets pass, of those that could move it from the relay
 
             net.intercept = intercept
             async with await place.client.connect(place.key, timeout=DEADLINE) as connection:
+                on_relay = True
+                assert connection.how == "relayed"
                 await bulk(connection, net.rng.randbytes(SIZE))
                 await asyncio.sleep(15)
                 assert dead

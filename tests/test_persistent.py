@@ -3,7 +3,6 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
 import pytest
 from dht_nodes import PORT, Peer, make_node
@@ -205,10 +204,10 @@ def test_bad_announcements_get_no_answer_and_leave_nothing() -> None:
     async def body(shop: Shop) -> None:
         good = shop.signed(TOPIC)
         bad = [
-            replace(good, signature=None),
-            replace(good, signature=b"\x01" * 64),
-            replace(good, refresh=b"\x01" * 32),  # not what was signed
-            replace(good, peer=PeerRecord(OTHERS[0].public_key)),
+            good._replace(signature=None),
+            good._replace(signature=b"\x01" * 64),
+            good._replace(refresh=b"\x01" * 32),  # not what was signed
+            good._replace(peer=PeerRecord(OTHERS[0].public_key)),
             shop.signed(SELF),  # for another target
             shop.signed(TOPIC, namespace=NS_UNANNOUNCE),
             Announce(),
@@ -223,7 +222,7 @@ def test_bad_announcements_get_no_answer_and_leave_nothing() -> None:
         assert await shop.lookup() is None
         await shop.announce(TOPIC, shop.signed(TOPIC))  # by now the token is another one
         for keys in OTHERS[:2]:
-            forged = replace(shop.signed(TOPIC, keys, namespace=NS_UNANNOUNCE), peer=PeerRecord(KEYS.public_key))
+            forged = shop.signed(TOPIC, keys, namespace=NS_UNANNOUNCE)._replace(peer=PeerRecord(KEYS.public_key))
             await shop.silent(Command.UNANNOUNCE, TOPIC, encode_announce(forged), shop.token)
         assert await shop.lookup() is not None
 
@@ -321,7 +320,7 @@ def test_an_ephemeral_node_stores_nothing_and_says_who_is_closer() -> None:
 def test_verifying_for_strangers_has_its_limit() -> None:
     async def body(shop: Shop) -> None:
         shop.storage._budget = VerifyBudget(host_rate=3 / BURST_SECONDS)
-        forged = encode_announce(replace(shop.signed(TOPIC), signature=b"\x01" * 64))
+        forged = encode_announce(shop.signed(TOPIC)._replace(signature=b"\x01" * 64))
         token, good = shop.token, encode_announce(shop.signed(TOPIC))
         peer = shop.peer.rpc
         for _ in range(3):

@@ -4,18 +4,25 @@ import base64
 import json
 from typing import Any
 
+import nacl.exceptions
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pclaude.errors import WireError
 from p2pclaude.wire import (
+    PAGE_END,
+    PAGE_START,
     UNKNOWN_ID,
+    Cipher,
     LineBuffer,
     LineTooLong,
     Request,
     Response,
     SealError,
+    _OpenSSL,
+    _Sodium,
+    cipher,
     decode_request,
     decode_response,
     dump_json,
@@ -23,6 +30,7 @@ from p2pclaude.wire import (
     encode_response,
     id_of_line,
     load_json,
+    load_page,
     seal,
     seal_json,
     unseal,
@@ -175,3 +183,96 @@ def test_a_line_over_the_cap_is_refused_and_lines_before_it_are_not_lost(chunk: 
         for at in range(0, len(stream), chunk):
             found += buffer.feed(stream[at : at + chunk])
     assert found + caught.value.lines == [b"ok", b"x" * 10]
+
+
+ENVELOPES = [
+    b'{"type":"session-output","seq":1,"timestamp":5,"data":{"type":"x","text":"},\\n]"}}',
+    b'{"type":"message","seq":2,"timestamp":5,"data":"],"}',
+    b'{"type":"session-output","seq":3,"timestamp":5,"data":null}',
+]
+
+
+def page(*envelopes: bytes) -> bytes:
+    """Give an answer to `get-output` as our daemon writes it."""
+    return PAGE_START + b"\n" + b",\n".join(envelopes) + b"\n" + PAGE_END + b'"next":3,"state":"idle"}'
+
+
+def test_a_page_comes_apart_at_its_lines() -> None:
+    """The envelopes are the journal's bytes; what is inside is there for who looks."""
+    for envelopes in (ENVELOPES, ENVELOPES[:1], []):
+        read = load_page(page(*envelopes))
+        assert [line.text for line in read["messages"]] == envelopes
+        assert read == load_json(page(*envelopes)), "it is plain JSON for everybody else"
+        assert [dict(line) for line in read["messages"]] == [json.loads(line) for line in envelopes]
+    outputs = [line.output for line in load_page(page(*ENVELOPES))["messages"]]
+    assert outputs == [b'{"type":"x","text":"},\\n]"}', None, b"null"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"messages":[{"type":"session-output","data":1}]}',
+        b'{"messages": [\n],"next":1}',
+        b'{\n"messages":[]}',
+        page(b'{"type":"session-output","seq":1,"timestamp":5,"data":{\t}}'),
+        b"[]",
+    ],
+)
+def test_another_daemons_page_is_read_as_json(text: bytes) -> None:
+    assert load_page(text) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\n",
+        PAGE_START + b"\n",
+        PAGE_START + b"\n" + PAGE_END,
+        page(b'{"type":"session-output","seq":1,"timestamp":5,"data":"\x1b[2J"}'),
+        page(b'{"type":"session-output","seq":1,"timestamp":5,"data":"\x00"}'),
+    ],
+)
+def test_a_page_that_is_none_is_refused(text: bytes) -> None:
+    with pytest.raises(WireError):
+        load_page(text)
+
+
+def test_what_is_wrong_in_an_envelope_is_said_when_it_is_read() -> None:
+    for text in (b"{", b"[]", b"1", b'{"type":"session-output","seq":1,"timestamp":5,"data":'):
+        (line,) = load_page(page(text))["messages"]
+        assert line.output is None
+        with pytest.raises(WireError):
+            line.get("type")
+
+
+@pytest.mark.parametrize("kind", [_Sodium, _OpenSSL])
+def test_both_ciphers_are_the_same(kind: type[Cipher]) -> None:
+    """What one seals the other opens, and neither opens what was touched."""
+    own, nonce = kind(), bytes(range(12))
+    for other in (_Sodium(), _OpenSSL()):
+        for text in (b"", b"x" * 100_000):
+            sealed = own.encrypt(KEY, nonce, text)
+            assert other.decrypt(KEY, nonce, sealed) == text
+            with pytest.raises(ValueError, match="tag"):
+                other.decrypt(KEY, nonce, bytes([sealed[0] ^ 1]) + sealed[1:])
+            with pytest.raises(ValueError, match="tag"):
+                other.decrypt(bytes(32), nonce, sealed)
+
+
+def test_without_sodiums_cipher_there_is_openssls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older PyNaCl, or a processor without AES."""
+    cipher.cache_clear()
+    assert isinstance(cipher(), _Sodium)
+    try:
+        for failure in (AttributeError, nacl.exceptions.UnavailableError):
+            cipher.cache_clear()
+
+            def fail(*_: object, failure: type[Exception] = failure) -> bytes:
+                raise failure("not here")
+
+            monkeypatch.setattr("nacl.bindings.crypto_aead_aes256gcm_encrypt", fail)
+            assert isinstance(cipher(), _OpenSSL)
+            assert unseal(KEY, seal(KEY, [1])) == [1]
+    finally:
+        cipher.cache_clear()

@@ -8,6 +8,7 @@ answered at once.
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import os
 import re
@@ -17,9 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from docopt import DocoptExit, docopt
 
@@ -39,6 +38,7 @@ EXIT_IOERR = 74
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 BOOTSTRAP_VARIABLE = "P2P_CLAUDE_BOOTSTRAP"
+_NETWORK = "p2pclaude.cli.network"
 MAX_URL_FILE_BYTES = 1 << 16
 MAX_SECONDS = 1e9
 
@@ -120,15 +120,41 @@ def run(
     execute: Callable[[Options, Console], int],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Run a command and return its exit status.
+    """Run a command and return its exit status, or leave with it at once when the network is loaded.
 
     `parse` checks the arguments (UsageError, DataError); `execute` does the work. Errors are printed here, a closed
     pipe on stdout ends quietly with 0, and SIGINT gives 130.
     """
-    console = Console(name)
+    gc.disable()  # while modules load, which makes much and no garbage; `lean.settle` turns it on
+    try:
+        status = _run(Console(name), usage, parse, execute, sys.argv[1:] if argv is None else list(argv))
+    finally:
+        gc.enable()
+    if argv is None and _NETWORK in sys.modules and not sys.warnoptions:  # whoever wants warnings gets the last ones
+        _leave(status)
+    return status
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process without taking the interpreter apart, which takes as long as a round trip or two."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # closed from the start, or its reader is gone; what there was to say about that is said
+    os._exit(status)
+
+
+def _run(
+    console: Console,
+    usage: str,
+    parse: Callable[[Arguments, Console], Options],
+    execute: Callable[[Options, Console], int],
+    argv: list[str],
+) -> int:
     try:
         try:
-            arguments = parse_arguments(usage, sys.argv[1:] if argv is None else list(argv))
+            arguments = parse_arguments(usage, argv)
             if isinstance(arguments, int):
                 return _flushed(arguments)
             console.verbose = bool(arguments.get("--verbose"))
@@ -240,8 +266,7 @@ def short_usage(usage: str) -> str:
     return usage[usage.index("Usage:") : usage.index("\n\n", usage.index("Usage:"))]
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """The daemon that a command talks to: pairing, bootstrap nodes (None: the public network), timeout in seconds."""
 
     pairing: Pairing
@@ -264,7 +289,7 @@ def read_pairing(argument: str, console: Console) -> Pairing:
     if "://" in argument:
         return parse_url(argument)
     try:
-        with Path(argument).open("rb") as file:
+        with open(argument, "rb") as file:  # noqa: PTH123 (pathlib takes a tool's start some time)
             text = file.read(MAX_URL_FILE_BYTES).decode()
             mode = os.fstat(file.fileno()).st_mode
     except (OSError, ValueError) as error:
@@ -321,11 +346,17 @@ def printable_text(text: str) -> str:
 
 def write_line(line: str | bytes) -> None:
     """Write one line of data to stdout, as UTF-8 whatever the locale, and flush it."""
-    data = line if isinstance(line, bytes) else line.encode("utf-8", "replace")
+    write_lines([line if isinstance(line, bytes) else line.encode("utf-8", "replace")])
+
+
+def write_lines(lines: Sequence[bytes]) -> None:
+    """Write lines of data that are there at once to stdout, and flush it."""
+    if not lines:
+        return
     with _writing():
         if sys.stdout is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        sys.stdout.buffer.write(data + b"\n")
+        sys.stdout.buffer.write(b"\n".join((*lines, b"")))
         sys.stdout.buffer.flush()
 
 

@@ -113,6 +113,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
     max_sessions = parse_count(arguments, "--max-sessions", least=1) or 1
     retain_days = parse_count(arguments, "--retain", least=1)
 
+    from p2pclaude.cli import lean  # noqa: F401 (asyncio is to come through it)
     from p2pclaude.daemon import DaemonOptions
 
     daemon = DaemonOptions(
@@ -154,10 +155,10 @@ def _parse_relay(text: str | None) -> bytes | None:
 
 def execute(options: Options, console: Console) -> int:
     """Serve until a signal, or do what was asked for instead."""
-    import asyncio
-
+    from p2pclaude.cli.lean import asyncio, settle
     from p2pclaude.daemon import pairing_url, rotate, run_daemon
 
+    settle()
     if options.instead == "print-url":
         write_line(pairing_url(options.daemon))
     elif options.instead == "rotate":

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from p2pclaude.cli.common import (
     COMMON_OPTIONS,
@@ -50,8 +49,7 @@ interrupted.
 HEADER = ("SESSION", "STATE", "PID", "CREATED", "DIRECTORY")
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """Whom to ask, and how to print the answer."""
 
     target: Target

@@ -5,7 +5,6 @@ Imported only when the command line is known to be good, because it brings the n
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import stat
@@ -14,7 +13,9 @@ from collections.abc import Awaitable, Callable
 from typing import Self
 
 from p2pclaude.cli.common import Console, Target
+from p2pclaude.cli.lean import asyncio, settle
 from p2pclaude.client import Client, open_client
+from p2pclaude.hintcache import HintCache, cache_directory
 
 
 def run_with_client(target: Target, console: Console, work: Callable[[Client], Awaitable[int]]) -> int:
@@ -23,18 +24,22 @@ def run_with_client(target: Target, console: Console, work: Callable[[Client], A
     Raises what `work` raises; BrokenPipeError as soon as nobody reads stdout any more, KeyboardInterrupt on SIGINT.
     """
 
+    hints = HintCache(cache_directory(os.environ), target.pairing)
+
     async def use_client() -> int:
         async with open_client(
-            target.pairing, bootstrap=target.bootstrap, timeout=target.timeout, note=console.note
+            target.pairing, bootstrap=target.bootstrap, timeout=target.timeout, note=console.note, hints=hints
         ) as client:
             # Within, so that closing the connection is not interrupted.
             return await _until_interrupted(lambda: work(client))
 
+    settle()
     return asyncio.run(use_client())
 
 
 def run_until_interrupted(work: Callable[[], Awaitable[int]]) -> int:
     """Run a coroutine that prints and return its exit status; ends early as `run_with_client` says."""
+    settle()
     return asyncio.run(_until_interrupted(work))
 
 

@@ -80,6 +80,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
     if port is not None and port > 0xFFFF:
         raise UsageError("--port needs a number up to 65535")
 
+    from p2pclaude.cli import lean  # noqa: F401 (asyncio is to come through it)
     from p2pclaude.dhtnode import NodeOptions
 
     node = NodeOptions(
@@ -122,9 +123,10 @@ def _check_address(option: str, text: str | None) -> None:
 
 def execute(options: Options, console: Console) -> int:
     """Run until a signal, or print the key."""
-    import asyncio
-
+    from p2pclaude.cli.lean import asyncio, settle
     from p2pclaude.dhtnode import relay_key, run_node
+
+    settle()
 
     if options.print_key:
         write_line(relay_key(options.node))

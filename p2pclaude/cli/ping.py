@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from p2pclaude.cli.common import COMMON_OPTIONS, Arguments, Console, Target, parse_count, parse_target, run, write_line
 from p2pclaude.errors import ProtocolError
@@ -35,12 +34,11 @@ interrupted.
 INTERVAL_SECONDS = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """Whom to ask, and how often."""
 
     target: Target
-    count: int
+    times: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +65,7 @@ async def _ping(client: Client, options: Options, console: Console) -> int:
     from p2pclaude.client import format_address
 
     clock = asyncio.get_running_loop().time
-    for turn in range(options.count):
+    for turn in range(options.times):
         if turn:
             await asyncio.sleep(INTERVAL_SECONDS)
         stream = await client.connect()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from p2pclaude.cli.common import COMMON_OPTIONS, Arguments, Console, Target, parse_target, printable, run, write_line
 from p2pclaude.errors import UsageError
@@ -35,8 +34,7 @@ are stopped all the same), 69 daemon not found or not reachable, 75 timed out,
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """Which sessions to stop; `sessions` None means all. With `turn` only their turns end."""
 
     target: Target

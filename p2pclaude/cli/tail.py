@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from p2pclaude.cli.common import (
     COMMON_OPTIONS,
@@ -15,7 +14,7 @@ from p2pclaude.cli.common import (
     parse_count,
     parse_target,
     run,
-    write_line,
+    write_lines,
 )
 from p2pclaude.errors import UsageError
 
@@ -51,8 +50,7 @@ key, 130 interrupted.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """Which session, from where on, and in which form."""
 
     target: Target
@@ -121,19 +119,34 @@ def print_state(page: Page) -> None:
     from p2pclaude.wire import dump_json
 
     line = {"type": "state", "state": page.state}
-    write_line(dump_json(line if page.error is None else line | {"error": page.error}))
+    write_lines([dump_json(line if page.error is None else line | {"error": page.error})])
 
 
 def print_messages(envelopes: Iterable[Mapping[str, Any]], form: str) -> None:
-    """Print envelopes in one of the forms data, meta and text, each line flushed."""
-    from p2pclaude.cli.text import render_envelope
+    """Print the envelopes of a page in one of the forms data, meta and text."""
+    from p2pclaude.wire import JsonLine
+
+    text_of = {"data": _data, "meta": _meta, "text": _text}[form]
+    lines: list[bytes] = []
+    for envelope in envelopes:
+        output = envelope.output if form == "data" and isinstance(envelope, JsonLine) else None
+        lines += text_of(envelope) if output is None else (output,)
+    write_lines(lines)
+
+
+def _data(envelope: Mapping[str, Any]) -> Iterable[bytes]:
     from p2pclaude.wire import OUTPUT, dump_json
 
-    for envelope in envelopes:
-        if form == "meta":
-            write_line(dump_json(envelope))
-        elif form == "text":
-            for line in render_envelope(envelope):
-                write_line(line)
-        elif envelope.get("type") == OUTPUT:
-            write_line(dump_json(envelope.get("data")))
+    return (dump_json(envelope.get("data")),) if envelope.get("type") == OUTPUT else ()
+
+
+def _meta(envelope: Mapping[str, Any]) -> Iterable[bytes]:
+    from p2pclaude.wire import JsonLine, dump_json
+
+    return (envelope.text if isinstance(envelope, JsonLine) else dump_json(envelope),)
+
+
+def _text(envelope: Mapping[str, Any]) -> Iterable[bytes]:
+    from p2pclaude.cli.text import render_envelope
+
+    return [line.encode("utf-8", "replace") for line in render_envelope(envelope)]

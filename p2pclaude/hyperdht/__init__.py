@@ -4,6 +4,8 @@ Wire-compatible with the npm package `hyperdht` 6.34. `HyperDHT` is the way in; 
 gives. Every error is a `HyperDHTError`.
 """
 
+from typing import TYPE_CHECKING
+
 from .connection import Connection
 from .constants import MAX_VALUE_BYTES, ErrorCode
 from .crypto import KeyPair
@@ -24,21 +26,40 @@ from .errors import (
     Timeout,
     TooFewNodes,
 )
-from .messages import Peer
-from .relayserver import (
-    ClientConnected,
-    ClientGone,
-    ClientRefused,
-    LinkClosed,
-    LinkOpened,
-    LinkRefused,
-    RelayEvent,
-    RelayLimits,
-    RelayServer,
-)
 from .requests import Reply
-from .server import Server
-from .storage import LookupResult, MutableRecord
+
+if TYPE_CHECKING:
+    from .messages import Peer
+    from .relayserver import (
+        ClientConnected,
+        ClientGone,
+        ClientRefused,
+        LinkClosed,
+        LinkOpened,
+        LinkRefused,
+        RelayEvent,
+        RelayLimits,
+        RelayServer,
+    )
+    from .server import Server
+    from .storage import LookupResult, MutableRecord
+
+_LATER = {
+    "messages": ("Peer",),
+    "relayserver": (
+        "ClientConnected",
+        "ClientGone",
+        "ClientRefused",
+        "LinkClosed",
+        "LinkOpened",
+        "LinkRefused",
+        "RelayEvent",
+        "RelayLimits",
+        "RelayServer",
+    ),
+    "server": ("Server",),
+    "storage": ("LookupResult", "MutableRecord"),
+}  # what a client that only connects never needs is loaded when it is first named
 
 __all__ = [
     "MAX_VALUE_BYTES",
@@ -75,3 +96,14 @@ __all__ = [
     "Timeout",
     "TooFewNodes",
 ]
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    for module, names in _LATER.items():
+        if name in names:
+            value: object = getattr(import_module(f".{module}", __name__), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,8 +7,7 @@ already under way. Source of the string forms and of the public network: dht-rpc
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from ipaddress import AddressValueError, IPv4Address
+from socket import AF_INET, inet_pton
 from typing import Final
 
 from .encoding import Address
@@ -25,20 +24,22 @@ RESOLVE_AGAIN: Final = 600.0  # after success
 RESOLVE_RETRY: Final = 20.0  # after failure
 
 
-@dataclass(slots=True)
 class _Entry:
-    address: Address | None  # given as numbers
-    name: str | None  # to look up, if there is no address or it does not answer
-    port: int
-    resolved: Address | None = None
-    next_try: float = 0.0
+    __slots__ = ("address", "name", "next_try", "port", "resolved")
+
+    def __init__(self, address: Address | None, name: str | None, port: int) -> None:
+        self.address = address  # given as numbers
+        self.name = name  # to look up, if there is no address or it does not answer
+        self.port = port
+        self.resolved: Address | None = None
+        self.next_try = 0.0
 
 
 def is_ipv4(host: str) -> bool:
     """Tell whether a host is an IPv4 address in dotted form."""
     try:
-        IPv4Address(host)
-    except AddressValueError:
+        inet_pton(AF_INET, host)
+    except (OSError, ValueError):
         return False
     return True
 
@@ -61,10 +62,19 @@ def parse_node(node: Address | str) -> tuple[str | None, str | None, int]:
 
 
 class Bootstrap:
-    """The bootstrap nodes of one DHT node; `resolve` looks up a host name and may raise OSError."""
+    """The bootstrap nodes of one DHT node, and others `remembered` from an earlier life.
 
-    def __init__(self, nodes: Sequence[Address | str], resolve: Callable[[str], Awaitable[str]]) -> None:
+    `resolve` looks up a host name and may raise OSError.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Address | str],
+        resolve: Callable[[str], Awaitable[str]],
+        remembered: Sequence[Address] = (),
+    ) -> None:
         self._resolve = resolve
+        self._remembered = remembered
         self._task: asyncio.Task[None] | None = None
         self._entries = []
         for node in nodes:
@@ -77,7 +87,7 @@ class Bootstrap:
     def known(self) -> list[Address]:
         """Return the addresses that need no lookup, or had it."""
         found = [address for e in self._entries for address in (e.address, e.resolved) if address is not None]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys((*found, *self._remembered)))
 
     def lookup(self, *, fallbacks: bool) -> asyncio.Task[None] | None:
         """Begin to look up the names due, or join the lookup under way; None if there is nothing to look up.

@@ -1,97 +1,64 @@
 """A client's way to a server: find it, shake hands through a relay, open the stream (ring 2).
 
-    FIND_PEER -> nodes that know the server -> handshake through two of them at a time -> the server's addresses
-    -> pings and hole punching -> the stream, on whichever path the server's first packet arrives
+    FIND_PEER -> nodes that know the server -> handshake (`handshaking`) -> the server's addresses -> pings and hole
+    punching -> the stream, on whichever path the server's first packet arrives
 
-A connection is handed out when the server's first bytes have arrived and decrypted, never before. Source: hyperdht
-lib/connect.js.
+A connection is handed out when the server's first bytes have arrived and decrypted, never before; the own first bytes
+may leave earlier, with the first packet on every path. Source: hyperdht lib/connect.js.
 """
+
+from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass
-from ipaddress import IPv4Address
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from .connection import Connection
-from .constants import TOKEN_BYTES, Command, Firewall, HandshakeError, InternalCommand, Mode
+from .constants import TOKEN_BYTES, Firewall, InternalCommand
 from .crypto import KeyPair
 from .crypto import hash as blake2b
-from .encoding import Address
-from .endpoint import Socket
+from .encoding import Address, ipv4_number
 from .errors import (
     ConnectionClosed,
-    DecodeError,
-    HandshakeFailed,
     HolepunchError,
     HyperDHTError,
     PeerConnectionFailed,
-    PeerNotFound,
     Timeout,
     TryLater,
 )
-from .handshakes import (
-    Handshake,
-    NoisePayload,
-    RelayThrough,
-    UdxInfo,
-    decode_handshake,
-    decode_noise_payload,
-    encode_handshake,
-    encode_noise_payload,
-)
-from .holepunch import RELAYED_RETRIES, ClientHolepunch, Secrets
-from .node import Node
+from .handshakes import NoisePayload, RelayThrough, UdxInfo, encode_noise_payload
+from .handshaking import Handshaking, Shaken
 from .noise import NoiseIK
 from .paths import Paths
-from .puncher import Puncher
-from .query import Query
-from .relay import open_link
 from .tasks import cancel_all
 
 if TYPE_CHECKING:
     from .dht import HyperDHT
+    from .puncher import Puncher
 
 log = logging.getLogger(__name__)
 
-PARALLEL_HANDSHAKES: Final = 3
-HANDSHAKES: Final = 3  # through all relays, while answers get lost
-LOOKUPS: Final = 3  # while answers get lost
-ENOUGH_RELAYS: Final = 3  # as many as a server has
 PATH_TIMEOUT: Final = 10.0  # as long as a server keeps the stream of a handshake
 LAST_CHANCE: Final = 1.0
+NEAR_HEAD_START: Final = 0.02  # seconds for the first packet to reach a neighbour, before a hole is punched to it
+RESERVED: Final = ipv4_number("240.0.0.0")  # and above
 MAX_PUNCHES: Final = 3
 TRY_LATER_PAUSE: Final = (2.0, 4.0)  # seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Shaken:
-    """A handshake that is through."""
-
-    noise: NoiseIK
-    payload: NoisePayload
-    relay_address: Address
-    server_address: Address
-    client_address: Address
-    socket: Socket
-
-    @property
-    def relayed(self) -> bool:
-        """Whether another node passed the handshake on."""
-        return self.server_address != self.relay_address
-
-
 async def connect(
-    dht: "HyperDHT",
+    dht: HyperDHT,
     public_key: bytes,
     key_pair: KeyPair,
     relay_addresses: Sequence[Address],
     relay_through: bytes | None,
+    early_data: bytes,
     timeout: float,
 ) -> Connection:
     """Connect within `timeout` seconds, in several attempts if NATs make it a matter of luck.
 
+    `early_data` are the first bytes of every attempt's stream.
     Raises PeerNotFound, PeerConnectionFailed, HandshakeFailed, HolepunchError, Timeout, Suspended or Destroyed: the
     true cause. Nothing of a failed attempt is left behind.
     """
@@ -103,7 +70,9 @@ async def connect(
         async with asyncio.timeout(timeout):
             while True:
                 try:
-                    attempt = Attempt(dht, public_key, key_pair, relay_addresses, relay_through, avoid, latest)
+                    attempt = Attempt(
+                        dht, public_key, key_pair, relay_addresses, relay_through, early_data, avoid, latest
+                    )
                     return await attempt.run()
                 except TryLater as error:
                     cause = error
@@ -121,54 +90,17 @@ async def connect(
         raise Timeout(f"not connected after {timeout:g} seconds") from error
 
 
-class RelaySearch:
-    """Finds the nodes that know a peer; the search begins with the first `next`."""
-
-    def __init__(self, node: Node, target: bytes) -> None:
-        self._node = node
-        self._target = target
-        self._found: set[Address] = set()
-        self._lookups = 1
-        self._query = self._look_up()
-
-    @property
-    def is_lossy(self) -> bool:
-        """Whether an answer of the last lookup got lost."""
-        return self._query.resends > 0
-
-    def _look_up(self) -> Query:
-        return self._node.query(Command.FIND_PEER, self._target, retries=3)
-
-    async def next(self) -> Address | None:
-        """Return another node that knows the peer, None when there is none.
-
-        Looks again when answers got lost: nodes that know the peer are few, and theirs may be among them.
-        """
-        while True:
-            async for reply in self._query:
-                if reply.value is not None and reply.error == 0 and reply.source not in self._found:
-                    self._found.add(reply.source)
-                    return reply.source
-            if not self._query.resends or len(self._found) >= ENOUGH_RELAYS or self._lookups == LOOKUPS:
-                return None
-            self._lookups += 1
-            self._query = self._look_up()
-
-    def cancel(self) -> None:
-        """End the search."""
-        self._query.cancel()
-
-
 class Attempt:
     """One handshake and the search for a path; `run` it once. The relay it took is added to `avoid`."""
 
     def __init__(
         self,
-        dht: "HyperDHT",
+        dht: HyperDHT,
         public_key: bytes,
         key_pair: KeyPair,
         relay_addresses: Sequence[Address],
         relay_through: bytes | None,
+        early_data: bytes,
         avoid: set[Address],
         latest: float,
     ) -> None:
@@ -179,6 +111,7 @@ class Attempt:
         self._relay_through = (
             None if relay_through is None else RelayThrough(relay_through, dht.rng.randbytes(TOKEN_BYTES))
         )
+        self._early_data = early_data
         self._avoid = avoid
         self._noise = NoiseIK.initiator(key_pair, public_key, KeyPair.generate(dht.rng))
         self._stream = dht.endpoint.streams.create()
@@ -197,43 +130,30 @@ class Attempt:
     async def run(self) -> Connection:
         """Return the connection, open; raises as `connect` does, but knows no deadline."""
         try:
-            shaken = await self._shake_hands()
+            handshaking = Handshaking(self._dht, self._public_key, self._noise, self._hints(), self._avoid)
+            shaken = await handshaking.run(encode_noise_payload(self._payload()))
             self._avoid.add(shaken.relay_address)
             await self._open(shaken)
         except BaseException:
             self._connection.abort()
             raise
-        self._dht.remember_relays(self._public_key, shaken.payload.relay_addresses or (shaken.relay_address,))
+        self._remember(shaken)
         return self._connection
 
-    # Handshake
-
-    async def _shake_hands(self) -> Shaken:
-        """Return the first valid handshake that any relay brings back."""
-        message = self._noise.write_message(encode_noise_payload(self._payload()))
-        failures: list[HyperDHTError] = []
-        for _ in range(HANDSHAKES):
-            search = RelaySearch(self._dht.node, self._target)
-            try:
-                shaken = await self._first_of(message, search, self._known_relays(), failures)
-            finally:
-                search.cancel()
-            if shaken is not None:
-                return shaken
-            if not search.is_lossy or not failures or not all(isinstance(failure, Timeout) for failure in failures):
-                break
-        if refusals := [failure for failure in failures if isinstance(failure, HandshakeFailed)]:
-            raise refusals[0]
-        if failures:
-            raise PeerConnectionFailed("the peer is announced but did not answer its handshake") from failures[-1]
-        raise PeerNotFound("no node of the DHT knows the peer")
-
-    def _known_relays(self) -> tuple[Address, ...]:
-        if self._relay_addresses:
-            return tuple(self._relay_addresses)
+    def _hints(self) -> tuple[Address, ...]:
+        """Return the nodes that may know the server, or be it."""
         forward = self._dht.router.get(self._target, asyncio.get_running_loop().time())
         own = () if forward is None or forward.relay is None else (forward.relay,)
-        return own + self._dht.remembered_relays(self._public_key)
+        return (*self._relay_addresses, *own, *self._dht.remembered_relays(self._public_key))
+
+    def _remember(self, shaken: Shaken) -> None:
+        """Keep what led to the server, and where it answers by itself: at an address that it names and we see."""
+        seen = self._connection.remote_address
+        named = [address for address in shaken.payload.addresses4 if seen is not None and address[0] == seen[0]]
+        direct = named[:1] if shaken.relayed else [shaken.relay_address]
+        self._dht.remember_relays(
+            self._public_key, (*direct, *(shaken.payload.relay_addresses or (shaken.relay_address,)))
+        )
 
     def _payload(self) -> NoisePayload:
         return NoisePayload(
@@ -244,63 +164,6 @@ class Attempt:
             relay_through=self._relay_through,
         )
 
-    async def _first_of(
-        self, message: bytes, search: "RelaySearch", known: Sequence[Address], failures: list[HyperDHTError]
-    ) -> Shaken | None:
-        """Shake hands through `known` relays and those a search finds, a few at a time, until one succeeds."""
-        waiting: list[Address] = sorted(known, key=self._avoid.__contains__)
-        tried: set[Address] = set()
-        running: list[asyncio.Task[Shaken]] = []  # in order, so that a simulation replays
-        finding: asyncio.Task[Address | None] | None = asyncio.create_task(search.next())
-        try:
-            while True:
-                # A relay that led nowhere before is asked when no other one is to be had.
-                while waiting and len(running) < PARALLEL_HANDSHAKES and (waiting[0] not in self._avoid or not finding):
-                    relay = waiting.pop(0)
-                    if relay not in tried:
-                        tried.add(relay)
-                        running.append(asyncio.create_task(self._shake_hands_through(relay, message)))
-                pending = [*running] if finding is None else [*running, finding]
-                if not pending:
-                    return None
-                await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                if finding is not None and finding.done():
-                    found = finding.result()
-                    finding = None if found is None else asyncio.create_task(search.next())
-                    waiting.extend(() if found is None else (found,))
-                    waiting.sort(key=self._avoid.__contains__)
-                for task in [task for task in running if task.done()]:
-                    running.remove(task)
-                    if (error := task.exception()) is None:
-                        return task.result()
-                    if not isinstance(error, HyperDHTError):
-                        raise error
-                    failures.append(error)
-        finally:
-            cancel_all((*running, *(() if finding is None else (finding,))))
-
-    async def _shake_hands_through(self, relay: Address, message: bytes) -> Shaken:
-        reply = await self._dht.node.rpc.request(
-            relay,
-            Command.PEER_HANDSHAKE,
-            target=self._target,
-            value=encode_handshake(Handshake(Mode.FROM_CLIENT, message)),
-            retries=RELAYED_RETRIES,
-        )
-        try:
-            answer = decode_handshake(reply.value or b"")
-            if answer.mode != Mode.REPLY:
-                raise DecodeError("not a handshake's reply")
-            noise = self._noise.copy()  # a bad reply must not spoil the attempt for the good one
-            payload = decode_noise_payload(noise.read_message(answer.noise))
-        except DecodeError as error:
-            raise PeerConnectionFailed("a node brought back no valid handshake") from error
-        if payload.version != 1:
-            raise HandshakeFailed(f"the peer speaks version {payload.version} of the handshake")
-        if payload.error != HandshakeError.NONE or payload.udx is None:
-            raise HandshakeFailed(f"the peer refused the handshake (error {payload.error})")
-        return Shaken(noise, payload, relay, answer.peer_address or relay, reply.to, reply.socket)
-
     # Paths
 
     async def _open(self, shaken: Shaken) -> None:
@@ -310,11 +173,14 @@ class Attempt:
         paths.remote_id = shaken.payload.udx.id
         if paths.early is not None:
             paths.take(*paths.early)
-        self._connection.start(shaken.noise)
-        puncher = await self._make_puncher(shaken)
+        self._connection.start(shaken.noise, self._early_data)
         candidates = self._candidates(shaken)
-        if puncher is None and paths.early is None:
+        if paths.early is None:
             paths.take(shaken.socket, candidates[0])  # nothing to lose by sending at once
+        if shaken.relayed and _is_near(shaken) and await self._opens_within(NEAR_HEAD_START):
+            self._dht.node.spawn(self._settle(None, ()))
+            return
+        puncher = await self._make_puncher(shaken)
         probes = [asyncio.create_task(self._probe(candidate)) for candidate in candidates if shaken.relayed]
         efforts = [asyncio.create_task(effort) for effort in self._efforts(shaken, puncher)]
         try:
@@ -328,6 +194,14 @@ class Attempt:
         finally:
             cancel_all(probes)
         self._dht.node.spawn(self._settle(puncher, efforts))
+
+    async def _opens_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._connection.wait_opened()
+        except (TimeoutError, ConnectionClosed):
+            return False  # `_wait_opened` says why
+        return True
 
     def _efforts(self, shaken: Shaken, puncher: Puncher | None) -> Iterator[Coroutine[Any, Any, None]]:
         """Yield what may lead to a path; it has failed when the last of them ends."""
@@ -371,6 +245,8 @@ class Attempt:
         holepunch = shaken.payload.holepunch
         if not shaken.relayed or self._open_address is not None or holepunch is None or not holepunch.relays:
             return None
+        from .puncher import Puncher  # here and below: most connections need no hole
+
         puncher = Puncher(
             self._dht.node, self._dht.rng, self._dht.throttle, is_initiator=True, on_path=self._paths.hear_probe
         )
@@ -378,6 +254,8 @@ class Attempt:
         return puncher
 
     async def _punch(self, shaken: Shaken, puncher: Puncher) -> None:
+        from .holepunch import ClientHolepunch, Secrets
+
         assert shaken.payload.holepunch is not None
         holepunch = ClientHolepunch(
             self._dht,
@@ -390,15 +268,15 @@ class Attempt:
             server_address=shaken.server_address,
         )
         try:
-            await self._run_holepunch(holepunch)
+            await self._run_holepunch(holepunch.run)
         finally:
             if not self._connection.opened:
                 self._dht.node.spawn(holepunch.give_up())
 
-    async def _run_holepunch(self, holepunch: ClientHolepunch) -> None:
+    async def _run_holepunch(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:
             try:
-                return await holepunch.run()
+                return await run()
             except TryLater:
                 if not self._paths.on_relay:  # else there is time
                     raise
@@ -406,6 +284,8 @@ class Attempt:
 
     async def _link(self, through: RelayThrough, *, is_initiator: bool) -> None:
         """Meet the server at a blind relay, and give it time to show that it is there."""
+        from .relay import open_link
+
         link = await open_link(self._dht, through.public_key, through.token, is_initiator, self._stream)
         self._paths.use_relay(link)
         await asyncio.sleep(PATH_TIMEOUT)
@@ -424,18 +304,20 @@ class Attempt:
         if not shaken.relayed:
             return [shaken.server_address]
         candidates: list[Address] = []
-        if shaken.client_address[0] == shaken.server_address[0]:  # behind the same NAT, or on the same host
-            local = [address for address in named if not IPv4Address(address[0]).is_reserved]
+        if _is_near(shaken):
+            local = [address for address in named if ipv4_number(address[0]) < RESERVED]
             candidates += sorted(local, key=self._distance)
         elif shaken.payload.firewall == Firewall.OPEN:
+            from ipaddress import IPv4Address
+
             candidates += [address for address in named if IPv4Address(address[0]).is_global]
         return list(dict.fromkeys([*candidates, shaken.server_address]))
 
     def _distance(self, address: Address) -> int:
         """Return how far an address is from ours: a small number for one in the same network."""
-        theirs = int(IPv4Address(address[0]))
+        theirs = ipv4_number(address[0])
         own = self._dht.node.endpoint.network.interfaces()
-        return min((theirs ^ int(IPv4Address(host)) for host in own), default=theirs)
+        return min((theirs ^ ipv4_number(host) for host in own), default=theirs)
 
     async def _probe(self, address: Address) -> None:
         """Move to an address that answers a ping while nothing has arrived on the present one."""
@@ -445,3 +327,8 @@ class Attempt:
             return
         if not self._stream.acknowledged:
             self._paths.take(reply.socket, address)
+
+
+def _is_near(shaken: Shaken) -> bool:
+    """Tell whether both sides show the same host to the world: behind the same NAT, or on one machine."""
+    return shaken.client_address[0] == shaken.server_address[0]

@@ -110,10 +110,10 @@ class Connection:
         Raises ConnectionClosed when the connection broke, once everything received before is read.
         """
         while not self._chunks:
+            if self._eof:  # first, for a peer that ended its side and then left without waiting
+                return b""
             if self._error is not None:
                 raise self._error
-            if self._eof:
-                return b""
             self._readable.clear()
             await self._readable.wait()
         data = self._chunks.popleft()
@@ -220,6 +220,16 @@ class Connection:
             self._finish(ConnectionClosed("the connection was broken off on this side"))
             self._stream.destroy()
 
+    def leave(self) -> None:
+        """End the own side and go, without waiting to hear that the peer knows.
+
+        For who has the answer to all that was written: what the peer would still send is lost.
+        """
+        if not self.closed:
+            self._end()
+            self._stream.flush()
+            self.abort()
+
     async def wait_closed(self) -> None:
         """Wait until the connection has ended or broken."""
         await self._closed.wait()
@@ -265,10 +275,12 @@ class Connection:
         if not self.opened:
             raise self._error or ConnectionClosed("the connection ended before it was open")
 
-    def start(self, noise: NoiseIK) -> None:
-        """Begin with the keys of a complete handshake: sends the header and opens what came early."""
+    def start(self, noise: NoiseIK, early_data: bytes = b"") -> None:
+        """Begin with the keys of a complete handshake: sends the header and first bytes, opens what came early."""
         self._secret = SecretStream(self.is_initiator, noise.handshake_hash, noise.tx_key, noise.rx_key, self._rng)
         self._write_raw(self._secret.header())
+        if early_data:
+            self._send(early_data)
         early, self._early = self._early, []
         for data in early:
             self.data_received(data)

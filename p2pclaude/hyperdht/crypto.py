@@ -6,7 +6,6 @@ thin bindings (one-shot tools start in a fraction of a second: no heavier import
 """
 
 import random
-from dataclasses import dataclass, field
 from hashlib import blake2b, sha512
 from typing import Final
 
@@ -55,19 +54,28 @@ NS_RESPONDER: Final = namespace("hyperswarm/secret-stream", 1)
 NS_SEND: Final = namespace("hyperswarm/secret-stream", 2)
 
 
-@dataclass(frozen=True, slots=True)
 class KeyPair:
     """An Ed25519 key pair: `public_key` of 32 bytes, `secret_key` of 64 (seed, then public key).
 
     Its repr shows neither the secret nor the public key: both would end in logs.
     """
 
-    public_key: bytes = field(repr=False)
-    secret_key: bytes = field(repr=False)
+    __slots__ = ("public_key", "secret_key")
 
-    def __post_init__(self) -> None:
-        if len(self.public_key) != KEY_BYTES or len(self.secret_key) != SEED_BYTES + KEY_BYTES:
+    def __init__(self, public_key: bytes, secret_key: bytes) -> None:
+        if len(public_key) != KEY_BYTES or len(secret_key) != SEED_BYTES + KEY_BYTES:
             raise ValueError("a public key has 32 bytes, a secret key 64")
+        self.public_key: Final = public_key
+        self.secret_key: Final = secret_key
+
+    def __repr__(self) -> str:
+        return "KeyPair()"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeyPair) and other.secret_key == self.secret_key
+
+    def __hash__(self) -> int:
+        return self.secret_key.__hash__()
 
     @classmethod
     def from_seed(cls, seed: bytes) -> "KeyPair":

@@ -6,11 +6,14 @@ One object is one node of the DHT: it finds peers and connects to them, serves, 
         connection = await dht.connect(public_key)
 """
 
+from __future__ import annotations
+
 import asyncio
 import random
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
-from typing import Final, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Final, Self
 
 from .bootstrap import PUBLIC_NODES
 from .connect import connect
@@ -21,14 +24,16 @@ from .encoding import Address
 from .endpoint import Endpoint, Network
 from .errors import Destroyed, HyperDHTError, Suspended
 from .node import Node
-from .persistent import Persistent
-from .puncher import PunchThrottle
 from .records import ForwardStore
-from .requests import IncomingRequest, Reply
 from .router import Router
-from .server import Allow, OnConnection, Server
-from .storage import LookupResult, MutableRecord, Storage
 from .udp import UdpNetwork
+
+if TYPE_CHECKING:
+    from .persistent import Persistent
+    from .puncher import PunchThrottle
+    from .requests import IncomingRequest, Reply
+    from .server import Allow, OnConnection, Server
+    from .storage import LookupResult, MutableRecord, Storage
 
 CONNECT_TIMEOUT: Final = 20.0
 DESTROY_TIMEOUT: Final = 5.0
@@ -41,7 +46,8 @@ class HyperDHT:
     """A node of the DHT, with servers and connections on it.
 
     `bootstrap` lists the nodes to begin with: pairs of host and port, or strings `host:port`; None is the public
-    network, an empty list a network of one's own. `ephemeral` False makes the node store for others at once, True
+    network, an empty list a network of one's own. `remembered` are nodes that answered in an earlier life, which
+    `latest_nodes` gave; they are asked beside those. `ephemeral` False makes the node store for others at once, True
     never, None once it has proved stable and reachable. When `port` is taken, one of the next ones is used and then
     any, unless `any_port` is False. `public_address` is for a host that knows where it is reached and that no firewall
     stands before. `network` and `rng` are for simulations.
@@ -51,6 +57,7 @@ class HyperDHT:
         self,
         *,
         bootstrap: Sequence[Address | str] | None = None,
+        remembered: Sequence[Address] = (),
         host: str = "0.0.0.0",
         port: int = DEFAULT_PORT,
         any_port: bool = True,
@@ -72,6 +79,7 @@ class HyperDHT:
             self.endpoint,
             self.rng,
             bootstrap=PUBLIC_NODES if bootstrap is None else bootstrap,
+            remembered=remembered,
             host=host,
             port=port,
             any_port=any_port,
@@ -79,19 +87,36 @@ class HyperDHT:
             firewalled=public_address is None,
             public_address=public_address,
         )
-        self.throttle = PunchThrottle()
-        """Keeps random hole punching rare."""
         self.servers: list[Server] = []
         """The servers that listen on this node."""
         self.handlers: set[asyncio.Task[None]] = set()
         """The tasks that serve connections, those of closed servers included."""
-        self._persistent = Persistent(self.node, self.router, self.rng)
-        self._storage = Storage(self.node, self._persistent)
         self._relays: OrderedDict[bytes, tuple[Address, ...]] = OrderedDict()
         self._suspended = False
         self._destroyed = False
         self.node.on_request = self._handle_request
         self.node.on_network_change.append(self.refresh)
+
+    # What a client that only connects never needs is loaded when it is first used.
+
+    @cached_property
+    def throttle(self) -> PunchThrottle:
+        """Keeps random hole punching rare."""
+        from .puncher import PunchThrottle
+
+        return PunchThrottle()
+
+    @cached_property
+    def _persistent(self) -> Persistent:
+        from .persistent import Persistent
+
+        return Persistent(self.node, self.router, self.rng)
+
+    @cached_property
+    def _storage(self) -> Storage:
+        from .storage import Storage
+
+        return Storage(self.node, self._persistent)
 
     @classmethod
     def bootstrapper(
@@ -215,6 +240,10 @@ class HyperDHT:
         """The port of the server socket."""
         return self._server_address()[1]
 
+    def latest_nodes(self, count: int) -> tuple[Address, ...]:
+        """Return up to `count` nodes of the network, the last heard of first."""
+        return tuple(node.address for node in self.node.table.latest(count))
+
     def own_addresses(self) -> tuple[Address, ...]:
         """Return where this node may be reached: its public address if it is open, then those of its interfaces."""
         host, port = self._server_address()
@@ -240,6 +269,8 @@ class HyperDHT:
         that a stranger does not learn that there is a server. `relay_through` is the public key of a blind relay where
         clients meet the server while no direct way is found.
         """
+        from .server import Server
+
         self.check_usable()
         return Server(self, on_connection, allow, relay_through)
 
@@ -250,30 +281,34 @@ class HyperDHT:
         key_pair: KeyPair | None = None,
         relay_addresses: Sequence[Address] = (),
         relay_through: bytes | None = None,
+        early_data: bytes = b"",
         timeout: float = CONNECT_TIMEOUT,
     ) -> Connection:
         """Connect to the server with that public key.
 
-        `relay_addresses` are DHT nodes said to know it, tried first. `relay_through` is the public key of a blind relay
-        to meet at while no direct way is found; a server that names one itself needs none here. Returns when the
-        server's first bytes have arrived. Raises PeerNotFound, PeerConnectionFailed, HandshakeFailed, HolepunchError,
-        Timeout, Suspended, Destroyed: the cause; ValueError for a key of another length than 32 bytes, DecodeError for
-        32 that are no key.
+        `relay_addresses` are DHT nodes said to know it, or its own address, tried while others are searched for.
+        `early_data` are the first bytes to send: they leave with the first packet instead of waiting for the server's.
+        When a path fails they are sent again on a new connection, so they must be harmless twice. `relay_through` is
+        the public key of a blind relay to meet at while no direct way is found; a server that names one itself needs
+        none here. Returns when the server's first bytes have arrived. Raises PeerNotFound, PeerConnectionFailed,
+        HandshakeFailed, HolepunchError, Timeout, Suspended, Destroyed: the cause; ValueError for a key of another
+        length than 32 bytes, DecodeError for 32 that are no key.
         """
         if len(public_key) != KEY_BYTES:
             raise ValueError(f"a public key has {KEY_BYTES} bytes")
         self.check_usable()
-        return await connect(self, public_key, key_pair or self.key_pair, relay_addresses, relay_through, timeout)
+        own = key_pair or self.key_pair
+        return await connect(self, public_key, own, relay_addresses, relay_through, early_data, timeout)
 
     def remember_relays(self, public_key: bytes, relays: Sequence[Address]) -> None:
-        """Keep the nodes that led to a server, for the next time."""
+        """Keep the nodes that led to a server, and its own address if it has one, for the next time."""
         self._relays[public_key] = tuple(relays)
         self._relays.move_to_end(public_key)
         while len(self._relays) > MAX_REMEMBERED_PEERS:
             self._relays.popitem(last=False)
 
     def remembered_relays(self, public_key: bytes) -> tuple[Address, ...]:
-        """Return the nodes that led to a server the last time."""
+        """Return the nodes that led to a server the last time, and its own address if it has one."""
         return self._relays.get(public_key, ())
 
     # Records
@@ -332,4 +367,4 @@ class HyperDHT:
             raise Suspended("the node is suspended")
 
     def _handle_request(self, request: IncomingRequest) -> bool:
-        return self.router.handle(request) or self._persistent.handle(request)
+        return self.router.handle(request) or (not self.node.ephemeral and self._persistent.handle(request))

@@ -50,6 +50,11 @@ def ipv4(address: Address) -> bytes:
     return inet_aton(address[0]) + _U16.pack(address[1])
 
 
+def ipv4_number(host: str) -> int:
+    """Return a dotted IPv4 host as the number it stands for."""
+    return int.from_bytes(inet_aton(host))
+
+
 def ipv6(address: Address) -> bytes:
     """Encode an IPv6 address: sixteen octets in network order, then the port as little-endian u16."""
     return inet_pton(AF_INET6, address[0]) + _U16.pack(address[1])

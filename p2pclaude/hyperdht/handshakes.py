@@ -4,7 +4,7 @@ They are the values of PEER_HANDSHAKE and PEER_HOLEPUNCH requests, and what is e
 hyperdht lib/messages.js, blind-relay lib/messages.js.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .constants import Firewall, HandshakeError, Mode
 from .encoding import Address, Reader, array, buffer, fixed, ipv4, ipv6, uint
@@ -16,8 +16,7 @@ _MAX_UINT32 = 0xFFFFFFFF
 VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Handshake:
+class Handshake(NamedTuple):
     """The value of PEER_HANDSHAKE: a Noise message on one leg of its way."""
 
     mode: int
@@ -58,24 +57,21 @@ def _mode(reader: Reader) -> int:
     return mode
 
 
-@dataclass(frozen=True, slots=True)
-class RelayedPath:
+class RelayedPath(NamedTuple):
     """A relay the server announced itself to, and the server's address as that relay sees it."""
 
     relay_address: Address
     peer_address: Address
 
 
-@dataclass(frozen=True, slots=True)
-class HolepunchInfo:
+class HolepunchInfo(NamedTuple):
     """How to reach the server for hole punching: its slot's id and the relays."""
 
     id: int
     relays: tuple[RelayedPath, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class UdxInfo:
+class UdxInfo(NamedTuple):
     """The sender's end of the stream to come."""
 
     reusable_socket: bool
@@ -83,16 +79,14 @@ class UdxInfo:
     seq: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RelayThrough:
+class RelayThrough(NamedTuple):
     """A blind relay to meet at, and the token to meet under."""
 
     public_key: bytes
     token: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class NoisePayload:
+class NoisePayload(NamedTuple):
     """What a handshake's Noise message carries; with another `version` than 1 nothing else is set."""
 
     error: int = HandshakeError.NONE
@@ -192,8 +186,7 @@ def _read_relay_through(reader: Reader) -> RelayThrough:
     return RelayThrough(reader.fixed(32), reader.fixed(32))
 
 
-@dataclass(frozen=True, slots=True)
-class Holepunch:
+class Holepunch(NamedTuple):
     """The value of PEER_HOLEPUNCH: an encrypted `HolepunchPayload` on one leg of its way."""
 
     mode: int
@@ -217,8 +210,7 @@ def decode_holepunch(data: bytes) -> Holepunch:
     return Holepunch(mode, reader.uint(), reader.buffer(), reader.ipv4() if flags & 1 else None)
 
 
-@dataclass(frozen=True, slots=True)
-class HolepunchPayload:
+class HolepunchPayload(NamedTuple):
     """One round of hole punching: what a side knows of its own NAT and of the other's address."""
 
     error: int = HandshakeError.NONE
@@ -276,8 +268,7 @@ def decode_holepunch_payload(data: bytes) -> HolepunchPayload:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class RelayPair:
+class RelayPair(NamedTuple):
     """Blind relay: link the stream `id` with whoever names the same `token`."""
 
     is_initiator: bool

@@ -12,8 +12,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from .constants import Command, Firewall, HandshakeError, Mode
 from .crypto import HolepunchBox, keyed_hash
@@ -29,7 +28,7 @@ from .handshakes import (
     encode_holepunch_payload,
 )
 from .puncher import Puncher
-from .requests import IncomingRequest
+from .requests import RELAYED_RETRIES, IncomingRequest
 from .router import Answer
 from .tasks import cancel_all
 
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RELAYED_RETRIES: Final = 6  # on the way client, relay, server and back a packet may get lost four times
 SECRET_BYTES: Final = 32
 MAX_WAYS: Final = 3  # relays that a round is sent through
 SINGLE_PAUSE: Final = 0.5  # seconds at least before a round that must not be repeated without need is repeated
@@ -71,8 +69,7 @@ class Secrets:
         return keyed_hash(address[0].encode(), self._token_secret)
 
 
-@dataclass(frozen=True, slots=True)
-class RoundReply:
+class RoundReply(NamedTuple):
     """What came back for a round: the payload, the server's address as the relay saw it, and the relay."""
 
     payload: HolepunchPayload

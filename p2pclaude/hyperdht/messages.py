@@ -5,7 +5,7 @@ have codecs of their own here; those of the connection handshake stand in `hands
 """
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .constants import REQUEST_ID, RESPONSE_ID, ErrorCode
 from .encoding import Address, Reader, array, buffer, fixed, ipv4, string, uint
@@ -18,8 +18,7 @@ MAX_RELAY_ADDRESSES = 16  # upstream sends 3
 _TID = struct.Struct("<H")
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A request datagram.
 
     `to` is the destination as the sender addressed it. `id` is set by persistent nodes only and must be checked
@@ -36,8 +35,7 @@ class Request:
     value: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
+class Response(NamedTuple):
     """A response datagram; `to` is the requester's address as the responder saw it."""
 
     tid: int
@@ -138,8 +136,7 @@ def _decode_response(reader: Reader) -> Response:
     return Response(tid, to, node_id, token, closer, error, value)
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(NamedTuple):
     """Who serves under a public key, and over which DHT nodes it can be reached."""
 
     public_key: bytes
@@ -161,8 +158,7 @@ def _read_peer(reader: Reader) -> Peer:
     return Peer(reader.fixed(32), reader.array(reader.ipv4, MAX_RELAY_ADDRESSES))
 
 
-@dataclass(frozen=True, slots=True)
-class Announce:
+class Announce(NamedTuple):
     """The value of ANNOUNCE and UNANNOUNCE; `bump` (ms since 1970) is outside of the signature."""
 
     peer: Peer | None = None
@@ -203,8 +199,7 @@ def decode_announce(data: bytes) -> Announce:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class LookupReply:
+class LookupReply(NamedTuple):
     """The value of a LOOKUP response."""
 
     peers: tuple[Peer, ...]
@@ -224,8 +219,7 @@ def decode_lookup_reply(data: bytes) -> LookupReply:
     return LookupReply(peers, reader.uint() if reader.remaining else 0)
 
 
-@dataclass(frozen=True, slots=True)
-class MutablePut:
+class MutablePut(NamedTuple):
     """The value of a MUTABLE_PUT request."""
 
     public_key: bytes
@@ -234,8 +228,7 @@ class MutablePut:
     signature: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class MutableGetReply:
+class MutableGetReply(NamedTuple):
     """The value of a MUTABLE_GET response."""
 
     seq: int
@@ -273,8 +266,7 @@ def decode_mutable_get_reply(data: bytes) -> MutableGetReply:
     return MutableGetReply(reader.uint(), reader.buffer(), reader.fixed(64))
 
 
-@dataclass(frozen=True, slots=True)
-class PluginRequest:
+class PluginRequest(NamedTuple):
     """The value of a PLUGIN request."""
 
     plugin: str
@@ -297,8 +289,7 @@ def decode_plugin_request(data: bytes) -> PluginRequest:
     return PluginRequest(plugin, version, command, reader.buffer() if reader.uint() & 1 else None)
 
 
-@dataclass(frozen=True, slots=True)
-class PeerAddress:
+class PeerAddress(NamedTuple):
     """A public key with DHT nodes that may know it: what a shared link can carry."""
 
     public_key: bytes

@@ -6,7 +6,6 @@ peer. Sources: nat-sampler index.js, hyperdht lib/nat.js.
 """
 
 from collections import Counter, deque
-from dataclasses import dataclass
 from typing import Final
 
 from .constants import Firewall
@@ -21,11 +20,13 @@ def _tolerance(size: int) -> int:
     return 0 if size < 4 else 1 if size < 8 else 2 if size < 12 else 3
 
 
-@dataclass(slots=True, eq=False)
 class _Tally:
-    host: str
-    port: int
-    hits: int = 1
+    __slots__ = ("hits", "host", "port")
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host = host
+        self.port = port
+        self.hits = 1
 
 
 class NatSampler:

@@ -60,6 +60,7 @@ class Node:
         rng: random.Random,
         *,
         bootstrap: Sequence[Address | str] = (),
+        remembered: Sequence[Address] = (),
         host: str = "0.0.0.0",
         port: int = 0,
         ephemeral: bool | None = None,
@@ -71,7 +72,7 @@ class Node:
         self.endpoint = endpoint
         self.rpc = Rpc(endpoint, rng)
         self.table = RoutingTable(rng.randbytes(ID_BYTES))
-        self.bootstrap = Bootstrap(bootstrap, endpoint.network.resolve)
+        self.bootstrap = Bootstrap(bootstrap, endpoint.network.resolve, remembered)
         self.upkeep = Upkeep(self.rpc, self.table, rng, max_bootstrap_samples=len(bootstrap))
         self.health = HealthMonitor()
         self.bootstrapped = asyncio.Event()

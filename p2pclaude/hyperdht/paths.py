@@ -9,18 +9,22 @@ carries packets of the stream, and back if it turns out to carry no more of them
 such object each.
 """
 
+from __future__ import annotations
+
 import asyncio
 import logging
 import math
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from .connection import Connection
 from .encoding import Address
 from .endpoint import Socket
 from .node import Node
-from .puncher import Puncher
-from .relay import RelayLink
 from .streams import Stream
+
+if TYPE_CHECKING:
+    from .puncher import Puncher
+    from .relay import RelayLink
 
 log = logging.getLogger(__name__)
 

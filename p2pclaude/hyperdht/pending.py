@@ -6,12 +6,11 @@ puncher that makes one. Source: hyperdht lib/server.js.
 
 import asyncio
 import logging
-from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Final
 
 from .connection import Connection
 from .constants import TOKEN_BYTES, Firewall
-from .encoding import Address
+from .encoding import Address, ipv4_number
 from .endpoint import Socket
 from .errors import ConnectionClosed, HyperDHTError
 from .handshakes import Handshake, Holepunch, NoisePayload, RelayThrough
@@ -87,6 +86,8 @@ class PendingClient:
         """Tell whether the client seems to be in our own network; then the usual socket must stay its goal."""
         if client[0] != request.to[0]:
             return False
+        from ipaddress import IPv4Address  # here: clients never need it
+
         own = {_network(address) for address in self._dht.own_addresses()}
         return any(_network(address) in own for address in payload.addresses4 if IPv4Address(address[0]).is_private)
 
@@ -157,4 +158,4 @@ class PendingClient:
 
 def _network(address: Address) -> int:
     """Return the /16 of an address: upstream takes hosts that share as much for neighbours."""
-    return int(IPv4Address(address[0])) >> 16
+    return ipv4_number(address[0]) >> 16

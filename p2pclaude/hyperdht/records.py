@@ -10,8 +10,7 @@ import hmac
 import random
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from .constants import TOKEN_BYTES, ErrorCode
 from .crypto import hash, keyed_hash
@@ -183,8 +182,7 @@ class RecordStore:
             del self._topics[topic]
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
+class Forward(NamedTuple):
     """Where the handshakes for a peer go, and its encoded peer record.
 
     `relay` is the address the peer announced itself from: the only path to it. None for a server of our own.
@@ -204,8 +202,7 @@ class ForwardStore(ExpiringMap[bytes, Forward]):
         super().__init__(capacity, lifetime)
 
 
-@dataclass(frozen=True, slots=True)
-class Refresh:
+class Refresh(NamedTuple):
     """An announcement that a later request can renew without a signature."""
 
     target: bytes

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from .constants import Command, ErrorCode
 from .encoding import Address
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from .rpc import Rpc
 
 DEFAULT_RETRIES: Final = 3
+RELAYED_RETRIES: Final = 6  # on the way client, relay, server and back a packet may get lost four times
 
 Value = bytes | Callable[[bytes], bytes] | None
 """A request's value; a function makes it of the token the request carries (signatures cover tokens)."""
@@ -31,8 +31,7 @@ def checked_id(claimed: bytes | None, source: Address) -> bytes | None:
     return claimed if claimed is not None and claimed == node_id(source) else None
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """A response to one of our requests.
 
     `source` is the node asked, `to` our address as it sees us, `id` its id (checked; None for ephemeral nodes),

@@ -8,8 +8,7 @@ lib/router.js.
 import asyncio
 import logging
 from collections.abc import Coroutine
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .constants import Command, Mode
 from .crypto import hash as blake2b
@@ -30,8 +29,7 @@ from .rpc import IncomingRequest
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """A server's answer to a handshake or round, and the socket it must leave from (None: where it was asked)."""
 
     payload: bytes

@@ -6,7 +6,6 @@ are ticks of five seconds, as upstream's. Sources: kademlia-routing-table, time-
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
@@ -24,29 +23,31 @@ def node_id(address: Address) -> bytes:
     return hash(ipv4(address))
 
 
-@dataclass(slots=True, eq=False)
 class TableNode:
     """A DHT node as we know it; every time is a tick, 0 for never."""
 
-    id: bytes
-    host: str
-    port: int
-    to: Address | None = None
-    """Our own address as the node saw it last."""
-    sampled: int = 0
-    """When `to` last went into the NAT sampler."""
-    added: int = 0
-    pinged: int = 0
-    """When we last sent to the node or heard from it."""
-    seen: int = 0
-    """When we last heard from the node."""
-    down_hints: int = 0
-    """How often others said that it is down."""
+    __slots__ = ("added", "down_hints", "host", "id", "pinged", "port", "sampled", "seen", "to")
+
+    def __init__(self, id: bytes, host: str, port: int, tick: int = 0) -> None:
+        self.id = id
+        self.host = host
+        self.port = port
+        self.to: Address | None = None
+        """Our own address as the node saw it last."""
+        self.sampled = 0
+        """When `to` last went into the NAT sampler."""
+        self.added = tick
+        self.pinged = tick
+        """When we last sent to the node or heard from it."""
+        self.seen = tick
+        """When we last heard from the node."""
+        self.down_hints = 0
+        """How often others said that it is down."""
 
     @classmethod
     def at(cls, address: Address, tick: int = 0) -> "TableNode":
         """Return the node of `address`, added, pinged and seen at `tick`."""
-        return cls(node_id(address), *address, added=tick, pinged=tick, seen=tick)
+        return cls(node_id(address), *address, tick)
 
     @property
     def address(self) -> Address:

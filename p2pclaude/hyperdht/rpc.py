@@ -12,7 +12,6 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 from .constants import ErrorCode, InternalCommand
@@ -32,22 +31,22 @@ logger = logging.getLogger(__name__)
 MAX_TIDS: Final = 65536
 
 
-@dataclass(slots=True)
 class RpcStats:
     """Counters since the start; `timeouts` are requests given up, `retries` single resends."""
 
-    requests: int = 0
-    responses: int = 0
-    timeouts: int = 0
-    retries: int = 0
-    token_retries: int = 0
-    received: int = 0
-    garbage: int = 0
-    wrong_source: int = 0
-    unmatched: int = 0
-    bad_tokens: int = 0
-    handler_errors: int = 0
-    commands_sent: dict[InternalCommand, int] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.requests = 0
+        self.responses = 0
+        self.timeouts = 0
+        self.retries = 0
+        self.token_retries = 0
+        self.received = 0
+        self.garbage = 0
+        self.wrong_source = 0
+        self.unmatched = 0
+        self.bad_tokens = 0
+        self.handler_errors = 0
+        self.commands_sent: dict[InternalCommand, int] = {}
 
 
 class Rpc:

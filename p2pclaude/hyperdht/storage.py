@@ -7,7 +7,7 @@ itself too, so that a network of one node works.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .constants import MAX_VALUE_BYTES, Command, ErrorCode
 from .crypto import NS_ANNOUNCE, NS_MUTABLE_PUT, NS_UNANNOUNCE, KeyPair, announce_signable, sign, verify
@@ -33,16 +33,14 @@ from .records import LOOKUP_RECORDS
 from .requests import Reply, Value
 
 
-@dataclass(frozen=True, slots=True)
-class MutableRecord:
+class MutableRecord(NamedTuple):
     """A value signed by the holder of a key, with its sequence number."""
 
     seq: int
     value: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class LookupResult:
+class LookupResult(NamedTuple):
     """What one node knows of a topic."""
 
     source: Address

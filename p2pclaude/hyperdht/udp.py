@@ -18,6 +18,7 @@ from typing import Final
 
 from .encoding import Address
 from .endpoint import Arrival
+from .interfaces import host_addresses
 
 BATCH: Final = 128  # datagrams a turn: enough to amortise the turn, few enough to let others run
 RECEIVE_BYTES: Final = 2048  # no datagram of this protocol is larger
@@ -202,9 +203,7 @@ class UdpNetwork:
 
     def interfaces(self) -> list[str]:
         """Return this host's IPv4 addresses, loopback included."""
-        import ifaddr  # here because one-shot tools on loopback or with known addresses never need it
-
-        return [str(ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips if ip.is_IPv4]
+        return host_addresses()
 
     async def resolve(self, host: str) -> str:
         """Return an IPv4 address of a host name; raises OSError if it has none."""

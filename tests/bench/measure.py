@@ -1,153 +1,102 @@
 """Measure p2pclaude beside Node: both kinds of peers in turn, on one network, in one run.
 
-Usage: tests/bench/run [--json] [--rounds N] [--megabytes N]
+Usage: tests/bench/run [--json] [--rounds N] [--only PART,...]
 
 Prints a table (with --json one object with every sample). Each figure is the median of the rounds; the ratio is to the
-same figure of Node alone. Pairings read SERVER < CLIENT. Nothing here is a threshold: it shows where the time goes.
+same figure of Node alone, of the same run. Pairings of streams read SERVER < CLIENT. The parts: `near` is loopback,
+`far` is 100 ms between two hosts and 50 ms to the DHT (as root, in network namespaces), `streams` is bulk and round
+trips on loopback, `wan` bulk over 100 ms with loss. Nothing here is a threshold: it shows where we stand.
 """
 
 import argparse
+import importlib
+import importlib.util
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
-from interop.daemons import start_daemon
-from interop.harness import HERE, Peer, Peers, Side, environment, missing_node, peers_on, tool_command
+from bench.oneshots import Figures, far, near
+from interop.harness import missing_node
+from nat.lab import missing_tools
 
-SIDES: tuple[Side, ...] = ("node", "python")
-PAIRINGS: list[tuple[Side, Side]] = [(server, client) for server in SIDES for client in SIDES]
-NODE_ALONE = ("node", "node < node", "node daemon", "node server")
-MEGABYTE = 1 << 20
+PARTS = ("near", "far", "streams", "wan")
+NODE_ALONE = ("node", "node < node")
 
 
-@dataclass
-class Samples:
-    """Every sample taken, by figure and by who was measured."""
-
-    taken: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, figure: str, who: str, *values: float) -> None:
-        """Add samples."""
-        self.taken[figure, who].extend(values)
-
-    def rows(self) -> Iterator[tuple[str, str, float, float | None]]:
-        """Yield figure, who, median, and the ratio to Node's own median of that figure."""
-        base = {figure: statistics.median(values) for (figure, who), values in self.taken.items() if who in NODE_ALONE}
-        for (figure, who), values in self.taken.items():
-            median = statistics.median(values)
-            yield figure, who, median, median / base[figure] if base.get(figure) else None
+def measure(part: str, options: argparse.Namespace) -> Figures:
+    """Return the samples of one part."""
+    if part == "near":
+        return near(options.rounds, options.megabytes)
+    if part == "far":
+        return far(options.rounds)
+    streams = importlib.import_module("bench.streams")
+    parts = {"wan"} if part == "wan" else {"loopback"}
+    wanted = argparse.Namespace(
+        rounds=max(options.rounds // 4, 3), megabytes=64, wan_megabytes=32, rtt=100.0, losses="0,0.01,0.02"
+    )
+    return dict(streams.measure(parts, wanted))
 
 
-def resident_megabytes(pid: int) -> float:
-    """Return a process's resident memory."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+def can_measure(part: str) -> str | None:
+    """Say why a part cannot be measured here, None if it can."""
+    if part in ("far", "wan") and (missing := missing_tools()):
+        return missing
+    if part in ("streams", "wan") and importlib.util.find_spec("bench.streams") is None:
+        return "there is no bench.streams in this tree"
+    return None
 
 
-def wall_ms(argv: list[str], env: dict[str, str]) -> float:
-    """Run a command that must succeed and return how long its whole life took."""
-    started = time.perf_counter()
-    subprocess.run(argv, env=env, check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    return (time.perf_counter() - started) * 1000
+def rows(figures: Figures) -> Iterator[tuple[str, str, float, float | None]]:
+    """Yield figure, who, median, and the ratio to Node's own median of that figure."""
+    medians = {key: statistics.median(values) for key, values in figures.items()}
+    base = {figure: median for (figure, who), median in medians.items() if who in NODE_ALONE}
+    for (figure, who), median in medians.items():
+        yield figure, who, median, median / base[figure] if base.get(figure) else None
 
 
-def measure_one_shots(samples: Samples, peers: Peers, rounds: int) -> None:
-    """Time p2pclaude-ls and the leanest Node script, in turn, against one daemon; and both daemons' memory."""
-    fake = HERE / "fake_claude.py"
-    with tempfile.TemporaryDirectory() as directory:
-        ours = start_daemon(peers, Path(directory), fake)
-        theirs = peers.start("node", "daemon", claude=[str(fake)])
-        env = environment({"P2P_CLAUDE_BOOTSTRAP": peers.bootstrap[0]})
-        del env["PYTHONWARNINGS"]  # for tests; its filters cost the interpreter milliseconds at start
-        node = ["node", str(HERE / "node" / "ls.js"), peers.bootstrap[0], ours.url]
-        for _ in range(rounds):
-            samples.add("ls, whole process, ms", "node", wall_ms(node, env))
-            samples.add("ls, whole process, ms", "python", wall_ms(tool_command("ls", ours.url), env))
-        samples.add("idle daemon, MB resident", "node daemon", resident_megabytes(theirs.process.pid))
-        samples.add("idle daemon, MB resident", "python daemon", resident_megabytes(ours.peer.process.pid))
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """A server and a client."""
-
-    server: Peer
-    client: Peer
-
-    def exchange(self, job: str, size: int, **options: object) -> dict[str, float]:
-        """Run one connection and return its times; it must succeed."""
-        self.client.tell("connect", key=self.server.ready["publicKey"], job=job, bytes=size, timeout=120_000, **options)
-        result = self.client.expect("result", timeout=130)
-        if not result["ok"]:
-            raise SystemExit(f"{self.server.name} < {self.client.name}: {result}")
-        return result
-
-    def pings(self, count: int) -> list[float]:
-        """Return so many echo round trips of 64 bytes, in milliseconds."""
-        self.client.tell("ping", key=self.server.ready["publicKey"], count=count, bytes=64)
-        times: list[float] = self.client.expect("pings", timeout=60)["ms"]
-        return times
-
-
-def measure_connections(samples: Samples, peers: Peers, rounds: int, megabytes: int) -> None:
-    """Time connects, round trips and bulk transfers in all four pairings, in turn."""
-    servers = {side: peers.start(side, "server") for side in SIDES}
-    for side, server in servers.items():
-        samples.add("idle server, MB resident", f"{side} server", resident_megabytes(server.process.pid))
-    clients = {side: peers.start(side, "client") for side in SIDES}
-    pairings = {f"{one} < {two}": Pairing(servers[one], clients[two]) for one, two in PAIRINGS}
-    for _ in range(rounds):
-        for who, pairing in pairings.items():
-            samples.add("connect, new node, ms", who, pairing.exchange("echo", 1, fresh=True)["openMs"])
-            samples.add("connect, ms", who, pairing.exchange("echo", 1)["openMs"])
-            samples.add("round trip of 64 bytes, ms", who, *pairing.pings(50))
-            for job, figure in (("sink", "upload, MB/s"), ("source", "download, MB/s")):
-                seconds = pairing.exchange(job, megabytes * MEGABYTE)["bodyMs"] / 1000
-                samples.add(figure, who, megabytes * MEGABYTE / 1e6 / seconds)
-
-
-def show_table(samples: Samples) -> None:
+def show_table(figures: Figures) -> None:
     """Print medians and ratios."""
-    print(f"{'figure':<28} {'server < client':<17} {'median':>10} {'to node':>8}")
-    for figure, who, median, ratio in sorted(samples.rows()):
+    print(f"{'figure':<42} {'who':<17} {'median':>10} {'to node':>8}")
+    for figure, who, median, ratio in sorted(rows(figures)):
         shown = "" if ratio is None else f"{ratio:.2f}"
-        print(f"{figure:<28} {who:<17} {median:>10.2f} {shown:>8}")
+        print(f"{figure:<42} {who:<17} {median:>10.2f} {shown:>8}")
 
 
-def show_json(samples: Samples) -> None:
+def show_json(figures: Figures, skipped: Mapping[str, str]) -> None:
     """Print everything, samples included."""
-    rows = [
-        {"figure": figure, "who": who, "median": median, "to_node": ratio, "samples": samples.taken[figure, who]}
-        for figure, who, median, ratio in samples.rows()
+    listed = [
+        {"figure": figure, "who": who, "median": median, "to_node": ratio, "samples": figures[figure, who]}
+        for figure, who, median, ratio in rows(figures)
     ]
-    print(json.dumps({"python": sys.version.split()[0], "rows": rows}))
+    print(json.dumps({"python": sys.version.split()[0], "skipped": skipped, "rows": listed}))
 
 
 def main() -> int:
-    """Start a network, measure, print."""
+    """Measure, print."""
     parser = argparse.ArgumentParser(prog="tests/bench/run", description="Measure p2pclaude beside Node.")
     parser.add_argument("--json", action="store_true", help="print one JSON object with every sample")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each figure is taken (5)")
-    parser.add_argument("--megabytes", type=int, default=32, help="size of a bulk transfer (32)")
+    parser.add_argument("--rounds", type=int, default=12, help="how often a short figure is taken (12)")
+    parser.add_argument("--megabytes", type=int, default=100, help="size of the journal that is printed (100)")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts to measure ({','.join(PARTS)})")
     options = parser.parse_args()
+    wanted = options.only.split(",")
+    if unknown := set(wanted) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
     if missing := missing_node():
         print(missing, file=sys.stderr)
         return 69
-    samples = Samples()
-    with ExitStack() as stack:
-        net = stack.enter_context(peers_on([])).start("node", "testnet", size=6)
-        peers = stack.enter_context(peers_on(net.ready["bootstrap"]))
-        measure_connections(samples, peers, options.rounds, options.megabytes)
-        measure_one_shots(samples, peers, max(options.rounds, 10))
-    (show_json if options.json else show_table)(samples)
+    figures: Figures = {}
+    skipped = {part: reason for part in wanted if (reason := can_measure(part))}
+    for part, reason in skipped.items():
+        print(f"{part} is left out: {reason}", file=sys.stderr)
+    for part in wanted:
+        if part not in skipped:
+            figures.update(measure(part, options))
+    if options.json:
+        show_json(figures, skipped)
+    else:
+        show_table(figures)
     return 0
 
 

@@ -75,6 +75,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     path = [str(ROOT), str(ROOT / "tests"), *filter(None, [env.get("PYTHONPATH")])]
     env.update(NODE_PATH=os.pathsep.join(map(str, node_path())), PYTHONPATH=os.pathsep.join(path))
     env["PYTHONWARNINGS"] = "error"
+    env["P2P_CLAUDE_CACHE"] = ""  # what one test learns shall not help another
     for name in ("P2P_CLAUDE_DATA_DIR", "P2P_CLAUDE_BOOTSTRAP", "DEBUG", "CLAUDECODE"):
         env.pop(name, None)
     env.update(extra or {})

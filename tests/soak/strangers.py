@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -154,7 +154,7 @@ def start_strangers(peers: Peers, daemon: Daemon) -> Peer:
 
 def status_with_a_wrong_key(daemon: Daemon, bootstrap: Sequence[str]) -> int:
     """Give the exit status of a tool whose pairing URL has another data key."""
-    wrong = replace(parse_url(daemon.url), data_key=bytes(32))
+    wrong = parse_url(daemon.url)._replace(data_key=bytes(32))
     return Tools(bootstrap)("ls", "-t", "10", format_url(wrong)).status
 
 
