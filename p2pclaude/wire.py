@@ -295,13 +295,14 @@ def id_of_line(line: bytes) -> str | int:
 
 
 def encode_response(response: Response) -> bytes:
-    """Give a response's line, newline included."""
+    """Give a response's line, newline included; its result is base64, as sealed text is."""
     body: dict[str, object] = {"id": response.id, "ok": response.ok}
-    if response.result is not None:  # base64, which may be long and needs no escaping
-        return dump_json(body)[:-1] + b',"result":"' + response.result.encode() + b'"}\n'
     if response.error is not None:
         body["error"] = response.error
-    return dump_json(body) + b"\n"
+    if response.result is None:
+        return dump_json(body) + b"\n"
+    # It may be long, and needs no escaping.
+    return dump_json(body)[:-1] + b',"result":"' + response.result.encode() + b'"}\n'
 
 
 def decode_response(line: bytes) -> Response:

@@ -90,9 +90,10 @@ def _read_packet(data: bytes) -> None:
         return
     assert local_id == header.stream_id
     assert packet.encode_header(header) == data[: packet.HEADER_BYTES]
-    payload, ranges = packet.decode_payload(data), packet.decode_sack(data)
+    payload = packet.decode_payload(data)
     assert data.endswith(payload)
     if header.type & PacketType.SACK:
+        ranges = packet.decode_sack(data)
         assert len(payload) + 8 * len(ranges) <= len(data) - packet.HEADER_BYTES
         assert packet.encode_sack(ranges) == data[packet.HEADER_BYTES :][: 8 * len(ranges)]
     moved = packet.rewrite_stream_id(data, 7)
