@@ -28,6 +28,7 @@ from p2pclaude.hyperdht import (
 )
 from p2pclaude.pairing import client_seed
 from p2pclaude.wire import (
+    MAX_FIRST_LINE,
     MAX_REQUEST_LINE,
     MAX_RESPONSE_LINE,
     UNKNOWN_ID,
@@ -174,6 +175,7 @@ class _Channel:
     def __init__(self, stream: Stream, data_key: bytes, early_id: str | None = None) -> None:
         self.stream = stream
         self.failure: P2PClaudeError | None = None  # set once, when the connection is of no more use
+        self.has_proved = False  # that this side holds the key: the daemon has answered
         self._data_key = data_key
         self._waiting: dict[str | int, asyncio.Future[Response]] = {}
         if early_id is not None:
@@ -215,6 +217,7 @@ class _Channel:
         """Unseal a result, or raise what the answer says."""
         if not response.ok:
             raise _refusal(response.error or "")
+        self.has_proved = True
         if response.result is None:
             return {}
         try:
@@ -305,13 +308,14 @@ class Client:
         out to be none the daemon may get it again, so it must be harmless twice.
         Raises Unavailable, TryAgain, Refused (wrong key) or ProtocolError.
         """
-        request_id = str(next(self._ids))
-        line = encode_request(Request(request_id, method, seal(self._data_key, params or {})))
-        if len(line) > MAX_REQUEST_LINE:
-            raise DataError(f"the request is longer than {MAX_REQUEST_LINE >> 20} MiB")
+        request_id, line = self._encode(method, params or {})
         loop = asyncio.get_running_loop()
         started = loop.time()
+        early = early and len(line) <= MAX_FIRST_LINE
         channel = await self._open_channel(request_id if early else None, line if early else b"")
+        if len(line) > MAX_FIRST_LINE and not channel.has_proved:
+            # Strangers share what the daemon keeps of unread lines: a few long ones at once would break each other off.
+            await channel.call(*self._encode("ping", {}), self.timeout, load_json)
         result = await channel.call(request_id, line, self.timeout + patience, parse)
         self._note(f"{method} answered in {(loop.time() - started) * 1000:.0f} ms")
         self._reached = True
@@ -346,6 +350,14 @@ class Client:
         if self._channel is not None:
             await self._channel.close()
         await self._dialer.destroy()
+
+    def _encode(self, method: str, params: Mapping[str, object]) -> tuple[str, bytes]:
+        """Give the id and the line of a new request. Raises DataError if it is too long."""
+        request_id = str(next(self._ids))
+        line = encode_request(Request(request_id, method, seal(self._data_key, params)))
+        if len(line) > MAX_REQUEST_LINE:
+            raise DataError(f"the request is longer than {MAX_REQUEST_LINE >> 20} MiB")
+        return request_id, line
 
     async def _open_channel(self, early_id: str | None = None, early_data: bytes = b"") -> _Channel:
         async with self._connecting:

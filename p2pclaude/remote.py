@@ -156,9 +156,7 @@ async def read_output(
     return _page(await client.persist("get-output", params, patience=wait, early=True, parse=load_page))
 
 
-async def follow(
-    client: Client, session: str, *, after: int = 0, states: bool = False
-) -> AsyncGenerator[Page, None]:
+async def follow(client: Client, session: str, *, after: int = 0, states: bool = False) -> AsyncGenerator[Page, None]:
     """Yield a session's output from a sequence number on until it ends, over as many connections as it takes.
 
     With `states` there is a page, maybe an empty one, as soon as the session's state has changed. Nothing comes twice

@@ -27,6 +27,8 @@ from p2pclaude.errors import WireError
 
 MAX_REQUEST_LINE = 8 * 1024 * 1024
 """Longest line, in bytes, that the daemon reads."""
+MAX_FIRST_LINE = 256 * 1024
+"""Longest first line, in bytes, of a tool: a stranger's fair share of what the daemon keeps for all of them."""
 MAX_RESPONSE_LINE = 96 * 1024 * 1024
 """Longest line, in bytes, that a tool reads: a page holds one object at least, and Claude prints up to 64 MiB."""
 MAX_ID_CHARS = 256

@@ -101,6 +101,7 @@ class FakeDaemon:
         self.old = old
         self.data_key = data_key
         self.sessions: dict[str, FakeSession] = {}
+        self.lines: list[bytes] = []
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.pending: list[dict[str, Any]] = []
         self.omitted = 0
@@ -121,6 +122,7 @@ class FakeDaemon:
         with contextlib.suppress(OSError):
             while data := await stream.read():
                 for line in lines.feed(data):
+                    self.lines.append(line)
                     task = asyncio.create_task(self._answer(stream, decode_request(line)))
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)

@@ -94,6 +94,10 @@ class FakeConnection:
         """Note the largest frame that would be taken."""
         self.max_frame_bytes = max_bytes
 
+    def leave(self) -> None:
+        """End both directions."""
+        self.abort()
+
     def abort(self) -> None:
         """Break off."""
         if self.closed:

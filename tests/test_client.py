@@ -24,7 +24,7 @@ from p2pclaude.hyperdht import (
     Timeout,
     TooFewNodes,
 )
-from p2pclaude.wire import Response, encode_response, seal
+from p2pclaude.wire import MAX_FIRST_LINE, Response, encode_response, seal
 
 T = TypeVar("T")
 
@@ -202,6 +202,29 @@ def test_a_request_that_the_daemon_would_not_read_is_not_sent() -> None:
     with pytest.raises(DataError, match="longer than 8 MiB"):
         with_client(daemon, lambda client: client.call("ping", {"text": '"' * (4 << 20)}))
     assert daemon.requests == []
+
+
+def test_a_long_request_is_sent_once_the_key_is_proved() -> None:
+    """A `ping` goes before it on a new connection, whether or not it would leave early, and never again after that."""
+    daemon = FakeDaemon()
+
+    async def work(client: Client) -> None:
+        for early in (True, False):
+            await client.call("list-sessions", {"x": "x" * MAX_FIRST_LINE}, early=early)
+        daemon.cut()
+        await client.persist("list-sessions", {"x": "x" * MAX_FIRST_LINE})
+        await client.call("list-sessions")
+
+    with_client(daemon, work)
+    methods = [method for method, _ in daemon.requests]
+    assert methods == ["ping", "list-sessions", "list-sessions", "ping", "list-sessions", "list-sessions"]
+
+
+def test_a_long_request_with_a_wrong_key_is_not_sent() -> None:
+    daemon = FakeDaemon()
+    with pytest.raises(Refused, match="wrong key"):
+        with_client(daemon, lambda client: client.call("ping", {"x": "x" * MAX_FIRST_LINE}), key=bytes(32))
+    assert sum(len(line) for line in daemon.lines) < 1000
 
 
 def test_a_lost_connection_fails_every_call_on_it() -> None:

@@ -306,9 +306,7 @@ def test_no_cycles_at_import_time() -> None:
 
 
 def _top_level(module: Module, found: Import) -> bool:
-    return any(
-        isinstance(node, ast.Import | ast.ImportFrom) and node.lineno == found.line for node in module.tree.body
-    )
+    return any(isinstance(node, ast.Import | ast.ImportFrom) and node.lineno == found.line for node in module.tree.body)
 
 
 @pytest.mark.parametrize("where", ["p2pclaude", "tests"])

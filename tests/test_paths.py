@@ -50,9 +50,14 @@ class Pair:
     def is_direct(self, packet: Packet) -> bool:
         """Tell whether a packet is on its way from one peer to the other without a relay between."""
         own = {*self.server_nat.addresses, *self.client_nat.addresses}
-        return packet.destination[0] in own and isinstance(packet.origin, Host) and packet.origin.realm in (
-            self.server_nat.lan,
-            self.client_nat.lan,
+        return (
+            packet.destination[0] in own
+            and isinstance(packet.origin, Host)
+            and packet.origin.realm
+            in (
+                self.server_nat.lan,
+                self.client_nat.lan,
+            )
         )
 
     def hold_probes_back(self, seconds: float) -> None:

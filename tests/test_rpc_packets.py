@@ -90,9 +90,7 @@ REQUESTS: dict[str, tuple[str, Callable[[Rpc], object]]] = {
     ),
     "down hint": (
         "031434120a01020349c203067f0000011227",
-        lambda rpc: rpc.start(
-            DESTINATION, InternalCommand.DOWN_HINT, internal=True, value=ipv4(("127.0.0.1", 10002))
-        ),
+        lambda rpc: rpc.start(DESTINATION, InternalCommand.DOWN_HINT, internal=True, value=ipv4(("127.0.0.1", 10002))),
     ),
     "delayed ping": (
         "031434120a01020349c20404e8030000",
@@ -106,9 +104,7 @@ REQUESTS: dict[str, tuple[str, Callable[[Rpc], object]]] = {
     ),
     "announce": (
         "031a34120a01020349c2" + "09" * 32 + "04" + "07" * 32 + "03010203",
-        lambda rpc: rpc.start(
-            DESTINATION, Command.ANNOUNCE, target=TARGET, token=b"\x09" * 32, value=b"\x01\x02\x03"
-        ),
+        lambda rpc: rpc.start(DESTINATION, Command.ANNOUNCE, target=TARGET, token=b"\x09" * 32, value=b"\x01\x02\x03"),
     ),
 }
 

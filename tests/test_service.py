@@ -11,6 +11,7 @@ from sessions_kit import KeptLog
 from sim import run
 
 from p2pclaude import service as service_module
+from p2pclaude.client import Client
 from p2pclaude.methods import MethodError
 from p2pclaude.service import (
     MAX_IN_FLIGHT,
@@ -19,7 +20,16 @@ from p2pclaude.service import (
     PROVE_SECONDS,
     Service,
 )
-from p2pclaude.wire import MAX_REQUEST_LINE, WRONG_KEY, Request, Response, dump_json, encode_request, seal
+from p2pclaude.wire import (
+    MAX_FIRST_LINE,
+    MAX_REQUEST_LINE,
+    WRONG_KEY,
+    Request,
+    Response,
+    dump_json,
+    encode_request,
+    seal,
+)
 
 KEY = bytes(range(32))
 
@@ -35,7 +45,7 @@ class Methods:
 
     async def call(self, method: str, params: object) -> bytes:
         """Run one."""
-        if method == "echo":
+        if method in ("echo", "ping"):
             return dump_json(params)
         if method == "fail":
             raise MethodError("it failed")
@@ -292,6 +302,38 @@ def test_strangers_bytes_are_bounded_together() -> None:
         await asyncio.gather(*writing, return_exceptions=True)
 
     on_bench(work)
+
+
+class OneDialer:
+    """Dials the service once."""
+
+    def __init__(self, one: Bench) -> None:
+        self._connections = [one.connect()]
+
+    async def dial(self, timeout: float, early_data: bytes = b"") -> FakeConnection:
+        """Give the connection."""
+        assert not early_data
+        return self._connections.pop()
+
+    async def destroy(self) -> None:
+        """Do nothing."""
+
+
+def test_clients_that_begin_with_long_messages_are_no_strangers() -> None:
+    """Together they send four times what strangers may keep the daemon holding: none is broken off."""
+
+    async def work(one: Bench) -> None:
+        text = "x" * (MAX_REQUEST_LINE * 3 // 4 - 1000)
+        clients = [Client(OneDialer(one), KEY) for _ in range(8)]
+        answers = await asyncio.gather(*(client.call("echo", {"text": text}) for client in clients))
+        assert answers == [{"text": text}] * 8
+        await asyncio.gather(*(client.close() for client in clients))
+
+    on_bench(work)
+
+
+def test_first_lines_of_as_many_strangers_as_there_may_be_fit() -> None:
+    assert MAX_UNPROVEN * MAX_FIRST_LINE <= service_module.MAX_UNPROVEN_BYTES
 
 
 def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

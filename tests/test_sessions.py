@@ -68,9 +68,7 @@ def test_what_claude_is_started_with(place: Place) -> None:
     assert "CLAUDECODE" not in first["env"]
 
 
-def test_a_child_that_dies_at_once_is_an_error_and_no_session(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_child_that_dies_at_once_is_an_error_and_no_session(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_CLAUDE", "die")
     monkeypatch.setattr(session_module, "SETTLE_SECONDS", 20.0)  # it is over as soon as the child is dead
 

@@ -90,8 +90,9 @@ def test_a_client_that_never_hears_the_server_leaves_nothing_on_either_side(kind
             server_node, client = await _pair(network, kind, kind)
             server = server_node.create_server(handle)
             await server.listen()
-            network.net.intercept = lambda packet: packet.data[:2] == b"\xff\x01" and (
-                packet.destination[0] == "5.8.0.2" or (not tells and bool(packet.data[2] & DESTROY))
+            network.net.intercept = lambda packet: (
+                packet.data[:2] == b"\xff\x01"
+                and (packet.destination[0] == "5.8.0.2" or (not tells and bool(packet.data[2] & DESTROY)))
             )
             with pytest.raises(HyperDHTError):
                 await client.connect(server.public_key, timeout=4)
@@ -131,9 +132,7 @@ def test_two_random_nats_fail_with_the_true_cause_and_leave_nothing(seed: int) -
 
 
 @pytest.mark.parametrize(("server_kind", "client_kind"), [("random", "cone"), ("cone", "random")])
-def test_random_punching_is_asked_for_once(
-    server_kind: str, client_kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_random_punching_is_asked_for_once(server_kind: str, client_kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Upstream's server gives up at the second time of asking, whichever relay it comes through."""
     asked: list[int] = []
     handle = ServerHolepunch.handle

@@ -376,7 +376,5 @@ class ServerHolepunch:
     def _abort(self) -> Answer:
         self.puncher.close()
         # The kind of our NAT tells the client why; upstream leaves it out and ignores it.
-        answer = HolepunchPayload(
-            error=HandshakeError.ABORTED, firewall=self.puncher.nat.firewall, round=self._round
-        )
+        answer = HolepunchPayload(error=HandshakeError.ABORTED, firewall=self.puncher.nat.firewall, round=self._round)
         return Answer(self._secrets.seal(answer), self._dht.node.socket)

@@ -202,9 +202,7 @@ class Node:
         if not 0 <= delay_ms <= MAX_PING_DELAY_MS:
             raise ValueError(f"a delay of 0 to {MAX_PING_DELAY_MS} ms")
         value = delay_ms.to_bytes(4, "little")
-        return await self.rpc.request(
-            to, InternalCommand.DELAYED_PING, internal=True, value=value, timeout=delay + 1.0
-        )
+        return await self.rpc.request(to, InternalCommand.DELAYED_PING, internal=True, value=value, timeout=delay + 1.0)
 
     def query(
         self,

@@ -70,9 +70,7 @@ class _SymmetricState:
         if not _TAG_BYTES <= len(sealed) <= _MAX_SEALED_BYTES:
             raise DecodeError("a handshake message of a wrong length")
         try:
-            plaintext = sodium.crypto_aead_chacha20poly1305_ietf_decrypt(
-                sealed, self.hash, self._nonce(), self.key
-            )
+            plaintext = sodium.crypto_aead_chacha20poly1305_ietf_decrypt(sealed, self.hash, self._nonce(), self.key)
         except CryptoError as error:
             raise DecodeError("a handshake message that does not open") from error
         self.mix_hash(sealed)

@@ -194,9 +194,7 @@ class Puncher:
 
     async def _ask(self, nat: NatClassifier, socket: Socket, address: Address) -> None:
         try:
-            reply = await self._node.rpc.request(
-                address, InternalCommand.PING, internal=True, socket=socket, retries=2
-            )
+            reply = await self._node.rpc.request(address, InternalCommand.PING, internal=True, socket=socket, retries=2)
         except HyperDHTError:
             return
         self._learn(nat, reply.to, reply.source)

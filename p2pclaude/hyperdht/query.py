@@ -308,9 +308,7 @@ class Query:
         if not self._ended.is_set():
             self._guard(partial(self._learn, call, future, error))
 
-    def _learn(
-        self, call: OutgoingRequest, future: "asyncio.Future[Reply]", error: BaseException | None
-    ) -> None:
+    def _learn(self, call: OutgoingRequest, future: "asyncio.Future[Reply]", error: BaseException | None) -> None:
         if error is None:
             self._answered(future.result())
         elif isinstance(error, Timeout):

@@ -77,9 +77,7 @@ class Reachability:
             return
         self._probe_due = False
         try:
-            call = self._node.rpc.start(
-                reply.source, InternalCommand.PING_NAT, internal=True, value=self._port_value()
-            )
+            call = self._node.rpc.start(reply.source, InternalCommand.PING_NAT, internal=True, value=self._port_value())
         except HyperDHTError:
             return  # suspended since the reply came
         self._probe_call, self._probe_rtt = call, reply.rtt

@@ -46,9 +46,7 @@ class TokenJar:
 
     def check(self, host: str, token: bytes) -> bool:
         """Tell whether `token` was issued to `host` lately."""
-        return any(
-            hmac.compare_digest(token, keyed_hash(host.encode(), secret)) for secret in (self._new, self._old)
-        )
+        return any(hmac.compare_digest(token, keyed_hash(host.encode(), secret)) for secret in (self._new, self._old))
 
     def rotate(self) -> None:
         """Replace the older secret by a fresh one."""
@@ -62,9 +60,7 @@ class ExpiringMap(Generic[Key, Value]):
     live equally long, the dictionary's order is that of expiry.
     """
 
-    def __init__(
-        self, capacity: int, lifetime: float, on_drop: Callable[[Key], None] | None = None
-    ) -> None:
+    def __init__(self, capacity: int, lifetime: float, on_drop: Callable[[Key], None] | None = None) -> None:
         self.capacity = capacity
         self.lifetime = lifetime
         self._on_drop = on_drop

@@ -192,9 +192,7 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _announcement(
-    key_pair: KeyPair, target: bytes, reply: Reply, peer: Peer, namespace: bytes, bump: int
-) -> Value:
+def _announcement(key_pair: KeyPair, target: bytes, reply: Reply, peer: Peer, namespace: bytes, bump: int) -> Value:
     def sign_for(token: bytes) -> bytes:
         signable = announce_signable(target, reply.id or b"", token, encode_peer(peer), None, namespace)
         return encode_announce(Announce(peer, signature=sign(key_pair, signable), bump=bump))
@@ -225,4 +223,3 @@ def _valid_mutable(public_key: bytes, reply: Reply) -> MutableRecord | None:
 def _check_size(value: bytes) -> None:
     if len(value) > MAX_VALUE_BYTES:
         raise ValueError(f"a value of {len(value)} bytes; at most {MAX_VALUE_BYTES} fit a datagram on every path")
-

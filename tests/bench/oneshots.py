@@ -143,9 +143,7 @@ def crowds(lab: Lab, rounds: int, sizes: Sequence[int] = (1, 10, 100)) -> Figure
 
 def _crowd_ms(argv: Sequence[str], env: Mapping[str, str], size: int) -> float:
     started = time.perf_counter()
-    crowd = [
-        subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL) for _ in range(size)
-    ]
+    crowd = [subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL) for _ in range(size)]
     failed = sum(process.wait() != 0 for process in crowd)
     if failed:
         raise SystemExit(f"{failed} of {size} failed: {argv}")
@@ -174,9 +172,12 @@ def tails(lab: Lab, rounds: int, megabytes: int) -> Figures:
     with tempfile.TemporaryDirectory() as directory:
         for _ in range(rounds):
             out = Path(directory, "out")
-            with subprocess.Popen(
-                lab.tool("ping", "-c", "3", lab.url), env=lab.env, stdout=subprocess.PIPE, text=True
-            ) as ping, out.open("wb") as file:
+            with (
+                subprocess.Popen(
+                    lab.tool("ping", "-c", "3", lab.url), env=lab.env, stdout=subprocess.PIPE, text=True
+                ) as ping,
+                out.open("wb") as file,
+            ):
                 started = time.perf_counter()
                 subprocess.run(lab.tool("tail", lab.url, LONG_SESSION), env=lab.env, check=True, stdout=file)
                 seconds = time.perf_counter() - started

@@ -38,7 +38,6 @@ def use_all_at_once(shell: Shell) -> None:
         assert (ping.returncode, err, len(out.splitlines())) == (0, b"", 4)
     answers: list[list[str]] = []
 
-
     def send(text: str) -> None:
         answers.append(shell.succeed("send", "-w", "@", text))
 

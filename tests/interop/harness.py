@@ -236,9 +236,7 @@ class Peers:
         self.bootstrap = list(bootstrap)
         self.running: list[Peer] = []
 
-    def start(
-        self, side: Side, script: str, *, env: Mapping[str, str] | None = None, **config: Any
-    ) -> Peer:
+    def start(self, side: Side, script: str, *, env: Mapping[str, str] | None = None, **config: Any) -> Peer:
         """Start a peer script on our network unless its configuration says otherwise; wait until it is ready."""
         config.setdefault("bootstrap", self.bootstrap)
         return self.run(f"{side} {script}", command(side, script, config), env=env)

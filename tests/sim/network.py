@@ -16,9 +16,7 @@ class SimNetwork(World):
     `observe(event, packet)` sees them all.
     """
 
-    def __init__(
-        self, seed: object = 0, link: Link | None = None, *, tick: float = 1e-4, trace: bool = False
-    ) -> None:
+    def __init__(self, seed: object = 0, link: Link | None = None, *, tick: float = 1e-4, trace: bool = False) -> None:
         super().__init__(seed, tick=tick, trace=trace)
         self.internet = Realm(self, link or Link(hops=8))
 

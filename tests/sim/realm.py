@@ -1,7 +1,7 @@
 """Address spaces and what moves in them: the internet is one `Realm`, each LAN behind a NAT another.
 
-    Host.transmit -> Realm.carry -> links -> the loop's heap -> Node.arrive: a Host's socket, or a Nat that
-    carries it on in the next realm
+Host.transmit -> Realm.carry -> links -> the loop's heap -> Node.arrive: a Host's socket, or a Nat that
+carries it on in the next realm
 """
 
 import asyncio
@@ -156,9 +156,7 @@ class Node(ABC):
 class Realm:
     """An address space with one default path between its nodes, and paths of their own for some pairs."""
 
-    def __init__(
-        self, world: World, link: Link, *, gateway: Callable[[Packet], None] | None = None
-    ) -> None:
+    def __init__(self, world: World, link: Link, *, gateway: Callable[[Packet], None] | None = None) -> None:
         self.world = world
         self.link = link
         self.nodes: dict[str, Node] = {}
@@ -190,9 +188,7 @@ class Realm:
             IPv4Address(packet.destination[0])  # a name here is a bug of the sender's, not a packet to lose
             self.world.note("no_route", packet)
 
-    def _send(
-        self, packet: Packet, sender: Node, receiver: Node | None, arrive: Callable[[Packet], None]
-    ) -> None:
+    def _send(self, packet: Packet, sender: Node, receiver: Node | None, arrive: Callable[[Packet], None]) -> None:
         world = self.world
         arrivals = [world.loop.now]
         for link in self._links(sender, receiver):
@@ -203,8 +199,10 @@ class Realm:
             world.note("ttl", packet)
             return
         for extra, when in enumerate(arrivals):
-            copy = packet if not extra else Packet(
-                packet.data, packet.source, packet.destination, packet.ttl, packet.origin
+            copy = (
+                packet
+                if not extra
+                else Packet(packet.data, packet.source, packet.destination, packet.ttl, packet.origin)
             )
             world.loop.post(world.round_up(when), arrive, copy)
 

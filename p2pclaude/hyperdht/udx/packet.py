@@ -62,9 +62,7 @@ class Header:
 
 def encode_header(header: Header) -> bytes:
     """Encode a header, 20 bytes."""
-    return HEADER.pack(
-        MAGIC, header.type, header.data_offset, header.stream_id, header.window, header.seq, header.ack
-    )
+    return HEADER.pack(MAGIC, header.type, header.data_offset, header.stream_id, header.window, header.seq, header.ack)
 
 
 def decode_header(data: bytes) -> Header:

@@ -51,9 +51,7 @@ class DeliveryRate:
         """Take a snapshot for packets about to leave; `in_flight` is what is under way before them."""
         if not in_flight:
             self._first_sent_at = self._delivered_at = now
-        return Flight(
-            now, self.delivered, self._delivered_at, self._first_sent_at, self._app_limited_until > 0
-        )
+        return Flight(now, self.delivered, self._delivered_at, self._first_sent_at, self._app_limited_until > 0)
 
     def mark_app_limited(self, in_flight: int) -> None:
         """Note that the sender ran out of data: what is under way now measures the application, not the path."""

@@ -129,5 +129,3 @@ class Receiver:
         if ends:
             self._end_seq = seq
             self.ended = True
-
-

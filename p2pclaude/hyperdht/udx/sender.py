@@ -34,9 +34,7 @@ MAX_SPAN: Final = 3  # windows between the first unacknowledged byte and the las
 class Sender:
     """Sends bytes as numbered packets until each is acknowledged."""
 
-    def __init__(
-        self, initial_seq: int, mtu: int, max_mtu: int, variety: int = 0, initial_remote_seq: int = 0
-    ) -> None:
+    def __init__(self, initial_seq: int, mtu: int, max_mtu: int, variety: int = 0, initial_remote_seq: int = 0) -> None:
         self.stats = SenderStats()
         self.rtt = RttEstimator()
         self.search = MtuSearch(mtu, max_mtu)

@@ -66,9 +66,7 @@ async def serve_commands(handlers: Mapping[str, Handler]) -> None:
     transport.close()
 
 
-async def _read(
-    lines: asyncio.StreamReader, handlers: Mapping[str, Handler], running: set[asyncio.Task[Any]]
-) -> None:
+async def _read(lines: asyncio.StreamReader, handlers: Mapping[str, Handler], running: set[asyncio.Task[Any]]) -> None:
     while line := await lines.readline():
         command = json.loads(line)
         task = asyncio.create_task(_run(handlers[command["cmd"]], command))
