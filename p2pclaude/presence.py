@@ -14,7 +14,7 @@ from p2pclaude.log import Event, Log
 from p2pclaude.wire import seal
 
 if TYPE_CHECKING:
-    from p2pclaude.hyperdht import KeyPair
+    from p2pclaude.hyperdht import KeyPair, MutableRecord
 
 ADDRESSES_SECONDS = 10.0
 """How often the host's addresses are looked at."""
@@ -39,6 +39,9 @@ class Node(Protocol):
 
     async def mutable_put(self, key_pair: "KeyPair", value: bytes, seq: int = 0) -> None:
         """Store a mutable record."""
+
+    async def mutable_get(self, public_key: bytes) -> "MutableRecord | None":
+        """Give the newest mutable record under a key."""
 
 
 class Announcement(Protocol):
@@ -112,12 +115,18 @@ class Presence:
         record = self._snapshot() or {"sessions": [], "updatedAt": _now_ms()}
         if record["sessions"] == self._stored:
             return
-        # Grows over restarts too, as long as the clock does not go back further than the daemon was away.
-        self._seq = max(self._seq + 1, _now_ms())
+        self._seq = max(await self._last_seq() + 1, _now_ms())
         value = encode_record(self._data_key, record)
         await self._node.mutable_put(self._key_pair, value, self._seq)
         self._stored = record["sessions"]
         self._log(Event.RECORD_STORED, seq=self._seq, sessions=len(record["sessions"]))
+
+    async def _last_seq(self) -> int:
+        """Give the number to go beyond; that of an earlier run may be ahead of a clock that was set back."""
+        if self._seq:
+            return self._seq
+        found = await self._node.mutable_get(self._key_pair.public_key)
+        return 0 if found is None else found.seq
 
     async def _refresh_regularly(self) -> None:
         while True:

@@ -1,7 +1,8 @@
 """Ended sessions that are old enough are deleted: `p2pclaude-daemon --retain DAYS`.
 
 `daemon` runs it beside everything else. Only what was stopped goes, never a session that could go on. A clock that
-jumped deletes nothing: a day counts when the system's clock and the one that cannot be set agree that it has passed.
+jumped deletes nothing: it looks only after a time that the system's clock and the one that cannot be set agree on, so
+not at the start either, when a machine may not know the time yet.
 """
 
 import asyncio
@@ -12,10 +13,12 @@ from typing import Final
 from p2pclaude.log import Event, Log
 from p2pclaude.sessions import SessionTable
 
+FIRST_SECONDS: Final = 3600.0
+"""When it looks first."""
 DAY_SECONDS: Final = 86_400.0
-"""How often it looks."""
-JUMP_SECONDS: Final = 3600.0
-"""The clocks may differ by so much after a day; more is a jump."""
+"""How often it looks then."""
+JUMP_SECONDS: Final = 600.0
+"""The clocks may differ by so much after that time; more is a jump."""
 
 
 class Retention:
@@ -28,17 +31,21 @@ class Retention:
         self._clock = clock
 
     async def run(self) -> None:
-        """Look now and every day, until it is cancelled."""
-        loop = asyncio.get_running_loop()
-        steady = True
+        """Look every day, for the first time after an hour, until it is cancelled."""
+        seconds = FIRST_SECONDS
         while True:
-            if steady:
+            if await self._passes(seconds):
                 await self.remove_old()
             else:
                 self._log(Event.WARNING, message="the clock jumped: no old sessions are deleted today")
-            before = self._clock() - loop.time()
-            await asyncio.sleep(DAY_SECONDS)
-            steady = abs(self._clock() - loop.time() - before) < JUMP_SECONDS
+            seconds = DAY_SECONDS
+
+    async def _passes(self, seconds: float) -> bool:
+        """Let that time pass; tell whether the system's clock agrees."""
+        loop = asyncio.get_running_loop()
+        before = self._clock() - loop.time()
+        await asyncio.sleep(seconds)
+        return abs(self._clock() - loop.time() - before) < JUMP_SECONDS
 
     async def remove_old(self) -> None:
         """Delete what is old enough by now."""

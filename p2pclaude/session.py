@@ -10,7 +10,6 @@ daemon: `sessionfile` says what is needed to show it and to start it again, `jou
 import asyncio
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
@@ -417,8 +416,6 @@ class Session:
 
     def _become(self, state: State) -> None:
         """Go on without a process."""
-        if state is State.ENDED:
-            self.info.ended_at = time.time_ns() // 1_000_000
         said = first_line(self.info.error)
         self._log(Event.ENDED, session=self.info.session_id, state=state, exit_status=self.info.exit_status, error=said)
         self._set_state(state)

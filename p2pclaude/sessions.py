@@ -178,7 +178,7 @@ class SessionTable:
             session_id=session_id,
             claude_id=launch.claude_id,
             directory=str(launch.directory),
-            created_at=time.time_ns() // 1_000_000,
+            created_at=_now_ms(),
             permission_mode=launch.permission_mode,
             model=launch.model,
             ask=launch.ask,
@@ -270,6 +270,9 @@ class SessionTable:
             return False
         async with session.lifecycle:
             if session.state is not State.ENDED:
+                # With a clock that was set back it would look old, and be deleted too soon.
+                youngest = max(other.info.created_at for other in self._sessions.values())
+                session.info.ended_at = max(_now_ms(), youngest)
                 await session.stop(State.ENDED)
         return True
 
@@ -442,7 +445,11 @@ class SessionTable:
         return journal
 
     def _changed(self) -> None:
-        self._changed_at = time.time_ns() // 1_000_000
+        self._changed_at = _now_ms()
         self._change.set()
         self._change = asyncio.Event()
         self._notify()
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

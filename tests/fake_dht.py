@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from p2pclaude.hyperdht import KeyPair
+from p2pclaude.hyperdht import KeyPair, MutableRecord
 from p2pclaude.service import PeerConnection
 from p2pclaude.wire import (
     MAX_RESPONSE_LINE,
@@ -264,6 +264,13 @@ class FakeDHT:
         if self.put_error is not None:
             raise self.put_error
         self.records.append((seq, value))
+
+    async def mutable_get(self, public_key: bytes) -> MutableRecord | None:
+        """Give the newest record."""
+        if not self.records:
+            return None
+        seq, value = max(self.records)
+        return MutableRecord(seq, value)
 
     def connect(self) -> FakeConnection:
         """Connect to the server and give the client's end."""

@@ -1,6 +1,7 @@
 """Presence: refreshes at their times, addresses watched, a record that grows and fits. On virtual time."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from sim import run
 from p2pclaude.hyperdht import KeyPair
 from p2pclaude.presence import REPUBLISH_SECONDS, RETRY_SECONDS, Presence, encode_record
 from p2pclaude.record import decode_record
-from p2pclaude.wire import unseal
+from p2pclaude.wire import seal, unseal
 
 KEY = bytes(range(32))
 
@@ -134,6 +135,21 @@ def test_the_record_is_stored_at_the_start_and_on_each_change() -> None:
         numbers = [seq for seq, _ in one.dht.records]
         assert numbers == sorted(set(numbers))
         assert b"s1" not in one.dht.records[-1][1]
+
+    on_bench(work)
+
+
+def test_a_clock_that_was_set_back_makes_no_older_record() -> None:
+    """The nodes would refuse it, and who asks them would see an earlier daemon's sessions."""
+    ahead = time.time_ns() // 1_000_000 + 10**10
+
+    async def work(one: Bench) -> None:
+        one.dht.records.append((ahead, seal(KEY, sessions(1)).encode()))
+        await asyncio.sleep(1)
+        one.snapshot = sessions(1, 2)
+        one.presence.changed()
+        await asyncio.sleep(1)
+        assert [seq for seq, _ in one.dht.records] == [ahead, ahead + 1, ahead + 2]
 
     on_bench(work)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from sessions_kit import Place, prepare, read_results, run
 from sim.loop import SimLoop
 
 from p2pclaude.launcher import Spawn
-from p2pclaude.retention import DAY_SECONDS, Retention
+from p2pclaude.retention import DAY_SECONDS, FIRST_SECONDS, Retention
 from p2pclaude.sessions import SessionTable
 
 NOW = 1_800_000_000.0
@@ -82,11 +83,13 @@ def in_virtual_time(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
         runner.run(body())
 
 
-def test_it_looks_at_the_start_and_daily_but_not_after_a_jump(place: Place) -> None:
+def test_it_looks_after_an_hour_and_daily_but_not_after_a_jump(place: Place) -> None:
     async def main() -> None:
         loop, table, jump = asyncio.get_running_loop(), Table(), 0.0
         began = loop.time()
         running = asyncio.create_task(Retention(table, 10, place.log, clock=lambda: NOW + loop.time() + jump).run())
+        await asyncio.sleep(FIRST_SECONDS - 1)
+        assert table.looks == []
         await asyncio.sleep(2.5 * DAY_SECONDS)
         assert [round((look - NOW - began) / DAY_SECONDS) for look in table.looks] == [-10, -9, -8]
         jump = 400 * DAY_SECONDS  # somebody set the clock
@@ -98,3 +101,39 @@ def test_it_looks_at_the_start_and_daily_but_not_after_a_jump(place: Place) -> N
         running.cancel()
 
     in_virtual_time(main)
+
+
+@pytest.mark.parametrize("wrong", [-20_000 * DAY_SECONDS, 20_000 * DAY_SECONDS])
+def test_a_machine_that_does_not_know_the_time_at_its_start_deletes_nothing(place: Place, wrong: float) -> None:
+    async def main() -> None:
+        loop, table = asyncio.get_running_loop(), Table()
+        jump = wrong
+        running = asyncio.create_task(Retention(table, 10, place.log, clock=lambda: NOW + loop.time() + jump).run())
+        await asyncio.sleep(60)
+        jump = 0.0  # the network told it
+        await asyncio.sleep(DAY_SECONDS)
+        assert table.looks == []
+        await asyncio.sleep(DAY_SECONDS)
+        assert len(table.looks) == 1
+        running.cancel()
+
+    in_virtual_time(main)
+
+
+def test_what_ended_while_the_clock_was_back_is_as_young_as_the_youngest_session(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            for name in ("s", "other"):
+                await table.spawn(Spawn(session_id=name, text="x"))
+                await read_results(table, name)
+            began = table.find("other").info.created_at / 1000
+            with monkeypatch.context() as patch:
+                patch.setattr(time, "time_ns", lambda: 0)  # 1970, as a machine without a battery has it
+                await table.stop("s")
+        async with place.table() as table:
+            assert table.ended_before(began) == []
+            assert table.ended_before(began + 1) == ["s"]
+
+    run(main())
