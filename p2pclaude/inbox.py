@@ -14,7 +14,8 @@ after Claude took it, and at once on SIGTERM; SIGKILL loses these 0.1 s, in whic
 may even have begun. When only the daemon dies (stdin ends, stdout breaks) Claude finishes its turn and its transcript.
 Resuming runs nothing by itself, and a uuid that the transcript holds is ignored, without any result. So a message
 that was handed and has no result is handed again only if neither the transcript knows it nor anything that Claude
-printed in its turn shows that work had begun.
+printed in its turn shows that work had begun. The same holds for one that was found waiting when the journal was
+opened: the journal may be a copy, of a backup or of another daemon, and the message have run from the original.
 """
 
 from collections import deque
@@ -61,6 +62,8 @@ class Inbox:
     def __init__(self) -> None:
         self.handed: deque[Message] = deque()
         """What Claude has, in the order in which it answers."""
+        self.restored: list[Message] = []
+        """What was found waiting in the journal, and may have run from another copy of it."""
         self._waiting: deque[Message] = deque()
         self._seqs: dict[str, int] = {}
 
@@ -105,8 +108,8 @@ class Inbox:
         return None
 
     def drop(self, message: Message, *, again: bool) -> None:
-        """End a turn that gets no result; with `again` the message waits once more, before all others."""
-        self.handed.remove(message)
+        """End a message that gets no result; with `again` it waits once more, before all others."""
+        (self.handed if message in self.handed else self._waiting).remove(message)
         if again:
             message.begun = False
             self._waiting.appendleft(message)
@@ -138,6 +141,7 @@ class Recovery:
             self._turns = [*(self._turns if value.get("steers") is not None else []), (seq, message)]
         elif kind == TURN_CUT and isinstance(message, int):
             self._turns = [turn for turn in self._turns if turn[1] != message]
+            self._waiting.pop(message, None)
             if value.get("again") is True and message in self._attempts:
                 self._waiting = {message: None} | self._waiting
 
@@ -146,6 +150,7 @@ class Recovery:
         inbox = Inbox()
         inbox._seqs = self._seqs
         inbox._waiting = deque(filter(None, (self._message(read, seq) for seq in self._waiting)))
+        inbox.restored = list(inbox._waiting)
         turns = deque(self._turns)
         for seq in range(turns[0][0] if turns else last_seq + 1, last_seq + 1):
             while turns and turns[0][0] <= seq:

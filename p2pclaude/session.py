@@ -261,21 +261,30 @@ class Session:
     async def settle_turns(self, reason: str) -> None:
         """Say of each message that claude was handed and never answered what becomes of it; no claude may run.
 
-        It is handed again, before all others, unless claude has begun with it: then its turn was cut off.
+        It is handed again, before all others, unless claude has begun with it: then its turn was cut off. What was
+        found waiting is cut off too if claude has had it.
         """
         if self.journal is None:
             return
         for message in reversed(self.inbox.handed.copy()):
-            known = message.begun or await asyncio.to_thread(
-                knows_message, self.info.claude_id, message.uuid, os.environ
-            )
+            known = message.begun or await self._is_known(message)
             again = not known and message.attempts < MAX_ATTEMPTS
-            fields = {"message": message.seq, "again": again, "reason": reason}
-            await self._write_patiently(self.journal, partial(self.journal.append, TURN_CUT, fields))
-            self.inbox.drop(message, again=again)
+            await self._cut_off(self.journal, message, again=again, reason=reason)
             self._turns += not again
-            self._log(Event.TURN_CUT, session=self.info.session_id, seq=message.seq, again=again)
+        for message in self.inbox.restored:
+            if await self._is_known(message):
+                await self._cut_off(self.journal, message, again=False, reason="claude had it from another journal")
+        self.inbox.restored.clear()
         await self.journal.synced()
+
+    async def _is_known(self, message: Message) -> bool:
+        return await asyncio.to_thread(knows_message, self.info.claude_id, message.uuid, os.environ)
+
+    async def _cut_off(self, journal: Journal, message: Message, *, again: bool, reason: str) -> None:
+        fields = {"message": message.seq, "again": again, "reason": reason}
+        await self._write_patiently(journal, partial(journal.append, TURN_CUT, fields))
+        self.inbox.drop(message, again=again)
+        self._log(Event.TURN_CUT, session=self.info.session_id, seq=message.seq, again=again)
 
     async def settle_writes(self) -> None:
         """Wait for what `save_soon` began."""

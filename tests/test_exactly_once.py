@@ -100,6 +100,27 @@ def test_a_message_that_was_handed(place: Place, left: tuple[dict[str, Any], ...
     run(main())
 
 
+def test_a_message_that_waits_here_and_ran_from_another_copy_of_the_journal(place: Place) -> None:
+    """A backup that was put back, or a directory copied from another daemon: Claude would ignore it without a word."""
+
+    async def main() -> None:
+        claude_id = await one_turn(place)
+        transcript(place, claude_id, "m1", "u5")
+        crashed(place, message("second", "u5"), message("third", "u6"))
+        async with place.table() as table:
+            envelopes = await read_until(table, "s", lambda e: e.get("data", {}).get("result") == "echo: third", 4)
+            [cut] = [e for e in envelopes if e["type"] == "turn-cut"]
+            assert (cut["message"], cut["again"]) == (5, False)
+            assert await table.send("s", "second", "u5") == 5
+        async with place.table() as table:  # the queue is empty, as the journal says
+            assert table.listing(everything=True)[0]["state"] == "dormant"
+            await table.send("s", "fourth")
+            await read_until(table, "s", lambda e: e.get("data", {}).get("result") == "echo: fourth")
+        assert place.messages() == ["first", "third", "fourth"]
+
+    run(main())
+
+
 def test_a_message_that_ends_every_claude_is_given_up(place: Place) -> None:
     async def main() -> None:
         async with place.table() as table:
