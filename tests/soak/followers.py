@@ -153,15 +153,12 @@ async def caught_up(client: Client, crowd: Sequence[Follower]) -> None:
 async def lazy_reader(pairing: Pairing, bootstrap: Sequence[str], session: str) -> Client:
     """Ask for the whole of a session again and again without ever reading an answer."""
     client = Client(DhtDialer(pairing, bootstrap), pairing.data_key)
-    stream: Any = await client.connect()
     await client.call("ping")
     client._channel._reading.cancel()  # type: ignore[union-attr]
-    for number in range(20):
-        channel: Any = client._channel
-        asking = asyncio.create_task(channel.call("get-output", {"sessionId": session, "after": 0}, 600))
+    for _ in range(20):
+        asking = asyncio.create_task(client.call("get-output", {"sessionId": session, "after": 0}, patience=600))
         asking.add_done_callback(lambda task: task.cancelled() or task.exception())
-        await asyncio.sleep(0 if number else 0.1)
-    assert stream is not None
+    await asyncio.sleep(0.1)
     return client
 
 
@@ -174,11 +171,11 @@ async def measure(pid: int, pairing: Pairing, bootstrap: Sequence[str], follower
     list_ms = (time.monotonic() - began) * 1000
     big = await remote.send(sender, talking[0], text="BIG:900000", message_id="big")
     await remote.wait_for_answer(sender, big)
+    lazy = await lazy_reader(pairing, bootstrap, talking[0])
     before, began = Usage.of(pid), time.monotonic()
     crowd = [Follower(pairing, bootstrap, talking[n % SPEAKING]) for n in range(followers)]
     tasks = await start_followers(crowd)
     connect_seconds = time.monotonic() - began
-    lazy = await lazy_reader(pairing, bootstrap, talking[0])
     await caught_up(sender, crowd)
     caught_up_seconds = time.monotonic() - began
     connected, began = Usage.of(pid), time.monotonic()
