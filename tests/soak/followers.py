@@ -135,7 +135,7 @@ async def start_followers(followers: Sequence[Follower]) -> list["asyncio.Task[N
 
     async def connect(follower: Follower) -> None:
         async with gate:
-            await follower.client.connect()
+            await follower.client.call("ping")  # who has not proved the key by then is broken off as a stranger
 
     await asyncio.gather(*map(connect, followers))
     return [asyncio.create_task(follower.run()) for follower in followers]
