@@ -24,6 +24,7 @@ class Host(Node):
     def __init__(self, realm: Realm, *addresses: str) -> None:
         super().__init__(realm, *addresses)
         self.sockets: dict[Address, SimSocket] = {}
+        self._taken: dict[int, set[str]] = {}  # addresses with a socket on them, by port
         self._ports = self.world.random(f"ports of {addresses[0]}")
 
     async def bind(self, host: str, port: int, on_datagrams: OnDatagrams) -> "SimSocket":
@@ -35,6 +36,7 @@ class Host(Node):
         elif not self._is_free(host, port):
             raise OSError(errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)}: {host}:{port}")
         bound = self.sockets[host, port] = SimSocket(self, (host, port), on_datagrams)
+        self._taken.setdefault(port, set()).add(host)
         return bound
 
     def interfaces(self) -> list[str]:
@@ -96,7 +98,13 @@ class Host(Node):
         return min(self.addresses, key=lambda own: (int(IPv4Address(own)) ^ wanted).bit_length())
 
     def _is_free(self, host: str, port: int) -> bool:
-        return not any(p == port and (_ANY in (h, host) or h == host) for h, p in self.sockets)
+        taken = self._taken.get(port)
+        return not taken or (host != _ANY and not taken & {host, _ANY})
+
+    def free(self, address: Address) -> None:
+        """Let another socket have the address."""
+        del self.sockets[address]
+        self._taken[address[1]].discard(address[0])
 
 
 class SimSocket:
@@ -137,7 +145,7 @@ class SimSocket:
         """Free the port. Closing twice is fine."""
         if not self.closed:
             self.closed = True
-            del self._host.sockets[self.address]
+            self._host.free(self.address)
 
     def _flush(self) -> None:
         batch, self._batch = self._batch, []

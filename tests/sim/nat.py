@@ -10,6 +10,7 @@ from sim.link import Link
 from sim.realm import Address, Node, Packet, Realm
 
 _PORTS: Final = (1024, 65535)
+SWEEP_SECONDS: Final = 1.0  # between looks for expired mappings; a random NAT makes hundreds of them in one
 
 
 class Dependence(Enum):
@@ -74,6 +75,7 @@ class Nat(Node):
         self.hairpin = hairpin
         self._rng = self.world.random(f"nat {address}")
         self._next_port = 40000
+        self._sweep_at = 0.0
         self._outbound: dict[Hashable, _Mapping] = {}
         self._inbound: dict[int, _Mapping] = {}
         self._avoid: set[int] = set()
@@ -146,8 +148,10 @@ class Nat(Node):
             return forwarded
         key = (inner, self.mapping.key(remote))
         mapping = self._outbound.get(key)
-        if mapping is not None and not self._is_expired(mapping):
-            return mapping
+        if mapping is not None:
+            if not self._is_expired(mapping):
+                return mapping
+            self._remove(mapping)
         self._forget_expired()
         mapping = _Mapping(inner, self._free_port(inner[1]), key, self.world.loop.now)
         self._outbound[key] = self._inbound[mapping.port] = mapping
@@ -155,6 +159,9 @@ class Nat(Node):
 
     def _forget_expired(self) -> None:
         """Keep the table as small as a router's, so that simulated weeks do not fill the memory."""
+        if self.world.loop.now < self._sweep_at:
+            return
+        self._sweep_at = self.world.loop.now + SWEEP_SECONDS
         for mapping in [m for m in self._inbound.values() if self._is_expired(m)]:
             self._remove(mapping)
 
