@@ -22,8 +22,9 @@ import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -48,6 +49,7 @@ ONE_WAY: Final = 0.05  # seconds
 DEADLINE: Final = 20.0
 GROUP: Final = 20  # connects to one server
 NODES: Final = 20
+DAY: Final = 86_400.0
 LONGEST_BLACKOUT: Final = 15.0
 ANSWER_TIMEOUT: Final = 3.0
 GONE_WITHIN: Final = 2.0  # what is open on the server's side only is half open from then on
@@ -279,7 +281,7 @@ def measure(
     total = Outcome(case, loss)
     for start in range(0, connects, GROUP):
         main = connect_group(case, seed, loss, min(GROUP, connects - start), loss_at=loss_at, joined=joined)
-        total.add(run(main, seed=seed, wall_limit=600))
+        total.add(run(main, seed=seed, cpu_limit=600))
         seed += 1
     return total
 
@@ -322,8 +324,11 @@ async def _is_answered(client: HyperDHT, key: bytes) -> bool:
         await connection.close()
 
 
-async def live(hours: float, seed: int) -> Life:
-    """Run a daemon behind a NAT that gives it other ports every hour, and every fourth hour another address."""
+async def live(hours: float, seed: int, tell: Callable[[str], object] = str) -> Life:
+    """Run a daemon behind a NAT that gives it other ports every hour, and every fourth hour another address.
+
+    `tell` hears of every day.
+    """
     async with swarm(seed, NODES, Link(latency=(0.02, 0.08), loss=0.01, hops=8)) as network:
         net, loop = network.net, asyncio.get_running_loop()
         nat = net.nat("5.9.1.7")
@@ -350,6 +355,8 @@ async def live(hours: float, seed: int) -> Life:
                 life.seconds.append(loop.time() - started)
             else:
                 life.failed_at.append(started)
+            if started // DAY < loop.time() // DAY or loop.time() >= end:
+                tell(f"{loop.time() / DAY:.2f} days: {life}")
             await asyncio.sleep(max(0.0, started + 30 - loop.time()))
         moving.cancel()
         await asyncio.wait([moving])
@@ -372,8 +379,8 @@ def main(arguments: Sequence[str]) -> int:
     """Print a line a case, and failures with the seed and number to replay; return 1 if anything is half open."""
     options = _parse(arguments)
     if options.days:
-        limits = {"time_limit": options.days * 86_400 + 3600, "wall_limit": 36_000}
-        life = run(live(options.days * 24, options.seed), seed=options.seed, **limits)
+        limits = {"time_limit": options.days * DAY + 3600, "cpu_limit": 36_000}
+        life = run(live(options.days * 24, options.seed, partial(print, flush=True)), seed=options.seed, **limits)
         print(life)
         return int(life.share < 0.999)
     broken = False

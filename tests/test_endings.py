@@ -47,7 +47,7 @@ def test_a_close_with_the_usual_patience_is_clean_on_both_sides(first: int) -> N
         net = SimNetwork(first, Link(latency=(0.05, 0.05), loss=0.1))
         await asyncio.gather(*(one(net, number) for number in range(min(AT_ONCE, len(seeds(300)) - first))))
 
-    run(main(), seed=first, wall_limit=300)
+    run(main(), seed=first, cpu_limit=300)
 
 
 @pytest.mark.parametrize("seed", seeds(5))

@@ -165,7 +165,7 @@ def test_hundreds_of_connects_and_closes_leave_nothing_behind(kind: str) -> None
             assert after[2] <= 2
             await client.destroy()
 
-    run(main(), seed=1, wall_limit=900)
+    run(main(), seed=1, cpu_limit=900)
 
 
 @pytest.mark.parametrize("how", ["returns", "raises", "hangs"])

@@ -106,8 +106,8 @@ def test_a_simulation_that_never_ends_is_stopped_by_virtual_and_by_real_time() -
 
     with pytest.raises(SimulationError, match="still running after 100 s"):
         run(idles(), time_limit=100)
-    with pytest.raises(SimulationError, match="out of real time"):
-        run(spins(), wall_limit=0.05)
+    with pytest.raises(SimulationError, match="out of processor time"):
+        run(spins(), cpu_limit=0.05)
 
 
 def test_a_leaked_task_fails_and_a_finishing_one_does_not() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sim.loop import SimLoop
 
-from p2pclaude.hyperdht.turns import BURST_SECONDS, MAX_WAITING, Turns
+from p2pclaude.hyperdht.turns import BURST_SECONDS, MAX_WAITING, SHARE, Turns
 
 RATE = 100.0
 
@@ -49,6 +49,30 @@ def test_only_so_many_in_a_second() -> None:
             began = loop.time()
             await asyncio.gather(*(turns.wait(f"10.0.0.{number}") for number in range(100)))
             assert 0.98 * (1 - BURST_SECONDS) < loop.time() - began < 1.02 * (1 - BURST_SECONDS)
+
+    in_virtual_time(main)
+
+
+def test_on_a_slow_processor_other_work_keeps_its_share() -> None:
+    async def main() -> None:
+        turns, loop = Turns(RATE, Counter()), asyncio.get_running_loop()
+        assert isinstance(loop, SimLoop)
+        spent = Counter[str]()
+
+        def work(what: str, ms: int) -> None:
+            loop.jump(ms / 1000)
+            spent[what] += ms
+
+        async def shake_hands(number: int) -> None:
+            assert await turns.wait(f"10.0.0.{number}")
+            work("handshakes", 20)
+
+        handshakes = [asyncio.create_task(shake_hands(number)) for number in range(100)]
+        while not all(handshake.done() for handshake in handshakes):
+            work("streams", 1)
+            await asyncio.sleep(0)
+        assert spent["handshakes"] == 2000
+        assert SHARE * 0.9 < spent["handshakes"] / spent.total() < SHARE * 1.1
 
     in_virtual_time(main)
 

@@ -1,7 +1,8 @@
 """Who is served next when too many want something at once (ring 2).
 
-`server` lets each handshake wait here. They go on one in a turn of the event loop and only so many in a second, so that
-streams go on however many come. Those of hosts that hold little go first: a flood does not keep out the others.
+`server` lets each handshake wait here. They go on one in a turn of the event loop, only so many in a second, and only
+in a share of the loop's time: where others use the processor, a second of the clock holds less work. So streams go on
+however many come. Those of hosts that hold little go first: a flood does not keep out the others.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ from typing import Final
 
 MAX_WAITING: Final = 128
 TICK: Final = 0.001  # seconds; more often it is not worth looking
+SHARE: Final = 0.2  # of the loop's time; what follows of a handshake costs about as much again
 BURST_SECONDS: Final = 0.25  # what may go on at once after a pause, as a share of the rate
 
 
@@ -22,6 +24,8 @@ class Turns:
         self._held = held
         self._burst = self._tokens = max(rate * BURST_SECONDS, 1.0)
         self._updated = 0.0
+        self._began = 0.0  # when the last one went on
+        self._free_at = 0.0  # when the share allows the next
         self._waiting: list[tuple[str, asyncio.Future[bool]]] = []
         self._wishes: Counter[str] = Counter()  # of those who wait, by host
         self._scheduled = False
@@ -65,14 +69,24 @@ class Turns:
         now = loop.time()
         self._tokens = min(self._tokens + (now - self._updated) * self._rate, self._burst)
         self._updated = now
-        if self._tokens < 1:
-            loop.call_later(max((1 - self._tokens) / self._rate, TICK), self._admit)
+        pause = max((1 - self._tokens) / self._rate, self._free_at - now)
+        if pause > 0:
+            loop.call_later(max(pause, TICK), self._admit)
             return
         self._tokens -= 1
         entry = min(self._waiting, key=lambda entry: self._load(entry[0]))
         self._waiting.remove(entry)
+        loop.call_soon(self._begin)  # these three run one right after the other, so that nobody else's time counts
         entry[1].set_result(True)
-        loop.call_soon(self._admit)
+        loop.call_soon(self._end)
+
+    def _begin(self) -> None:
+        self._began = asyncio.get_running_loop().time()
+
+    def _end(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self._free_at = now + (now - self._began) * (1 / SHARE - 1)
+        self._admit()
 
     def _turn_away(self) -> None:
         """Send away the last that came from the host with the most load."""

@@ -8,7 +8,7 @@ from sim import SimLoop
 
 from fuzz import remember
 
-WALL_SECONDS: Final = 30.0
+CPU_SECONDS: Final = 30.0
 
 
 class _Errors(logging.Handler):
@@ -29,7 +29,7 @@ logging.getLogger("asyncio").addHandler(_errors)
 
 def run(main: Coroutine[Any, Any, None]) -> None:
     """Run `main` in virtual time; raises what it raises, or the first error that somebody swallowed."""
-    loop = SimLoop(wall_limit=WALL_SECONDS)
+    loop = SimLoop(cpu_limit=CPU_SECONDS)
     _errors.records.clear()
     try:
         with remember.key_arithmetic():

@@ -248,12 +248,13 @@ class Peers:
         *,
         env: Mapping[str, str] | None = None,
         ready: str = "ready",
+        timeout: float = DEFAULT_TIMEOUT,
         heeds_stdin: bool = True,
     ) -> Peer:
         """Start any command that speaks JSON lines, and await its `ready` event, which stays in `peer.ready`."""
         peer = Peer(name, argv, env, heeds_stdin=heeds_stdin)
         self.running.append(peer)
-        peer.ready = peer.expect(ready)
+        peer.ready = peer.expect(ready, timeout)
         return peer
 
     def close(self) -> None:

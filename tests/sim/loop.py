@@ -1,8 +1,8 @@
 """Virtual time: an asyncio event loop that jumps its clock to the next timer instead of waiting for it.
 
 `run` drives a test's coroutine on a fresh `SimLoop`; the network of `sim.network` puts its packets on the
-loop's heap. Nothing here touches a socket, a thread or the wall clock (but for a guard against tests that never
-end), so a seed replays exactly.
+loop's heap. Nothing here touches a socket, a thread or a clock (but the processor's, as a guard against tests that
+never end, which no busy machine spoils), so a seed replays exactly.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ class SimLoop(asyncio.BaseEventLoop):
     """Run callbacks in virtual time, which starts at 0.0 seconds and only moves when nothing is left to do.
 
     Raises SimulationError out of `run_until_complete` when nothing at all is scheduled (a deadlock), when
-    `time_limit` virtual seconds have passed, or after `wall_limit` real ones.
+    `time_limit` virtual seconds have passed, or after `cpu_limit` of the processor's.
     """
 
     # Names of BaseEventLoop that its type stubs leave out.
@@ -34,14 +34,14 @@ class SimLoop(asyncio.BaseEventLoop):
     _selector: "_Clock"
     _clock_resolution: float
 
-    def __init__(self, *, time_limit: float = 86_400.0, wall_limit: float = 60.0) -> None:
+    def __init__(self, *, time_limit: float = 86_400.0, cpu_limit: float = 60.0) -> None:
         super().__init__()
         self.now = 0.0
         self.time_limit = time_limit
         self.swallowed: list[dict[str, Any]] = []
         self._posts: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._post_count = 0
-        self._selector = _Clock(self, time.perf_counter() + wall_limit)
+        self._selector = _Clock(self, time.process_time() + cpu_limit)
         self._clock_resolution = 1e-9
         self.set_exception_handler(lambda _loop, context: self.swallowed.append(context))
 
@@ -69,7 +69,7 @@ class SimLoop(asyncio.BaseEventLoop):
     def extend_limits(self, *, virtual: float = 3600.0, real: float = 5.0) -> None:
         """Allow that much more time from now on, for cleaning up after a limit was hit."""
         self.time_limit = max(self.time_limit, self.now + virtual)
-        self._selector.wall_end = max(self._selector.wall_end, time.perf_counter() + real)
+        self._selector.cpu_end = max(self._selector.cpu_end, time.process_time() + real)
 
     def pending_timers(self) -> list[asyncio.TimerHandle]:
         """Return the timers that are scheduled and not cancelled."""
@@ -106,15 +106,15 @@ class SimLoop(asyncio.BaseEventLoop):
 class _Clock:
     """Stands where the selector stands: to wait is to jump ahead, and what becomes readable is what was posted."""
 
-    def __init__(self, loop: SimLoop, wall_end: float) -> None:
+    def __init__(self, loop: SimLoop, cpu_end: float) -> None:
         self.loop = loop
-        self.wall_end = wall_end
+        self.cpu_end = cpu_end
         self.turns = 0
 
     def select(self, timeout: float | None) -> "Iterable[tuple[Callable[[Any], None], Any]]":
         self.turns += 1
-        if self.turns % 1000 == 0 and time.perf_counter() > self.wall_end:
-            raise SimulationError(f"out of real time at {self.loop.now:.3f} s of virtual time, turn {self.turns}")
+        if self.turns % 1000 == 0 and time.process_time() > self.cpu_end:
+            raise SimulationError(f"out of processor time at {self.loop.now:.3f} s of virtual time, turn {self.turns}")
         if timeout != 0:
             self._jump_to_next_event()
         return self._due()
@@ -175,7 +175,7 @@ def run(
     *,
     seed: object = None,
     time_limit: float = 86_400.0,
-    wall_limit: float = 60.0,
+    cpu_limit: float = 60.0,
     check_timers: bool = False,
 ) -> T:
     """Run `main` in virtual time and return its result; fail on what it leaves behind.
@@ -184,7 +184,7 @@ def run(
     logged as an error) and, with `check_timers`, a timer still scheduled are SimulationErrors. `seed` is only
     printed, and noted on the error, when it fails.
     """
-    loop = SimLoop(time_limit=time_limit, wall_limit=wall_limit)
+    loop = SimLoop(time_limit=time_limit, cpu_limit=cpu_limit)
     error_log = _ErrorLog(loop)
     logging.getLogger().addHandler(error_log)
     try:

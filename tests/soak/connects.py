@@ -23,6 +23,7 @@ PROCESSES: Final = 4
 GROWTH: Final = 1.05
 KEPT_RATE: Final = 0.5
 FLOOD_MEMORY: Final = 64 << 20  # what a flood may cost beyond the server's own, in bytes
+START_SECONDS: Final = 120.0  # ten thousand handshakes are made before a flood
 QUIET_SECONDS: Final = 40.0
 FLOOD_HOSTS: Final = 50
 ECHO_BYTES: Final = 2000
@@ -33,7 +34,7 @@ def start(peers: Peers, script: str, **config: object) -> Peer:
     """Start one of the peers of this directory."""
     argv = command("python", script, {"bootstrap": peers.bootstrap, **config})
     argv[2] = f"soak.{script}"
-    return peers.run(f"soak {script}", argv)
+    return peers.run(f"soak {script}", argv, timeout=START_SECONDS)
 
 
 def quiet(server: Peer) -> Event:
