@@ -1,8 +1,8 @@
 """Who is served next when too many want something at once (ring 2).
 
-`server` lets each handshake wait here. They go on one in a turn of the event loop, only so many in a second, and only
-in a share of the loop's time: where others use the processor, a second of the clock holds less work. So streams go on
-however many come. Those of hosts that hold little go first: a flood does not keep out the others.
+`server` lets each handshake wait here. They go on one at a time, with some turns of the event loop between them, and
+only so many in a second. So streams go on however many come, also where others use the processor and a second of the
+clock holds less work. Those of hosts that hold little go first: a flood does not keep out the others.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from typing import Final
 
 MAX_WAITING: Final = 128
 TICK: Final = 0.001  # seconds; more often it is not worth looking
-SHARE: Final = 0.2  # of the loop's time; what follows of a handshake costs about as much again
+TURNS_BETWEEN: Final = 8  # of the loop, each of which serves every stream; they cost next to nothing if there are none
 BURST_SECONDS: Final = 0.25  # what may go on at once after a pause, as a share of the rate
 
 
@@ -24,8 +24,6 @@ class Turns:
         self._held = held
         self._burst = self._tokens = max(rate * BURST_SECONDS, 1.0)
         self._updated = 0.0
-        self._began = 0.0  # when the last one went on
-        self._free_at = 0.0  # when the share allows the next
         self._waiting: list[tuple[str, asyncio.Future[bool]]] = []
         self._wishes: Counter[str] = Counter()  # of those who wait, by host
         self._scheduled = False
@@ -60,7 +58,7 @@ class Turns:
                 del self._wishes[host]
 
     def _admit(self) -> None:
-        """Let one of the host with the least load go on, and come back in the next turn of the loop, or later."""
+        """Let one of the host with the least load go on, and come back some turns of the loop later."""
         loop = asyncio.get_running_loop()
         self._waiting = [entry for entry in self._waiting if not entry[1].done()]
         self._scheduled = bool(self._waiting)
@@ -69,28 +67,27 @@ class Turns:
         now = loop.time()
         self._tokens = min(self._tokens + (now - self._updated) * self._rate, self._burst)
         self._updated = now
-        pause = max((1 - self._tokens) / self._rate, self._free_at - now)
-        if pause > 0:
-            loop.call_later(max(pause, TICK), self._admit)
+        if self._tokens < 1:
+            loop.call_later(max((1 - self._tokens) / self._rate, TICK), self._admit)
             return
         self._tokens -= 1
         entry = min(self._waiting, key=lambda entry: self._load(entry[0]))
         self._waiting.remove(entry)
-        loop.call_soon(self._begin)  # these three run one right after the other, so that nobody else's time counts
         entry[1].set_result(True)
-        loop.call_soon(self._end)
+        loop.call_soon(self._yield, TURNS_BETWEEN)
 
-    def _begin(self) -> None:
-        self._began = asyncio.get_running_loop().time()
-
-    def _end(self) -> None:
-        now = asyncio.get_running_loop().time()
-        self._free_at = now + (now - self._began) * (1 / SHARE - 1)
-        self._admit()
+    def _yield(self, turns: int) -> None:
+        """Let the loop turn so often before the next one goes on."""
+        if turns > 1:
+            asyncio.get_running_loop().call_soon(self._yield, turns - 1)
+        else:
+            self._admit()
 
     def _turn_away(self) -> None:
         """Send away the last that came from the host with the most load."""
-        entry = max(reversed(self._waiting), key=lambda entry: self._load(entry[0]))
+        hosts = dict.fromkeys(host for host, _ in reversed(self._waiting))  # fewer than those who wait
+        busiest = max(hosts, key=self._load)
+        entry = next(entry for entry in reversed(self._waiting) if entry[0] == busiest)
         self._waiting.remove(entry)
         if not entry[1].done():
             entry[1].set_result(False)

@@ -104,7 +104,10 @@ class Host(Node):
     def free(self, address: Address) -> None:
         """Let another socket have the address."""
         del self.sockets[address]
-        self._taken[address[1]].discard(address[0])
+        hosts = self._taken[address[1]]
+        hosts.discard(address[0])
+        if not hosts:
+            del self._taken[address[1]]
 
 
 class SimSocket:
