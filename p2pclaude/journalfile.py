@@ -12,7 +12,7 @@ import errno
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -51,6 +51,7 @@ class JournalFile:
         self._file = descriptor
         self._index = SeqIndex()
         self._old = 0  # envelopes that an earlier daemon wrote: they may be damaged
+        self._proven = 0  # all up to this one were looked at, and are whole
         self._unsynced: deque[bytes] = deque()
         self.unsynced_bytes = 0
         """Length of what is written and not shown."""
@@ -121,19 +122,20 @@ class JournalFile:
         self, after: int, *, limit: int | None = None, max_bytes: int = PAGE_BYTES, outputs_only: bool = False
     ) -> Page:
         """Give the envelopes after a seq: at most `limit`, and `max_bytes` unless the first alone is longer."""
-        seq = after = min(max(after, 0), self.last_seq)
-        lines: list[bytes] = []
-        size = 0
-        while seq < self.last_seq and (limit is None or len(lines) < limit):
+        seq = min(max(after, 0), self.last_seq)
+        runs: list[tuple[int, int]] = []  # first and last seq of lines that stand together
+        count = size = 0
+        while seq < self.last_seq and (limit is None or count < limit):
             if not outputs_only or self._index.is_output(seq + 1):
                 size += self._length(seq + 1)
-                if lines and size > max_bytes:
+                if count and size > max_bytes:
                     break
-                line, is_whole = self._line(seq + 1)
-                if is_whole or not outputs_only:
-                    lines.append(line)
+                first = runs.pop()[0] if runs and runs[-1][1] == seq else seq + 1
+                runs.append((first, seq + 1))
+                count += 1
             seq += 1
-        return Page(lines, seq)
+        found = [found for first, last in runs for found in self._lines(first, last)]
+        return Page([line for line, is_whole in found if is_whole or not outputs_only], seq)
 
     def start_of_last(self, count: int, *, after: int = 0, max_bytes: int | None = None) -> int:
         """Give the seq after which the newest `count` outputs stand (never before `after`).
@@ -176,7 +178,7 @@ class JournalFile:
     def _visit_others(self, on_other: Callable[[int, bytes], None]) -> None:
         for seq in range(1, self.last_seq + 1):
             if not self._index.is_output(seq):
-                line, is_whole = self._line(seq)
+                ((line, is_whole),) = self._lines(seq, seq)
                 if is_whole:
                     on_other(seq, line)
 
@@ -208,13 +210,24 @@ class JournalFile:
     def _length(self, seq: int) -> int:
         return self._index.end(seq) - self._index.end(seq - 1)
 
-    def _line(self, seq: int) -> tuple[bytes, bool]:
-        """Give an envelope, and whether it is whole: a damaged one of an earlier daemon becomes a note."""
-        line = self._pread(self._index.end(seq - 1), self._index.end(seq) - 1)
-        if seq > self._old or _is_envelope(line, seq):
-            return line, True
-        note = {"type": NOTE, "seq": seq, "timestamp": 0, "event": "damaged", "bytes": len(line)}
-        return dump_json(note | {"text": "this line of the journal is damaged"}), False
+    def _lines(self, first: int, last: int) -> Iterator[tuple[bytes, bool]]:
+        """Yield envelopes that stand together, and whether each is whole: a damaged old one becomes a note."""
+        start = self._index.end(first - 1)
+        data = self._pread(start, self._index.end(last) - 1)
+        begin = 0
+        for seq in range(first, last + 1):
+            end = self._index.end(seq) - start
+            line = data[begin : max(end - 1, begin)]  # one whose newline is lost has no bytes of its own
+            begin = end
+            yield (line, True) if self._is_whole(line, seq) else (_damaged(line, seq), False)
+
+    def _is_whole(self, line: bytes, seq: int) -> bool:
+        if seq > self._old or seq <= self._proven:
+            return True
+        is_whole = _is_envelope(line, seq)
+        if is_whole and seq == self._proven + 1:
+            self._proven = seq
+        return is_whole
 
     def _pread(self, start: int, end: int) -> bytes:
         parts = []
@@ -230,6 +243,11 @@ class JournalFile:
 def is_full(error: OSError) -> bool:
     """Tell whether an error means that there is no room, so that a later attempt may do."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _damaged(line: bytes, seq: int) -> bytes:
+    note = {"type": NOTE, "seq": seq, "timestamp": 0, "event": "damaged", "bytes": len(line)}
+    return dump_json(note | {"text": "this line of the journal is damaged"})
 
 
 def _is_envelope(line: bytes, seq: int) -> bool:

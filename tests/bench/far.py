@@ -1,8 +1,10 @@
 """Hosts that are far apart: network namespaces, joined by a process that gives every packet its time.
 
-    python -m bench.far '{"hosts": {NAMESPACE: [ADDRESS, ...], ...}, "ms": {NAMESPACE: MS, ...}}'
+    python -m bench.far '{"hosts": {NAMESPACE: [ADDRESS, ...], ...}, "ms": {NAMESPACE: MS, ...}, "loss": 0, "seed": 1}'
 
-Each namespace has a TUN device. A packet from one host to another takes the sum of their `ms`, one way.
+Each namespace has a TUN device. A packet from one host to another takes the sum of their `ms`, one way, unless it is of
+the share that gets lost; the seed says which. (The kernel's own `netem` is not in every kernel.) A device knows no
+offload, so what is sent as one train is cut to real packets.
 """
 
 import contextlib
@@ -12,6 +14,7 @@ import heapq
 import itertools
 import json
 import os
+import random
 import select
 import socket
 import struct
@@ -30,6 +33,9 @@ _TUNSETIFF: Final = 0x400454CA  # linux/if_tun.h
 _IFF_TUN_NO_PI: Final = 0x1001
 _DESTINATION: Final = slice(16, 20)  # in an IPv4 header
 AT_ONCE: Final = 64
+QUEUE_PACKETS: Final = 20_000  # more than any window: what gets lost is lost by the dice
+_LINK_UP: Final = f"link set far mtu 1500 txqueuelen {QUEUE_PACKETS} up"
+ENDS: Final = ("11.9.0.1", "11.9.0.2")  # of `wire`
 
 
 def open_tun(namespace: str, addresses: Sequence[str]) -> int:
@@ -45,12 +51,12 @@ def open_tun(namespace: str, addresses: Sequence[str]) -> int:
 
     with ThreadPoolExecutor(1) as thread:  # a thread has a namespace of its own
         fd = thread.submit(make).result()
-    for command in (*(f"addr add {address}/16 dev far" for address in addresses), "link set far mtu 1500 up"):
+    for command in (*(f"addr add {address}/16 dev far" for address in addresses), _LINK_UP):
         subprocess.run(["ip", "-netns", namespace, *command.split()], check=True)
     return fd
 
 
-def carry(hosts: Mapping[str, Sequence[str]], ms: Mapping[str, float]) -> None:
+def carry(hosts: Mapping[str, Sequence[str]], ms: Mapping[str, float], loss: float, seed: int) -> None:
     """Carry packets between the hosts, for ever; say `ready` first."""
     devices = {open_tun(name, addresses): ms[name] / 1000 for name, addresses in hosts.items()}
     target_of = {
@@ -58,6 +64,7 @@ def carry(hosts: Mapping[str, Sequence[str]], ms: Mapping[str, float]) -> None:
         for fd, addresses in zip(devices, hosts.values(), strict=True)
         for address in addresses
     }
+    dice = {fd: random.Random(f"{seed} {number}").random for number, fd in enumerate(devices)}
     under_way: list[tuple[float, int, int, bytes]] = []
     number = itertools.count()  # packets of one way stay in order
     print("ready", flush=True)
@@ -66,7 +73,7 @@ def carry(hosts: Mapping[str, Sequence[str]], ms: Mapping[str, float]) -> None:
         for fd in select.select(list(devices), [], [], pause)[0]:
             for packet in _packets(fd):
                 target = target_of.get(packet[_DESTINATION])
-                if target is not None:
+                if target is not None and dice[fd]() >= loss:
                     due = time.monotonic() + devices[fd] + devices[target]
                     heapq.heappush(under_way, (due, next(number), target, packet))
         while under_way and under_way[0][0] <= time.monotonic():
@@ -84,7 +91,9 @@ def _packets(fd: int) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def far_apart(hosts: Mapping[str, tuple[float, Sequence[str]]]) -> Iterator[dict[str, str]]:
+def far_apart(
+    hosts: Mapping[str, tuple[float, Sequence[str]]], loss: float = 0.0, seed: int = 1
+) -> Iterator[dict[str, str]]:
     """Make hosts with their milliseconds and addresses; yield their namespaces by name. Needs root."""
     names = {name: f"p2pfar-{os.getpid()}-{name}" for name in hosts}
     with contextlib.ExitStack() as stack:
@@ -95,6 +104,8 @@ def far_apart(hosts: Mapping[str, tuple[float, Sequence[str]]]) -> Iterator[dict
         wanted = {
             "hosts": {names[name]: addresses for name, (_, addresses) in hosts.items()},
             "ms": {names[name]: ms for name, (ms, _) in hosts.items()},
+            "loss": loss,
+            "seed": seed,
         }
         carrier = stack.enter_context(
             subprocess.Popen(
@@ -110,6 +121,13 @@ def far_apart(hosts: Mapping[str, tuple[float, Sequence[str]]]) -> Iterator[dict
         if carrier.stdout.readline() != "ready\n":
             raise RuntimeError("the hosts did not come up")
         yield names
+
+
+@contextlib.contextmanager
+def wire(rtt_ms: float, loss: float, seed: int) -> Iterator[tuple[str, str]]:
+    """Make two hosts with the addresses `ENDS` and a wire between them; yield their namespaces. Needs root."""
+    with far_apart({"one": (rtt_ms / 4, ENDS[:1]), "two": (rtt_ms / 4, ENDS[1:])}, loss, seed) as names:
+        yield names["one"], names["two"]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure the tools beside the leanest Node scripts that do the same, as whole processes.
 
-Every function returns samples by figure and by who was measured, "node" or "python", which take turns.
+Every measurement yields samples by figure and by who was measured, "node" or "python", which take turns.
 """
 
 import contextlib
@@ -11,8 +11,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
@@ -23,8 +22,8 @@ from interop.daemons import Daemon, start_daemon
 from interop.harness import HERE, ROOT, Peer, Peers, environment, peers_on, tool_command
 from nat.lab import in_namespace
 
-Figures = dict[tuple[str, str], list[float]]
-"""Samples by figure and by who was measured."""
+Samples = Generator[tuple[tuple[str, str], float], None, None]
+"""What was measured, of whom, and the value, as they come."""
 
 FAKE: Final = HERE / "fake_claude.py"
 LONG_SESSION: Final = "00000000-0000-4000-8000-000000000100"
@@ -89,26 +88,23 @@ def wall_ms(argv: Sequence[str], env: Mapping[str, str]) -> float:
     return (time.perf_counter() - started) * 1000
 
 
-def one_shots(lab: Lab, rounds: int, where: str) -> Figures:
+def one_shots(lab: Lab, rounds: int, where: str) -> Samples:
     """`ls` as a whole process, with and without what the cache remembers; Node remembers nothing."""
-    figures: Figures = defaultdict(list)
     with tempfile.TemporaryDirectory() as cache:
         warm = {**lab.env, "P2P_CLAUDE_CACHE": cache}
         wall_ms(lab.tool("ls", lab.url), warm)
         for _ in range(rounds):
             node = wall_ms(lab.node("ls"), lab.env)
             for figure, env in ((f"ls {where}, cold, ms", lab.env), (f"ls {where}, warm, ms", warm)):
-                figures[figure, "node"].append(node)
-                figures[figure, "python"].append(wall_ms(lab.tool("ls", lab.url), env))
-    return figures
+                yield (figure, "node"), node
+                yield (figure, "python"), wall_ms(lab.tool("ls", lab.url), env)
 
 
-def connects(lab: Lab, rounds: int, where: str) -> Figures:
+def connects(lab: Lab, rounds: int, where: str) -> Samples:
     """Without the time of the process: until the connection is open, and until the first answer.
 
     Node says `open` when it sends its first packet, we when the daemon's first one has arrived.
     """
-    figures: Figures = defaultdict(list)
     with tempfile.TemporaryDirectory() as cache:
         warm = {**lab.env, "P2P_CLAUDE_CACHE": cache}
         wall_ms(lab.tool("ls", lab.url), warm)
@@ -117,9 +113,8 @@ def connects(lab: Lab, rounds: int, where: str) -> Figures:
             for warmth, env in (("cold", lab.env), ("warm", warm)):
                 ours = _times_said(lab.tool("ls", "-v", lab.url), env, (") in ", "answered in "))
                 for number, what in enumerate(("connection", "first answer")):
-                    figures[f"{what} {where}, {warmth}, ms", "node"].append(node[number])
-                    figures[f"{what} {where}, {warmth}, ms", "python"].append(ours[number])
-    return figures
+                    yield (f"{what} {where}, {warmth}, ms", "node"), node[number]
+                    yield (f"{what} {where}, {warmth}, ms", "python"), ours[number]
 
 
 def _times_said(argv: Sequence[str], env: Mapping[str, str], words: Sequence[str]) -> list[float]:
@@ -127,18 +122,16 @@ def _times_said(argv: Sequence[str], env: Mapping[str, str], words: Sequence[str
     return [float(done.stderr.partition(word)[2].split()[0]) for word in words]
 
 
-def crowds(lab: Lab, rounds: int, sizes: Sequence[int] = (1, 10, 100)) -> Figures:
+def crowds(lab: Lab, rounds: int, sizes: Sequence[int] = (1, 10, 100)) -> Samples:
     """So many one-shots at once to one daemon, until the last has ended; none may fail."""
-    figures: Figures = defaultdict(list)
     with tempfile.TemporaryDirectory() as cache:
         warm = {**lab.env, "P2P_CLAUDE_CACHE": cache}
         wall_ms(lab.tool("ls", lab.url), warm)
         for _ in range(rounds):
             for size in sizes:
                 figure = f"{size} at once, until the last has ended, ms"
-                figures[figure, "node"].append(_crowd_ms(lab.node("ls"), lab.env, size))
-                figures[figure, "python"].append(_crowd_ms(lab.tool("ls", lab.url), warm, size))
-    return figures
+                yield (figure, "node"), _crowd_ms(lab.node("ls"), lab.env, size)
+                yield (figure, "python"), _crowd_ms(lab.tool("ls", lab.url), warm, size)
 
 
 def _crowd_ms(argv: Sequence[str], env: Mapping[str, str], size: int) -> float:
@@ -166,9 +159,8 @@ def write_long_session(data: Path, megabytes: int) -> None:
             size += journal.write(f"{head}{json.dumps(content, ensure_ascii=False)}}}\n".encode())
 
 
-def tails(lab: Lab, rounds: int, megabytes: int) -> Figures:
+def tails(lab: Lab, rounds: int, megabytes: int) -> Samples:
     """`tail` of a long journal, and the slowest reply to a second client's pings meanwhile."""
-    figures: Figures = defaultdict(list)
     with tempfile.TemporaryDirectory() as directory:
         for _ in range(rounds):
             out = Path(directory, "out")
@@ -184,9 +176,8 @@ def tails(lab: Lab, rounds: int, megabytes: int) -> Figures:
                 ping.terminate()
                 assert ping.stdout is not None
                 replies = [float(line.split()[0]) for line in ping.stdout]
-            figures[f"tail of {megabytes} MB, MB/s", "python"].append(out.stat().st_size / 1e6 / seconds)
-            figures[f"slowest ping during tail of {megabytes} MB, ms", "python"].append(max(replies))
-    return figures
+            yield (f"tail of {megabytes} MB, MB/s", "python"), out.stat().st_size / 1e6 / seconds
+            yield (f"slowest ping during tail of {megabytes} MB, ms", "python"), max(replies)
 
 
 def resident_megabytes(pid: int) -> float:
@@ -201,16 +192,14 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def idle(daemon: Peer, server: Peer, seconds: float) -> Figures:
+def idle(daemon: Peer, server: Peer, seconds: float) -> Samples:
     """A daemon that nobody asks, beside a bare Node server: memory, and processor time as a share of one core."""
     pids = {"node": server.process.pid, "python": daemon.process.pid}
     before = {who: processor_seconds(pid) for who, pid in pids.items()}
     time.sleep(seconds)
-    figures: Figures = {}
     for who, pid in pids.items():
-        figures["idle, MB resident", who] = [resident_megabytes(pid)]
-        figures["idle, % of a core", who] = [100 * (processor_seconds(pid) - before[who]) / seconds]
-    return figures
+        yield ("idle, MB resident", who), resident_megabytes(pid)
+        yield ("idle, % of a core", who), 100 * (processor_seconds(pid) - before[who]) / seconds
 
 
 @contextlib.contextmanager
@@ -246,20 +235,29 @@ def far_lab(tools: Path) -> Iterator[Lab]:
         yield Lab(tools, url, plain_environment(bootstrap), tuple(in_namespace(spaces["tool"], [])))
 
 
-def near(rounds: int, megabytes: int) -> Figures:
-    """Everything on loopback."""
-    with installed_tools() as tools, near_lab(tools, megabytes) as (lab, daemon, peers):
+def near(rounds: int) -> Samples:
+    """One-shots on loopback, and what a daemon takes that nobody asks."""
+    with installed_tools() as tools, near_lab(tools, 0) as (lab, daemon, peers):
         server = peers.start("node", "server")
         time.sleep(2.0)
-        return {
-            **idle(daemon.peer, server, 20.0),
-            **one_shots(lab, rounds, "on loopback"),
-            **crowds(lab, max(rounds // 4, 1)),
-            **tails(lab, max(rounds // 4, 1), megabytes),
-        }
+        yield from idle(daemon.peer, server, 20.0)
+        yield from one_shots(lab, rounds, "on loopback")
 
 
-def far(rounds: int) -> Figures:
+def crowd(rounds: int) -> Samples:
+    """Many one-shots at once."""
+    with installed_tools() as tools, near_lab(tools, 0) as (lab, _, _):
+        yield from crowds(lab, rounds)
+
+
+def tail(rounds: int, megabytes: int) -> Samples:
+    """A long journal."""
+    with installed_tools() as tools, near_lab(tools, megabytes) as (lab, _, _):
+        yield from tails(lab, rounds, megabytes)
+
+
+def far(rounds: int) -> Samples:
     """Connecting and one-shots over 100 ms."""
     with installed_tools() as tools, far_lab(tools) as lab:
-        return {**connects(lab, rounds, "over 100 ms"), **one_shots(lab, rounds, "over 100 ms")}
+        yield from connects(lab, rounds, "over 100 ms")
+        yield from one_shots(lab, rounds, "over 100 ms")

@@ -1,38 +1,27 @@
-"""Measure streams beside Node: bulk and round trips on loopback, bulk over a long wire that loses.
+"""Measure streams: bulk, fairness and round trips on loopback, bulk over a long wire that loses.
 
-Usage: python -m bench.streams [--json] [--rounds N] [--megabytes N] [--wan-megabytes N] [--rtt MS] [--only PART,...]
-
-PART is `loopback`, `fair`, `idle` or `wan` (which needs root). Pairings read SERVER < CLIENT and take turns; figures
-are medians, ratios are to Node < Node. Everything here is a function that returns figures; `main` prints them.
+Pairings read SERVER < CLIENT and take turns. Every measurement yields samples by figure and pairing, as they come.
 """
 
-import argparse
 import contextlib
-import json
-import os
-import statistics
-import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-from bench.wire import ADDRESSES, wire
-from interop.harness import Event, Peer, PeerError, Peers, Side, command, missing_node, peers_on
+from bench.far import ENDS, wire
+from bench.oneshots import Samples, processor_seconds
+from interop.harness import Event, Peer, PeerError, Peers, Side, command, peers_on
 from nat.lab import in_namespace
 
 SIDES: Final[tuple[Side, ...]] = ("node", "python")
 PAIRINGS: Final[tuple[tuple[Side, Side], ...]] = tuple((server, client) for server in SIDES for client in SIDES)
 JOBS: Final = {"sink": "upload, MB/s", "source": "download, MB/s"}
+RTT_MS: Final = 100.0
 LOSSES: Final = (0.0, 0.01, 0.02)
 MEGABYTE: Final = 1_000_000
 WAN_PORT: Final = 40_000
 CONNECT_TRIES: Final = 5
-
-Figures = Mapping[tuple[str, str], list[float]]
-"""Samples by figure and pairing."""
 
 
 @dataclass(frozen=True)
@@ -70,23 +59,30 @@ class Pair:
         return times
 
 
-def loopback(peers: Peers, rounds: int, megabytes: int) -> Figures:
+@contextlib.contextmanager
+def testnet() -> Iterator[Peers]:
+    """Make a DHT on loopback, and what starts peers in it."""
+    with peers_on([]) as peers:
+        net = peers.start("node", "testnet", size=6)
+        with peers_on(net.ready["bootstrap"]) as inside:
+            yield inside
+
+
+def loopback(peers: Peers, rounds: int, megabytes: int) -> Samples:
     """Bulk both ways and round trips in all four pairings, in turn."""
-    figures: dict[tuple[str, str], list[float]] = defaultdict(list)
     servers = {side: peers.start(side, "server") for side in SIDES}
     clients = {side: peers.start(side, "client") for side in SIDES}
     pairs = {f"{one} < {two}": Pair(servers[one], clients[two]) for one, two in PAIRINGS}
     for _ in range(rounds):
         for who, pair in pairs.items():
-            figures["round trip of 64 bytes, ms", who] += pair.round_trips_ms(200)
+            for milliseconds in pair.round_trips_ms(200):
+                yield ("round trip of 64 bytes, ms", who), milliseconds
             for job, figure in JOBS.items():
-                figures[figure, who].append(pair.megabytes_per_second(job, megabytes))
-    return figures
+                yield (figure, who), pair.megabytes_per_second(job, megabytes)
 
 
-def fairness(peers: Peers, rounds: int, megabytes: int) -> Figures:
+def fairness(peers: Peers, rounds: int, megabytes: int) -> Samples:
     """Four downloads at once on one server: the time of the fastest by that of the slowest (1 is fair)."""
-    figures: dict[tuple[str, str], list[float]] = defaultdict(list)
     for side in SIDES:
         server = peers.start(side, "server")
         clients = [peers.start(side, "client") for _ in range(4)]
@@ -95,21 +91,13 @@ def fairness(peers: Peers, rounds: int, megabytes: int) -> Figures:
             for client in clients:
                 client.tell("connect", key=server.ready["publicKey"], job="source", bytes=size, timeout=200_000)
             times = [client.expect("result", timeout=210)["bodyMs"] for client in clients]
-            figures["four at once, fastest by slowest", f"{side} < {side}"].append(min(times) / max(times))
+            yield ("four at once, fastest by slowest", f"{side} < {side}"), min(times) / max(times)
             total = 4 * size / 1e6 / (max(times) / 1000)
-            figures["four at once, MB/s together", f"{side} < {side}"].append(total)
-    return figures
+            yield ("four at once, MB/s together", f"{side} < {side}"), total
 
 
-def processor_seconds(pid: int) -> float:
-    """Return the processor time a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def idle(peers: Peers, seconds: float = 20.0) -> Figures:
+def idle(peers: Peers, seconds: float = 20.0) -> Samples:
     """The share of a core that a server with one idle connection uses, in percent."""
-    figures: dict[tuple[str, str], list[float]] = {}
     with contextlib.ExitStack() as stack:
         servers = {}
         for side in SIDES:
@@ -122,14 +110,13 @@ def idle(peers: Peers, seconds: float = 20.0) -> Figures:
         time.sleep(seconds)
         for side, server in servers.items():
             used = processor_seconds(server.process.pid) - before[side]
-            figures["processor at idle, % of a core", f"{side} < {side}"] = [100 * used / seconds]
-    return figures
+            yield ("processor at idle, % of a core", f"{side} < {side}"), 100 * used / seconds
 
 
 @contextlib.contextmanager
 def pair_over(namespaces: tuple[str, str], one: Side, two: Side) -> Iterator[Pair]:
     """Start a server that is a DHT of its own, and a client at the other end of the wire that bootstraps with it."""
-    here, there = ADDRESSES
+    here, there = ENDS
     with peers_on([f"{here}:{WAN_PORT}"]) as peers:
         server_config = {"private": WAN_PORT, "bootstrap": [], "host": here}
         server = peers.run(f"{one} server", in_namespace(namespaces[0], command(one, "server", server_config)))
@@ -138,69 +125,11 @@ def pair_over(namespaces: tuple[str, str], one: Side, two: Side) -> Iterator[Pai
         yield Pair(server, client)
 
 
-def wan(rounds: int, megabytes: int, rtt_ms: float = 100.0, losses: tuple[float, ...] = LOSSES) -> Figures:
+def wan(rounds: int, megabytes: int) -> Samples:
     """Download over a long wire; the packets that get lost differ from round to round, not between the pairings."""
-    figures: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for loss in losses:
-        for seed in range(rounds):
+    for seed in range(rounds):
+        for loss in LOSSES:
             for one, two in PAIRINGS:
-                with wire(rtt_ms, loss, seed) as namespaces, pair_over(namespaces, one, two) as pair:
+                with wire(RTT_MS, loss, seed) as namespaces, pair_over(namespaces, one, two) as pair:
                     speed = pair.megabytes_per_second("source", megabytes)
-                figure = f"download at {rtt_ms:g} ms and {loss:.0%} loss, MB/s"
-                figures[figure, f"{one} < {two}"].append(speed)
-    return figures
-
-
-def with_ratios(figures: Figures) -> Iterator[tuple[str, str, float, float]]:
-    """Yield figure, pairing, median, and its ratio to the median of Node alone."""
-    medians = {key: statistics.median(values) for key, values in figures.items()}
-    for (figure, who), median in sorted(medians.items()):
-        base = medians.get((figure, "node < node"), 0.0)
-        yield figure, who, median, median / base if base else float("nan")
-
-
-def measure(parts: set[str], options: argparse.Namespace) -> Figures:
-    """Run the wanted parts."""
-    figures: dict[tuple[str, str], list[float]] = {}
-    if parts - {"wan"}:
-        with contextlib.ExitStack() as stack:
-            net = stack.enter_context(peers_on([])).start("node", "testnet", size=6)
-            for part in (part for part in ("loopback", "fair", "idle") if part in parts):
-                with peers_on(net.ready["bootstrap"]) as peers:
-                    if part == "loopback":
-                        figures.update(loopback(peers, options.rounds, options.megabytes))
-                    elif part == "fair":
-                        figures.update(fairness(peers, options.rounds, options.megabytes))
-                    else:
-                        figures.update(idle(peers))
-    if "wan" in parts:
-        losses = tuple(map(float, options.losses.split(",")))
-        figures.update(wan(options.rounds, options.wan_megabytes, options.rtt, losses))
-    return figures
-
-
-def main() -> int:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(prog="bench.streams", description="Measure streams beside Node.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object with every sample")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each figure is taken (5)")
-    parser.add_argument("--megabytes", type=int, default=64, help="size of a transfer on loopback (64)")
-    parser.add_argument("--wan-megabytes", type=int, default=32, help="size of a transfer over the wire (32)")
-    parser.add_argument("--rtt", type=float, default=100.0, help="round trip of the wire in milliseconds (100)")
-    parser.add_argument("--losses", default="0,0.01,0.02", help="shares of packets the wire loses (0,0.01,0.02)")
-    parser.add_argument("--only", default="loopback,fair,idle,wan", help="parts to run (loopback,fair,idle,wan)")
-    options = parser.parse_args()
-    if missing := missing_node():
-        print(missing, file=sys.stderr)
-        return 69
-    figures = measure(set(options.only.split(",")), options)
-    if options.json:
-        print(json.dumps([{"figure": f, "who": w, "samples": values} for (f, w), values in figures.items()]))
-        return 0
-    for figure, who, median, ratio in with_ratios(figures):
-        print(f"{figure:<38} {who:<17} {median:>9.2f} {ratio:>6.2f}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+                yield (f"download at {RTT_MS:g} ms and {loss:.0%} loss, MB/s", f"{one} < {two}"), speed
