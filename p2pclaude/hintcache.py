@@ -75,7 +75,7 @@ class HintCache:
         if self._directory is None:
             return Hints()
         try:
-            self._read = _decode(unseal(self._data_key, self._read_own_file().decode("ascii")))
+            self._read = decode_hints(unseal(self._data_key, self._read_own_file().decode("ascii")))
             return self._read
         except FileNotFoundError:
             return Hints()
@@ -124,8 +124,8 @@ def _reason(error: Exception) -> str:
     return (error.strerror or str(error)).lower() if isinstance(error, OSError) else "damaged"
 
 
-def _decode(value: object) -> Hints:
-    """Check what the file holds. Raises ValueError."""
+def decode_hints(value: object) -> Hints:
+    """Check what the file holds, a JSON value. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return Hints(_addresses(value.get("addresses")), _addresses(value.get("nodes")))

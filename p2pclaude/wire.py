@@ -179,6 +179,8 @@ def load_page(text: bytes) -> Any:
         return load_json(text)  # it tells white space from what a terminal would obey
     end = lines.pop()
     page = _object(b"{" + end.removeprefix(PAGE_END))
+    if "messages" in page:  # named twice: the later one counts
+        return load_json(text)
     page["messages"] = [JsonLine(line.removesuffix(b",")) for line in lines if line]
     return page
 

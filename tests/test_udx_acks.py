@@ -4,23 +4,25 @@ from random import Random
 
 import pytest
 
-from p2pclaude.hyperdht.udx.packet import DATA, HEADER, MAGIC, SEQ_MASK
+from p2pclaude.hyperdht.udx.packet import DATA, HEADER, MAGIC, SACK, SEQ_MASK, encode_sack
+from p2pclaude.hyperdht.udx.recovery import DELIVERED
 from p2pclaude.hyperdht.udx.stream import UdxStream
 
 FIRST = 2**32 - 20  # the wire's numbers wrap on the way
 PACKETS = 30
 
 
-def sender() -> UdxStream:
-    """Return a stream with so many packets under way, and a few acknowledged."""
+def sender(sent: list[bytes] | None = None) -> UdxStream:
+    """Return a stream with so many packets under way, and a few acknowledged; `sent` gets them all."""
+    sent = [] if sent is None else sent
     stream = UdxStream(7, initial_seq=FIRST, initial_remote_seq=FIRST)
     stream.connect(1, 1.0)
     stream.write(bytes(1152 * 4))
-    stream.datagrams_to_send(1.0)
+    sent += stream.datagrams_to_send(1.0)
     stream.receive_datagrams([bare(stream, FIRST + 4, 1 << 20)], 1.1)
     for number in range(4, PACKETS):
         stream.write(bytes(1000))
-        stream.datagrams_to_send(1.1 + number / 100)  # not faster than it is paced
+        sent += stream.datagrams_to_send(1.1 + number / 100)  # not faster than it is paced
     assert stream.sender.next_seq == FIRST + PACKETS
     return stream
 
@@ -68,3 +70,72 @@ def test_the_last_of_a_run_acknowledges_all_before() -> None:
     assert stream.sender.acked_below == FIRST + PACKETS
     assert stream.sender.in_flight == stream.unacked == 0
     assert stream.sender.peer_window == (1 << 20) + PACKETS - 4
+
+
+def answers(rng: Random) -> list[bytes]:
+    """Return what a peer says to packets that come in any order, and not all of them: one answer each."""
+    sent: list[bytes] = []
+    sender(sent)
+    assert len(sent) == PACKETS
+    peer = UdxStream(1, initial_seq=FIRST, initial_remote_seq=FIRST)
+    peer.connect(7, 1.0)
+    peer.receive_datagrams(sent[:4], 1.0)
+    peer.datagrams_to_send(1.0)
+    coming = rng.sample(sent[4:], rng.randint(2, PACKETS - 4))
+    said = []
+    for packet in coming:
+        peer.receive_datagrams([packet], 1.0)
+        said += peer.datagrams_to_send(1.0)
+    assert len(said) == len(coming)
+    return said
+
+
+def held(stream: UdxStream) -> tuple[object, ...]:
+    """Return what a stream believes that its peer has."""
+    half = stream.sender
+    delivered = [seq - FIRST for seq, packet in half._packets.items() if packet.state == DELIVERED]
+    return half.acked_below - FIRST, delivered, half.unacked, half._sacked_bytes, half.peer_window, half.stats.bad_sacks
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_run_of_sacks_says_what_they_say_one_by_one(seed: int) -> None:
+    rng = Random(seed)
+    said = answers(rng)
+    assert any(packet[2] == SACK for packet in said) or len(said) < 8
+    if rng.random() < 0.3:  # one of the time before, whose acknowledgement is an older one, comes last
+        said.append(bare(sender(), FIRST + 3, 1 << 20))
+    together, apart = sender(), sender()
+    together.receive_datagrams(said, 9.0)
+    for packet in said:
+        apart.receive_datagrams([packet], 9.0)
+    assert held(together) == held(apart)
+
+
+def test_the_last_of_a_run_of_sacks_is_read() -> None:
+    stream = sender()
+    runs = [[(FIRST + 6, FIRST + 7 + more), (FIRST + 20, FIRST + 22)] for more in range(5)]
+    window = 1 << 20
+    stream.receive_datagrams([sack(stream, FIRST + 5, window + more, run) for more, run in enumerate(runs)], 9.0)
+    assert held(stream)[:2] == (5, [6, 7, 8, 9, 10, 20, 21])
+    assert stream.sender.peer_window == window + 4
+
+
+def test_a_sack_is_read_though_it_acknowledges_nothing_else_that_is_new() -> None:
+    stream = sender()
+    said = sack(stream, FIRST + 4, 1 << 20, [(FIRST + 6, FIRST + 7)])
+    stream.receive_datagrams([bare(stream, FIRST + 4, 1 << 20), said], 9.0)
+    assert held(stream)[:2] == (4, [6])
+
+
+def test_a_late_sack_does_not_hide_what_a_newer_one_said() -> None:
+    stream = sender()
+    newer = sack(stream, FIRST + 8, 1 << 20, [(FIRST + 12, FIRST + 15)])
+    late = sack(stream, FIRST + 5, 1 << 20, [(FIRST + 6, FIRST + 7)])
+    stream.receive_datagrams([newer, late], 9.0)
+    assert held(stream)[:2] == (8, [12, 13, 14])
+
+
+def sack(stream: UdxStream, ack: int, window: int, ranges: list[tuple[int, int]]) -> bytes:
+    """Return an acknowledgement with ranges for that stream."""
+    header = HEADER.pack(MAGIC, SACK, 0, stream.local_id, window, FIRST & SEQ_MASK, ack & SEQ_MASK)
+    return header + encode_sack([(start & SEQ_MASK, end & SEQ_MASK) for start, end in ranges])

@@ -213,6 +213,7 @@ def test_a_page_comes_apart_at_its_lines() -> None:
     [
         b'{"messages":[{"type":"session-output","data":1}]}',
         b'{"messages": [\n],"next":1}',
+        b'{"messages":[\n{}\n],"messages":[7]}',
         b'{\n"messages":[]}',
         page(b'{"type":"session-output","seq":1,"timestamp":5,"data":{\t}}'),
         b"[]",

@@ -51,6 +51,9 @@ COMMON_OPTIONS = """\
   -v, --verbose            say on standard error what is going on
   -h, --help               show this text
   --version                show the version
+
+Where a daemon was found is remembered in the directory P2P_CLAUDE_CACHE, by
+default in the user's cache directory; nowhere if it is set and empty.
 """
 """The end of every tool's usage text."""
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from functools import cache
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from fuzz.target import Script, Target
 from p2pclaude.claude import decode_line
 from p2pclaude.datadir import DataDir
 from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, WireError
+from p2pclaude.hintcache import MAX_ADDRESSES, decode_hints
 from p2pclaude.hyperdht import KeyPair
 from p2pclaude.inbox import Recovery
 from p2pclaude.journalfile import JournalFile
@@ -24,7 +26,10 @@ from p2pclaude.record import decode_record
 from p2pclaude.seqindex import seq_of_line
 from p2pclaude.sessionfile import Info
 from p2pclaude.wire import (
+    PAGE_END,
+    PAGE_START,
     UNKNOWN_ID,
+    JsonLine,
     LineBuffer,
     LineTooLong,
     SealError,
@@ -35,6 +40,7 @@ from p2pclaude.wire import (
     encode_response,
     id_of_line,
     load_json,
+    load_page,
     seal_json,
     unseal,
 )
@@ -121,6 +127,59 @@ def _response_seeds() -> list[bytes]:
         b'{"id":3,"ok":false,"error":{"a":[1,2.5,null]}}',
         b'{"id":4,"ok":false,"error":' + b"[" * 600 + b"]" * 600 + b"}",
     ]
+
+
+# -- the answer to get-output: what is left unread reads as if it had been read, or as WireError if it is not ours
+
+
+def _read_page(data: bytes) -> None:
+    try:
+        page = load_page(data)
+        if isinstance(page, dict) and isinstance(page.get("messages"), list):
+            page["messages"] = [dict(entry) if isinstance(entry, JsonLine) else entry for entry in page["messages"]]
+        plain = load_json(data)
+    except WireError:
+        return
+    assert page == plain, f"{plain!r} became {page!r}"
+
+
+def _page_seeds() -> list[bytes]:
+    line = b'{"type":"session-output","seq":1,"timestamp":2,"data":{"a":"\xc3\xbc\\n"}}'
+    start, end = PAGE_START + b"\n", b"\n" + PAGE_END
+    both = b"{}" + end + b'"messages":[7],"next":0}'
+    return [
+        start + both,
+        start + b"{},{}" + end + b'"next":0}',
+        start + line + b",\n" + line + end + b'"next":2,"state":"idle"}',
+        start + end + b'"next":0}',
+        start + b'{"a":1} ,\n{}' + end + b'"messages":[7],"next":0}',
+        b'{"messages":[],"next":null}',
+        start + b"[]" + end + b"}",
+    ]
+
+
+# -- the file of a daemon's whereabouts
+
+
+def _read_hints(data: bytes) -> None:
+    try:
+        value = load_json(data)
+    except WireError:
+        return
+    try:
+        hints = decode_hints(value)
+    except ValueError:
+        return
+    assert max(map(len, hints)) <= MAX_ADDRESSES
+    for host, port in (*hints.addresses, *hints.nodes):
+        assert str(ip_address(host)) == host and 0 < port < 65536
+    assert decode_hints(load_json(dump_json(hints._asdict()))) == hints
+
+
+def _hint_seeds() -> list[bytes]:
+    good = {"addresses": [["127.0.0.1", 1], ["10.0.0.255", 65535]], "nodes": [["1.2.3.4", 49737]] * 9}
+    bad: list[object] = [["1.2.3.4", True], ["1.2.3.4", 1.0], ["01.2.3.4", 1], ["1.2.3", 1], ["::1", 1], "ab", [1, 2]]
+    return [json.dumps(value).encode() for value in (good, {}, [], *({**good, "nodes": [entry]} for entry in bad))]
 
 
 # -- lines cut out of chunks: each chunk is a length byte and as many bytes
@@ -355,6 +414,8 @@ TARGETS: Final = (
     Target("pairing_url", _read_url, seeds=_url_seeds),
     Target("wire_request", _read_request, seeds=_request_seeds),
     Target("wire_response", _read_response, seeds=_response_seeds),
+    Target("wire_page", _read_page, seeds=_page_seeds),
+    Target("hints", _read_hints, seeds=_hint_seeds),
     Target("wire_lines", _cut_lines, seeds=_line_seeds),
     Target("sealed", _open_sealed, seeds=_sealed_seeds),
     Target("claude_line", _read_claude, max_bytes=4096, seeds=_claude_seeds),
