@@ -83,6 +83,10 @@ def test_a_lost_newline_moves_no_number(path: Path, indexed: bool) -> None:
     path.write_bytes(b"".join(lines[:2]) + lines[2][:-1] + b"X" + b"".join(lines[3:]))
     expected = [(1, OUT), (2, OUT), (3, OUT if indexed else NOTE), (4, OUT if indexed else NOTE), (5, OUT), (6, OUT)]
     assert seqs_of(path) == expected
+    journal = JournalFile.open(path)
+    alone = [load_json(journal.read(seq, limit=1).lines[0]) for seq in range(6)]
+    assert [entry["bytes"] for entry in alone if entry["type"] == NOTE] == ([] if indexed else [len(lines[2]) * 2 - 1, 0])
+    journal.close()
 
 
 @pytest.mark.parametrize("indexed", [True, False])
