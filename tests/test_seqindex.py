@@ -85,7 +85,8 @@ def test_a_lost_newline_moves_no_number(path: Path, indexed: bool) -> None:
     assert seqs_of(path) == expected
     journal = JournalFile.open(path)
     alone = [load_json(journal.read(seq, limit=1).lines[0]) for seq in range(6)]
-    assert [entry["bytes"] for entry in alone if entry["type"] == NOTE] == ([] if indexed else [len(lines[2]) * 2 - 1, 0])
+    sizes = [entry["bytes"] for entry in alone if entry["type"] == NOTE]
+    assert sizes == ([] if indexed else [len(lines[2]) * 2 - 1, 0])
     journal.close()
 
 
