@@ -225,18 +225,3 @@ def test_a_stream_whose_peer_never_came_is_soon_forgotten(heard: bool, seconds: 
         stream.handle_timer(timer)
         told += sum(data[2] == DESTROY for data in stream.datagrams_to_send(timer))
     assert (timer, told) == (seconds, 3)
-
-
-def test_ever_new_paths_on_which_nothing_is_acknowledged_do_not_keep_a_stream() -> None:
-    pair = Pair()
-    pair.a.stream.write(b"x")
-    pair.run(lambda: bool(pair.b.received))
-    for one in pair.ends:
-        one.link.blocked = lambda now, data: True
-    began = pair.now
-    pair.a.stream.write(b"y")
-    while pair.a.closed is None and pair.now < began + 60:
-        pair.run(seconds=1)
-        pair.a.stream.reset_path(pair.now)
-    assert pair.a.closed == Closed("ETIMEDOUT")
-    assert pair.now - began < 15

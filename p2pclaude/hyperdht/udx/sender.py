@@ -65,7 +65,6 @@ class Sender:
         self._probes_due = 0
         self._last_sent_at = 0.0
         self._progress_at = 0.0
-        self._progressed = True  # since the path was begun anew
         self._paced_until: float | None = None
         self._window_from = (initial_remote_seq - 1, 0)  # (seq, ack) of the packet the peer's window is from
         # What one batch of acknowledgements brought, until finish_acks.
@@ -122,8 +121,7 @@ class Sender:
         self.congestion = Bbr(self._base_mtu, self._variety)
         self._pacer = Pacer()
         self._loss.forget_path()
-        if self._progressed:  # once: a peer that comes by ever new ways but hears nothing must not keep us for ever
-            self._progress_at, self._progressed = now, False
+        self._progress_at = now
         self._probe_count = 0
         self._probes_due = PROBES if self._packets else 0
 
@@ -240,7 +238,7 @@ class Sender:
         if self._probe_count >= OUTAGE_ATTEMPTS:
             self.congestion.on_outage()
         self._probe_count = self._probes_due = 0
-        self._progress_at, self._progressed = now, True
+        self._progress_at = now
         lost = self._detect_losses(now)
         self._rate.delivered += acked
         flight = newest.flight
