@@ -166,6 +166,7 @@ MESSAGES: dict[str, st.SearchStrategy[Any]] = {
         st.booleans(),
         st.none() | st.builds(RelayThrough, KEYS, KEYS),
         st.none() | SOME_ADDRESSES,
+        version=st.just(1),
     ),
     "holepunch": st.builds(Holepunch, MODES, NUMBERS, st.binary(max_size=300), st.none() | ADDRESS),
     "holepunch_payload": st.builds(

@@ -118,7 +118,8 @@ class Endpoint:
     ) -> None:
         """Sort by stream what came from one source; packets that follow one of the same stream cost a comparison."""
         find = self.streams.find
-        settled, packets = b"", datagrams
+        settled: bytes | None = None  # the stream id that packets go on with; short datagrams have none
+        packets: list[bytes] = []
         for data in datagrams:
             if data[4:8] == settled and data[:2] == PREFIX:
                 packets.append(data)
@@ -128,7 +129,7 @@ class Endpoint:
                 if stream.accepts(socket, source):
                     packets = by_stream.setdefault(stream, [])
                     packets.append(data)
-                    settled = data[4:8] if stream.is_way(socket, source) else b""
+                    settled = data[4:8] if stream.is_way(socket, source) else None
             elif len(data) >= 2:
                 self._deliver(socket, data, source)
             elif socket.on_probe is not None:
