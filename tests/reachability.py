@@ -355,7 +355,7 @@ async def live(hours: float, seed: int, tell: Callable[[str], object] = str) -> 
                 life.seconds.append(loop.time() - started)
             else:
                 life.failed_at.append(started)
-            if started // DAY < loop.time() // DAY or loop.time() >= end:
+            if started // DAY < (started + 30) // DAY or started + 30 >= end:
                 tell(f"{loop.time() / DAY:.2f} days: {life}")
             await asyncio.sleep(max(0.0, started + 30 - loop.time()))
         moving.cancel()
