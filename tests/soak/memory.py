@@ -78,7 +78,8 @@ class Road:
         self._rate, self._queue, self._free_at = rate, queue, 0.0
         self._largest = mtu - DATAGRAM_OVERHEAD_BYTES
         self._whole = mtu >= 1500
-        self.carried_at = self.delivered_at = 0.0  # when a burst left last, and one of which something arrived
+        self.carried_at = 0.0  # when a burst left last
+        self.deliveries = 0  # bursts of which something arrived
         self.watchers: list[Watcher] = []  # told of every burst and what is left of it
 
     def carry(self, burst: Burst, now: float) -> list[tuple[float, Burst]]:
@@ -89,7 +90,7 @@ class Road:
         self.carried_at = now
         if not arriving:
             return []
-        self.delivered_at = now
+        self.deliveries += 1
         at = max(now, self._free_at) + self._delay
         if self._jitter:
             at += self._jitter * self._random()
@@ -159,6 +160,7 @@ class End:
         self._read_at = 0  # in the block
         self._wait: _Wait | None = None
         self._waiting_since = inf
+        self._answered_before = 0  # deliveries to the peer when the wait began: the order within an instant counts
         self._hindered_at = 0.0
 
     def feed(self, now: float) -> None:
@@ -180,6 +182,7 @@ class End:
         """Begin to wait, if nothing was on its way before."""
         if self._waiting_since == inf:
             self._waiting_since = now
+            self._answered_before = self.road.deliveries
             self.look_at = now + LONG_WAIT_S
 
     def take_events(self, now: float) -> None:
@@ -217,6 +220,7 @@ class End:
             self._wait = None
         nothing_comes = self.ended or (self.received == self._expected and not self.peer.done)
         self._waiting_since = inf if nothing_comes else now
+        self._answered_before = self.road.deliveries
         self.look_at = self._waiting_since + LONG_WAIT_S
 
     @property
@@ -237,7 +241,7 @@ class End:
             self._wait = _Wait(self)
             self.look_at = inf
         limit = 2 * self._rto
-        ignorant = self.road.delivered_at < self._waiting_since and now - self.peer.road.carried_at < limit
+        ignorant = self.road.deliveries == self._answered_before and now - self.peer.road.carried_at < limit
         if ignorant or self._wait.lost_again:
             self.excused += self._wait.lost_again
             self._wait.lost_again = False
