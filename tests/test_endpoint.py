@@ -19,6 +19,13 @@ def packet(stream_id: int, seq: int) -> bytes:
     return HEADER.pack(MAGIC, DATA, 0, stream_id, 1 << 20, seq, 0) + f"{stream_id} {seq} ".encode()
 
 
+class Given(list[bytes]):
+    """What the network gave in one go, which is not the endpoint's to add to."""
+
+    def append(self, _datagram: bytes) -> None:
+        raise AssertionError("the list that is gone through grows")
+
+
 class Reader:
     """Keeps what a stream hands out."""
 
@@ -58,6 +65,30 @@ def test_what_came_together_is_told_apart() -> None:
         assert two.handler.data == f"{two.id} 0 {two.id} 1 {two.id} 2 {two.id} 3 ".encode()
         assert messages == [b"message", packet(unknown, 0), packet(one.id, 3)[:19]]
         assert probes == [WAY, WAY]
+        endpoint.close()
+
+    run(main(), seed=1)
+
+
+def test_no_beginning_of_a_packet_is_taken_for_one() -> None:
+    """Two bytes of magic, where a stream's id would stand, once made the loop add to the list it goes through."""
+
+    async def main() -> None:
+        net = SimNetwork(1)
+        endpoint = Endpoint(net.host("5.1.0.1"), net.random("endpoint"))
+        socket = await endpoint.bind("0.0.0.0", 0)
+        messages: list[bytes] = []
+        endpoint.on_message = lambda _socket, data, _source: messages.append(data)
+        stream = endpoint.streams.create()
+        reader = stream.handler = Reader()
+        stream.connect(socket, 1, WAY)
+        whole = packet(stream.id, 0)
+        cut = [whole[:size] for size in range(2, 8)]
+        for before in ([], [whole]):
+            messages.clear()
+            endpoint._receive(socket, [(Given([*before, *cut]), WAY), (Given(cut), ELSEWHERE)])
+            assert messages == cut * 2
+        assert reader.data == whole[20:]
         endpoint.close()
 
     run(main(), seed=1)
