@@ -225,3 +225,36 @@ def test_a_stream_whose_peer_never_came_is_soon_forgotten(heard: bool, seconds: 
         stream.handle_timer(timer)
         told += sum(data[2] == DESTROY for data in stream.datagrams_to_send(timer))
     assert (timer, told) == (seconds, 3)
+
+
+def test_ever_new_paths_on_which_nothing_is_acknowledged_do_not_keep_a_stream() -> None:
+    """A client that repeats its first packets for half a minute is kept, one that comes by ever new ways is not."""
+    pair = Pair()
+    pair.a.stream.write(b"x")
+    pair.run(lambda: bool(pair.b.received))
+    for one in pair.ends:
+        one.link.blocked = lambda now, data: True
+    began = pair.now
+    pair.a.stream.write(bytes(5000))
+    while pair.a.closed is None and pair.now < began + 200:
+        pair.run(seconds=0.1)
+        pair.a.stream.reset_path(pair.now)
+    assert pair.a.closed == Closed("ETIMEDOUT")
+    assert 45 < pair.now - began < 75
+
+
+def test_new_paths_without_number_cost_no_memory() -> None:
+    stream = connected()
+    stream.write(bytes(5000))
+    times = [number / 100 for number in range(2000)]
+
+    def take_paths(from_: int, to: int) -> int:
+        for now in times[from_:to]:
+            stream.reset_path(now)
+            stream.datagrams_to_send(now)
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    few, many = take_paths(0, 100), take_paths(100, 2000)
+    tracemalloc.stop()
+    assert many < few + 20_000

@@ -103,6 +103,7 @@ class LossDetector:
 
     def forget_path(self) -> None:
         """Drop what was learnt of the path; what is under way is judged by later packets only."""
+        self.sent = deque(entry for entry in self.sent if entry[1].order == entry[0])  # paths may change often
         self._reordering_seen = False
         self._window_steps = 1
         self._newest_order = -1

@@ -22,6 +22,7 @@ from .stats import SenderStats
 from .windowprobe import WindowProbe
 
 GIVE_UP_S: Final = 11.8  # without progress; an outage of 10 s must kill nothing, and probes leave every second
+NEW_PATHS_S: Final = 60.0  # without progress, in which each new path has that time; a hole is punched in less
 MAX_UNDER_WAY: Final = 64 * 1024 * 1024  # whatever window the peer offers
 MAX_PACKETS_UNDER_WAY: Final = 65536  # libudx reports no gaps further ahead
 MAX_BURST_PACKETS: Final = 256  # of one call: others want a turn
@@ -65,6 +66,7 @@ class Sender:
         self._probes_due = 0
         self._last_sent_at = 0.0
         self._progress_at = 0.0
+        self._answered_at = 0.0  # the same, but that new paths do not move it
         self._paced_until: float | None = None
         self._window_from = (initial_remote_seq - 1, 0)  # (seq, ack) of the packet the peer's window is from
         # What one batch of acknowledgements brought, until finish_acks.
@@ -121,7 +123,8 @@ class Sender:
         self.congestion = Bbr(self._base_mtu, self._variety)
         self._pacer = Pacer()
         self._loss.forget_path()
-        self._progress_at = now
+        # Not for ever: a peer that comes by ever new ways but acknowledges nothing must not keep us.
+        self._progress_at = max(self._progress_at, min(now, self._answered_at + NEW_PATHS_S))
         self._probe_count = 0
         self._probes_due = PROBES if self._packets else 0
 
@@ -238,7 +241,7 @@ class Sender:
         if self._probe_count >= OUTAGE_ATTEMPTS:
             self.congestion.on_outage()
         self._probe_count = self._probes_due = 0
-        self._progress_at = now
+        self._progress_at = self._answered_at = now
         lost = self._detect_losses(now)
         self._rate.delivered += acked
         flight = newest.flight
@@ -289,7 +292,7 @@ class Sender:
         if not self.has_work:
             return []
         if not self._packets:
-            self._progress_at = now
+            self._progress_at = self._answered_at = now
         congestion = self.congestion
         budget = self._pacer.budget(now, congestion.pacing_rate, congestion.quantum)
         allowance = min(congestion.window - self.in_flight, budget)
