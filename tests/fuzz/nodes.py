@@ -82,6 +82,7 @@ EPHEMERAL: Final = tuple(KeyPair.from_seed(bytes([3, i]) * 16) for i in range(4)
 TARGETS_OF: Final = (None, blake2b(SERVER.public_key), bytes(32), blake2b(CLIENT.public_key))
 HELPERS: Final = 4  # as many as a NAT's kind takes
 MAX_STEPS: Final = 60
+TURNS: Final = 20  # of the loop, in which a handshake is answered: the next step may need the answer
 MAX_SOCKETS: Final = 3000  # 256 for each random punch, of which two may run
 MAX_TASKS: Final = 3000
 
@@ -451,8 +452,7 @@ async def _attack_server(script: Script) -> None:
             case _:
                 probed = list(node.dht.endpoint.sockets)
                 node.deliver(probed[script.byte() % len(probed)], b"\0", PEERS[script.byte() % 4])
-        for _ in range(4):
-            await asyncio.sleep(0)
+        await virtual.settle(TURNS)
         node.check()
     await node.stop()
     node.check()

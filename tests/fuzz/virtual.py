@@ -1,5 +1,6 @@
 """Virtual time for targets of ring 2: one fresh event loop an input, and no error may be swallowed."""
 
+import asyncio
 import logging
 from collections.abc import Coroutine
 from typing import Any, Final
@@ -40,3 +41,12 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         raise AssertionError(f"logged: {record.getMessage()}") from (record.exc_info or (None, None))[1]
     for context in loop.swallowed:
         raise AssertionError(f"swallowed: {context['message']}") from context.get("exception")
+
+
+async def settle(turns: int) -> None:
+    """Let the loop turn until nothing is left to do at this instant, or so often."""
+    ready = asyncio.get_running_loop()._ready  # type: ignore[attr-defined]
+    for _ in range(turns):
+        if not ready:
+            return
+        await asyncio.sleep(0)
