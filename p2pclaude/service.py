@@ -152,8 +152,6 @@ class Service:
 
     def _leave(self, peer: "_Peer") -> None:
         del self._peers[peer.number]
-        # The connection lingers, and with it the error that ended it, whose traceback knows all that stood here.
-        peer.buffer.clear()
         self._unproven.pop(peer.number, None)
         if peer.timer is not None:
             peer.timer.cancel()

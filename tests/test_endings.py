@@ -1,6 +1,9 @@
 """Ends of connections as an application sees them: clean ones with the default patience, dead peers, outages."""
 
 import asyncio
+import gc
+import weakref
+from collections.abc import Iterator
 
 import pytest
 from sim import Link, SimNetwork, run
@@ -16,6 +19,15 @@ AT_ONCE = 500  # connections of one network
 def _forget(*ends: End) -> None:
     for end in ends:
         end.endpoint.close()
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Do without the collector of cycles, which looks seldom, and counts objects and no bytes."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 async def _serve(connection: Connection) -> None:
@@ -39,7 +51,7 @@ def test_a_close_with_the_usual_patience_is_clean_on_both_sides(first: int) -> N
         await client.connection.close()
         await serving
         for end in (client, server):
-            assert end.connection._error is None
+            assert end.connection._reason is None
         await asyncio.sleep(30)
         _forget(client, server)
 
@@ -94,3 +106,40 @@ def test_an_outage_of_ten_seconds_at_any_moment_kills_no_idle_connection(seed: i
         _forget(left, right)
 
     run(main(), seed=seed)
+
+
+class _Large:
+    """Something that a handler has at hand."""
+
+
+async def _handle(connection: Connection, reads: bool, seen: "weakref.WeakSet[_Large]") -> None:
+    large = _Large()
+    seen.add(large)
+    while reads:
+        await connection.read()
+    while True:
+        await connection.write(bytes(1 << 20))
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("here", [True, False])
+def test_what_a_handler_had_at_hand_is_gone_with_the_connection(reads: bool, here: bool) -> None:
+    """Though the connection itself is remembered for a while: strangers would be served from a growing heap."""
+
+    async def main() -> None:
+        net = SimNetwork(1, Link(latency=(0.01, 0.01)))
+        left, right = await connect_ends(net)
+        seen: weakref.WeakSet[_Large] = weakref.WeakSet()
+        handling = asyncio.create_task(_handle(right.connection, reads, seen))
+        await asyncio.sleep(1)
+        assert len(seen) == 1
+        (right if here else left).connection.abort()
+        with pytest.raises(ConnectionClosed):
+            await handling
+        del handling
+        await asyncio.sleep(1)
+        assert not seen
+        _forget(left, right)
+
+    run(main(), seed=1)

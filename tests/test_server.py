@@ -2,11 +2,12 @@
 
 import asyncio
 import gc
+import weakref
 from random import Random
 
 import pytest
 from sim import Host, SimLoop, run
-from sim_dht import DEADLINE, Swarm, ask, serve, swarm
+from sim_dht import DEADLINE, Swarm, ask, echo, serve, swarm
 from sim_peers import seeds
 
 from p2pclaude.hyperdht import server as server_module
@@ -166,6 +167,37 @@ def test_hundreds_of_connects_and_closes_leave_nothing_behind(kind: str) -> None
             await client.destroy()
 
     run(main(), seed=1, cpu_limit=900)
+
+
+@pytest.mark.parametrize("kind", ["open", "cone"])
+def test_what_is_over_needs_no_collector_of_cycles(kind: str) -> None:
+    """That one looks seldom: what a thousand strangers leave would stay until then."""
+
+    async def main() -> None:
+        async with swarm(1, 8) as network:
+            node, _ = await place(network, kind == "cone")
+            client = await network.join(network.net.nat("5.8.0.2").host("192.168.2.2"))
+            connections: list[weakref.ref[Connection]] = []
+
+            async def handle(connection: Connection) -> None:
+                connections.append(weakref.ref(connection))
+                await echo(connection)
+
+            server = node.create_server(handle)
+            await server.listen()
+            gc.collect()
+            gc.disable()
+            try:
+                for number in range(6):
+                    await _connect_and_close(client, server.public_key, number)
+                assert len(connections) == 6
+                await asyncio.sleep(60)
+                assert not any(one() for one in connections)
+            finally:
+                gc.enable()
+            await client.destroy()
+
+    run(main(), seed=1)
 
 
 @pytest.mark.parametrize("how", ["returns", "raises", "hangs"])

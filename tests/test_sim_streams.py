@@ -84,7 +84,7 @@ def test_closing_does_not_wait_for_what_nobody_reads() -> None:
         started = asyncio.get_running_loop().time()
         await closing
         assert asyncio.get_running_loop().time() - started < 0.5
-        assert right.connection._error is None
+        assert right.connection._reason is None
         _close(left, right)
 
     run(main(), seed=1)

@@ -66,7 +66,7 @@ class Connection:
         self._eof = False
         self._discarding = False
         self._ended = False
-        self._error: ConnectionClosed | None = None
+        self._reason: str | None = None  # why the connection broke
         self._readable = asyncio.Event()
         self._drained = asyncio.Event()
         self._write_lock = asyncio.Lock()
@@ -112,8 +112,8 @@ class Connection:
         while not self._chunks:
             if self._eof:  # first, for a peer that ended its side and then left without waiting
                 return b""
-            if self._error is not None:
-                raise self._error
+            if self._reason is not None:
+                raise self._gone()
             self._readable.clear()
             await self._readable.wait()
         data = self._chunks.popleft()
@@ -142,7 +142,7 @@ class Connection:
             self._drained.clear()
             await self._drained.wait()
         if self.closed:
-            raise self._error or ConnectionClosed("the connection is closed")
+            raise self._gone("the connection is closed")
 
     async def read_frame(self) -> bytes:
         """Return the next message as the peer framed it, b"" at its end: for protocols that keep those borders.
@@ -160,7 +160,7 @@ class Connection:
     def send_frame(self, data: bytes) -> None:
         """Queue bytes as one message at once, for control messages: mind `unsent`. Raises ConnectionClosed."""
         if self.closed or self._ended or self._secret is None:
-            raise self._error or ConnectionClosed("the connection is closed")
+            raise self._gone("the connection is closed")
         self._write_raw(self._secret.encrypt_frame(data))
 
     async def write_eof(self) -> None:
@@ -217,7 +217,7 @@ class Connection:
         if not self.closed:
             self._chunks.clear()  # the stream is remembered for a while, and so is this
             self._unread = 0
-            self._finish(ConnectionClosed("the connection was broken off on this side"))
+            self._finish("the connection was broken off on this side")
             self._stream.destroy()
 
     def leave(self) -> None:
@@ -273,7 +273,7 @@ class Connection:
         """Wait for the peer's first bytes; raises ConnectionClosed if the connection breaks before."""
         await self._opened.wait()
         if not self.opened:
-            raise self._error or ConnectionClosed("the connection ended before it was open")
+            raise self._gone("the connection ended before it was open")
 
     def start(self, noise: NoiseIK, early_data: bytes = b"") -> None:
         """Begin with the keys of a complete handshake: sends the header and first bytes, opens what came early."""
@@ -296,7 +296,7 @@ class Connection:
         try:
             messages = self._secret.receive_data(data)
         except DecodeError:
-            self._finish(ConnectionClosed("the peer sent bytes that do not decrypt"))
+            self._finish("the peer sent bytes that do not decrypt")
             self._stream.destroy()
             return
         for message in messages:
@@ -332,14 +332,16 @@ class Connection:
 
     def stream_closed(self, error: str | None) -> None:
         """Let everybody who waits know that the stream is over."""
-        self._finish(None if error is None else ConnectionClosed(_REASONS.get(error, error)))
+        self._finish(None if error is None else _REASONS.get(error, error))
 
-    def _finish(self, error: ConnectionClosed | None) -> None:
+    def _finish(self, reason: str | None) -> None:
         if self.closed:
             return
-        self._error = error
-        if error is None:
+        self._reason = reason
+        if reason is None:
             self._eof = True
+        how = self.path_kind()
+        self.path_kind = lambda: how  # no longer asks who knows this connection, which would be a cycle
         if self._secret is not None:
             self._secret.forget()
         if self._keep_alive_timer is not None:
@@ -347,9 +349,17 @@ class Connection:
         for event in (self._closed, self._opened, self._readable, self._drained):
             event.set()
 
+    def _gone(self, otherwise: str = "") -> ConnectionClosed:
+        """Return why the connection broke, or `otherwise`, as an error to raise.
+
+        A new one each time: were it kept, its traceback would keep whoever reads and writes here in a cycle with all
+        they hold, until the garbage collector looks there, which counts objects and no bytes.
+        """
+        return ConnectionClosed(self._reason or otherwise)
+
     def _send(self, data: bytes) -> None:
         if self.closed or self._ended or self._secret is None:
-            raise self._error or ConnectionClosed("the connection is closed")
+            raise self._gone("the connection is closed")
         self._write_raw(self._secret.encrypt(data))
 
     def _write_raw(self, data: bytes) -> None:

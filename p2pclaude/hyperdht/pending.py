@@ -143,6 +143,7 @@ class PendingClient:
         """Stop looking for a way; the stream keeps the one it has."""
         if self._puncher is not None:
             self._puncher.hand_over(self._stream)
+            self._holepunch = None  # it knows us
         if self._linking is not None:
             self._linking.cancel()
 

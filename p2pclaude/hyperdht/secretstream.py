@@ -74,8 +74,9 @@ class SecretStream:
         return len(self._buffer)
 
     def forget(self) -> None:
-        """Drop what waits for the rest of its frame: the stream is over, though its object may still be kept."""
+        """Drop all that takes room: the stream is over, though its object may still be kept."""
         self._buffer = bytearray()
+        self._push.rawbuf = self._pull.rawbuf = None
         self._failed = True
 
     def header(self) -> bytes:

@@ -255,6 +255,7 @@ class StreamSet:
         if stream.on_forgotten is not None:
             on_forgotten, stream.on_forgotten = stream.on_forgotten, None
             on_forgotten()
+        stream.handler = stream.firewall = stream.on_packet = None  # they know the stream: no cycle shall keep them all
 
     def close(self) -> None:
         """Break off and forget every stream."""
