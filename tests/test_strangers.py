@@ -20,6 +20,6 @@ def test_strangers_cost_little(kind: str, tmp_path: Path) -> None:
             strangers = start_strangers(peers, daemon)
             before = resident(daemon.peer.process.pid)
             push = {"kind": kind, "connections": 8, "bytes": SHARE.get(kind, 40_000_000)}
-            siege = asyncio.run(besiege(daemon, strangers, bootstrap, before, **push))
+            siege = asyncio.run(besiege(daemon, strangers, bootstrap, before, push))
             assert siege.problems() == []
             assert status_with_a_wrong_key(daemon, bootstrap) == 77

@@ -2,7 +2,8 @@
 
 They know a daemon's public key and nothing else. Events: ready. Commands: push {kind, connections, bytes} -> pushed
 {sent, connects, refused, held}: as many connections at once, each made anew when it is broken off, push until `bytes`
-are gone together; `held` are the connections that the daemon still held when it was over. KINDS says what they push.
+are gone together, or each was refused GIVE_UP times in a row; `held` are the connections that the daemon still held
+when it was over. KINDS says what they push.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ WAIT_SECONDS: Final = 0.1
 UNFINISHED: Final[WeakKeyDictionary[Connection, Iterator[bytes]]] = WeakKeyDictionary()
 CONNECT_SECONDS: Final = 10.0
 WRITE_SECONDS: Final = 30.0
+GIVE_UP: Final = 3
 PATIENCE_SECONDS: Final = 20.0  # more than a stranger has to prove the key
 
 
@@ -86,15 +88,18 @@ class Pushing:
         self.held = 0
 
 
-async def push_one(dht: HyperDHT, kind: str, state: Pushing) -> None:
-    """Push over one connection until it is broken off or enough is sent, then see whether the daemon lets it go."""
+async def push_one(dht: HyperDHT, kind: str, state: Pushing) -> bool:
+    """Push over one connection until it is broken off or enough is sent, then see whether the daemon lets it go.
+
+    Return whether there was a connection.
+    """
     key = bytes.fromhex(config["key"])
     try:
         connection = await dht.connect(key, key_pair=KeyPair.generate(), timeout=CONNECT_SECONDS)
     except HyperDHTError:
         state.refused += 1
         await asyncio.sleep(0.2)
-        return
+        return False
     state.connects += 1
     reader = asyncio.create_task(until_closed(connection))
     try:
@@ -112,6 +117,7 @@ async def push_one(dht: HyperDHT, kind: str, state: Pushing) -> None:
     finally:
         reader.cancel()
         connection.abort()
+    return True
 
 
 async def until_closed(connection: Connection) -> None:
@@ -132,8 +138,9 @@ async def main() -> None:
             state = Pushing(command["bytes"])
 
             async def work() -> None:
-                while state.left > 0:
-                    await push_one(dht, command["kind"], state)
+                refused = 0
+                while state.left > 0 and refused < GIVE_UP:
+                    refused = 0 if await push_one(dht, command["kind"], state) else refused + 1
 
             await asyncio.gather(*(work() for _ in range(command["connections"])))
             emit("pushed", sent=state.sent, connects=state.connects, refused=state.refused, held=state.held)

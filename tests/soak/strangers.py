@@ -48,6 +48,8 @@ class Siege:
     """What one kind of stranger did to the daemon."""
 
     kind: str
+    size: int
+    strict: bool
     pushed: dict[str, Any] = field(default_factory=dict)
     before: int = 0
     most: int = 0
@@ -67,6 +69,10 @@ class Siege:
         problems = [f"a question failed: {failure}" for failure in self.failed]
         if self.grown >= MEMORY:
             problems.append(f"memory grew by {self.grown / 2**20:.1f} MiB")
+        if not self.strict and self.pushed["sent"] < self.size:
+            problems.append("the strangers did not get all of it out")
+        if self.strict and self.pushed["connects"]:
+            problems.append("strangers got in")
         if self.remaining or self.pushed["held"]:
             problems.append(f"{self.remaining} strangers are still there, {self.pushed['held']} were held to the end")
         if not self.ms:
@@ -121,9 +127,17 @@ def strangers_left(daemon: Daemon) -> int:
     return len(opened)
 
 
-async def besiege(daemon: Daemon, strangers: Peer, bootstrap: Sequence[str], before: int, **push: Any) -> Siege:
+async def besiege(
+    daemon: Daemon,
+    strangers: Peer,
+    bootstrap: Sequence[str],
+    before: int,
+    push: dict[str, Any],
+    *,
+    strict: bool = False,
+) -> Siege:
     """Let strangers push while a client asks; `before` is the memory that the daemon had before the first."""
-    siege = Siege(push["kind"])
+    siege = Siege(push["kind"], push["bytes"], strict)
     pid, pairing = daemon.peer.process.pid, parse_url(daemon.url)
     siege.most = resident(pid)
     siege.before = min(before, siege.most)
@@ -182,7 +196,7 @@ def main() -> int:
             for kind in options.kind or KINDS:
                 size = options.bytes // (CRUMBS_SHARE if kind == "crumbs" else 1)
                 push = {"kind": kind, "connections": options.connections, "bytes": size}
-                siege = asyncio.run(besiege(daemon, strangers, bootstrap, before, **push))
+                siege = asyncio.run(besiege(daemon, strangers, bootstrap, before, push, strict=options.strict))
                 siege.show()
                 problems += siege.problems()
             if (status := status_with_a_wrong_key(daemon, bootstrap)) != (69 if options.strict else 77):
