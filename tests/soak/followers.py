@@ -1,15 +1,17 @@
 """Two hundred sessions in the table and two hundred followers at once: latency, memory, processor time.
 
-Usage: tests/soak/followers [--sessions N] [--followers N] [--seconds N]
+Usage: tests/soak/followers [--sessions N] [--followers N] [--megabytes N] [--at-once N] [--seconds N]
 
 The daemon holds so many sessions, a few of which speak, and serves so many followers, on connections of their own over
-loopback, from a few client processes in this one. One more follower never reads what it is sent. Each message's way,
-from the sender's call to the moment when every follower of its session holds the answer, is measured. Exit status 1
-if a follower misses anything, or one waits for another.
+loopback, from a few client processes in this one. One more follower never reads what it is sent. New clients come
+while they connect and catch up. Each message's way, from the sender's call to the moment when every follower of its
+session holds the answer, is measured. Exit status 1 if a follower misses anything, one waits for another, or a new
+client does not get in.
 """
 
 import argparse
 import asyncio
+import json
 import os
 import resource
 import shlex
@@ -17,8 +19,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +37,6 @@ from p2pclaude.sessionfile import Info, State
 FAKE: Final = Path(__file__).resolve().parent.parent / "fake_claude.py"
 SPEAKING: Final = 4
 MOST_MS: Final = 5000.0
-CONNECT_AT_ONCE: Final = 8
 CATCH_UP_SECONDS: Final = 120.0
 TICKS: Final = os.sysconf("SC_CLK_TCK")
 
@@ -95,6 +98,7 @@ class Figures:
     """What came of it."""
 
     connect_seconds: float
+    megabytes: int
     caught_up_seconds: float
     messages: int
     ms: list[float]  # from the sender's call to each follower
@@ -105,18 +109,20 @@ class Figures:
     seconds: float
     listed: int
     list_ms: float
+    newcomers: list[float]  # ms until each had its answer
     problems: list[str]
 
     def show(self) -> None:
         """Print it."""
         for problem in self.problems[:20]:
             print(f"PROBLEM {problem}")
-        ms, spread = sorted(self.ms) or [0.0], sorted(self.spread_ms) or [0.0]
+        ms, spread, new = (sorted(each) or [0.0] for each in (self.ms, self.spread_ms, self.newcomers))
         print(
             f"{self.listed} sessions listed in {self.list_ms:.0f} ms; connected in {self.connect_seconds:.1f} s, ",
             end="",
         )
-        print(f"caught up, with a megabyte each in one of the sessions, after {self.caught_up_seconds:.1f} s")
+        print(f"caught up with {self.megabytes} MB each after {self.caught_up_seconds:.1f} s")
+        print(f"{len(new)} new clients: {statistics.median(new):.0f} ms median, {new[-1]:.0f} ms at most")
         print(
             f"{self.messages} messages, {len(ms)} arrivals: {statistics.median(ms):.0f} ms median, "
             f"{ms[len(ms) * 99 // 100]:.0f} ms at 99 %, {ms[-1]:.0f} ms at most; from the first follower to the last "
@@ -129,9 +135,21 @@ class Figures:
         )
 
 
-async def start_followers(followers: Sequence[Follower]) -> list["asyncio.Task[None]"]:
+@asynccontextmanager
+async def newcomers(url: str, bootstrap: str) -> AsyncIterator[dict[str, Any]]:
+    """Let new clients come in the meantime; yields what is filled in at the end: `ms` and `failed`."""
+    argv = sys.executable, "-m", "soak.newcomers", url, bootstrap
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*argv, stdin=pipe, stdout=pipe)
+    told: dict[str, Any] = {}
+    yield told
+    out, _ = await process.communicate(b"")
+    told.update(json.loads(out))
+
+
+async def start_followers(followers: Sequence[Follower], at_once: int) -> list["asyncio.Task[None]"]:
     """Connect them all, a few at a time, and let them follow."""
-    gate = asyncio.Semaphore(CONNECT_AT_ONCE)
+    gate = asyncio.Semaphore(at_once)
 
     async def connect(follower: Follower) -> None:
         async with gate:
@@ -162,25 +180,28 @@ async def lazy_reader(pairing: Pairing, bootstrap: Sequence[str], session: str) 
     return client
 
 
-async def measure(pid: int, pairing: Pairing, bootstrap: Sequence[str], followers: int, seconds: float) -> Figures:
+async def measure(pid: int, url: str, bootstrap: Sequence[str], options: argparse.Namespace) -> Figures:
     """Measure it against a daemon that runs."""
+    pairing = parse_url(url)
     sender = Client(DhtDialer(pairing, bootstrap), pairing.data_key)
     talking = [(await remote.spawn(sender, text="hello", message_id=f"s{n}")).session for n in range(SPEAKING)]
     began = time.monotonic()
     listed = len(await remote.list_sessions(sender, every=True))
     list_ms = (time.monotonic() - began) * 1000
-    big = await remote.send(sender, talking[0], text="BIG:900000", message_id="big")
-    await remote.wait_for_answer(sender, big)
+    for number, session in product(range(options.megabytes), talking):
+        big = await remote.send(sender, session, text="BIG:1000000", message_id=f"big {number} {session}")
+        await remote.wait_for_answer(sender, big)
     lazy = await lazy_reader(pairing, bootstrap, talking[0])
     before, began = Usage.of(pid), time.monotonic()
-    crowd = [Follower(pairing, bootstrap, talking[n % SPEAKING]) for n in range(followers)]
-    tasks = await start_followers(crowd)
-    connect_seconds = time.monotonic() - began
-    await caught_up(sender, crowd)
+    crowd = [Follower(pairing, bootstrap, talking[n % SPEAKING]) for n in range(options.followers)]
+    async with newcomers(url, bootstrap[0]) as new:
+        tasks = await start_followers(crowd, options.at_once)
+        connect_seconds = time.monotonic() - began
+        await caught_up(sender, crowd)
     caught_up_seconds = time.monotonic() - began
     connected, began = Usage.of(pid), time.monotonic()
     sent: dict[str, tuple[str, float]] = {}
-    while time.monotonic() < began + seconds:
+    while time.monotonic() < began + options.seconds:
         session = talking[len(sent) % SPEAKING]
         text = f"message {len(sent)}"
         sent[f"echo: {text}"] = (session, time.monotonic())
@@ -190,6 +211,7 @@ async def measure(pid: int, pairing: Pairing, bootstrap: Sequence[str], follower
     after, spent = Usage.of(pid), time.monotonic() - began
     ms, spread_ms, problems = judge(crowd, sent)
     problems += [f"a follower ended: {task.exception()!r}" for task in tasks if task.done()]
+    problems += [f"a new client did not get in: {failure}" for failure in new["failed"]]
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -198,6 +220,7 @@ async def measure(pid: int, pairing: Pairing, bootstrap: Sequence[str], follower
     await asyncio.gather(*(one.client.close() for one in crowd), sender.close(), lazy.close(), return_exceptions=True)
     return Figures(
         connect_seconds,
+        options.megabytes,
         caught_up_seconds,
         len(sent),
         ms,
@@ -208,6 +231,7 @@ async def measure(pid: int, pairing: Pairing, bootstrap: Sequence[str], follower
         spent,
         listed,
         list_ms,
+        new["ms"],
         problems,
     )
 
@@ -229,18 +253,18 @@ def judge(crowd: Sequence[Follower], sent: dict[str, tuple[str, float]]) -> tupl
     return latencies, spreads, problems
 
 
-async def run(path: Path, sessions: int, followers: int, seconds: float) -> Figures:
+async def run(path: Path, options: argparse.Namespace) -> Figures:
     """Start a daemon with so many sessions and measure it."""
     data, work, claude, port = path / "data", path / "work", path / "claude", free_port()
     work.mkdir()
-    fill(data, work, sessions - SPEAKING)
+    fill(data, work, options.sessions - SPEAKING)
     claude.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S -E {shlex.quote(str(FAKE))} "$@"\n')
     claude.chmod(0o755)
-    options = ["--private", "--host", "127.0.0.1", "--port", str(port), "--data-dir", str(data)]
-    options += ["--claude", str(claude), "--root-dir", str(work)]
+    arguments = ["--private", "--host", "127.0.0.1", "--port", str(port), "--data-dir", str(data)]
+    arguments += ["--claude", str(claude), "--root-dir", str(work)]
     log = path / "log"
     with log.open("wb") as out:
-        argv = tool_command("daemon", *options)
+        argv = tool_command("daemon", *arguments)
         daemon = await asyncio.create_subprocess_exec(
             *argv, stdout=out, stderr=out, env=environment({"HOME": str(path / "home")})
         )
@@ -249,8 +273,8 @@ async def run(path: Path, sessions: int, followers: int, seconds: float) -> Figu
             if daemon.returncode is not None:
                 raise SystemExit(log.read_text())
             await asyncio.sleep(0.05)
-        pairing = parse_url((data / "pairing.url").read_text().strip())
-        return await measure(daemon.pid, pairing, [f"127.0.0.1:{port}"], followers, seconds)
+        url = (data / "pairing.url").read_text().strip()
+        return await measure(daemon.pid, url, [f"127.0.0.1:{port}"], options)
     finally:
         if daemon.returncode is None:
             daemon.terminate()
@@ -262,12 +286,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests/soak/followers", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--sessions", type=int, default=200)
     parser.add_argument("--followers", type=int, default=200)
+    parser.add_argument("--megabytes", type=int, default=1, help="of each session, to catch up with (1)")
+    parser.add_argument("--at-once", type=int, default=8, help="connections that are made at a time (8)")
     parser.add_argument("--seconds", type=float, default=30.0)
     options = parser.parse_args(argv)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with tempfile.TemporaryDirectory() as path:
-        figures = asyncio.run(run(Path(path).resolve(), options.sessions, options.followers, options.seconds))
+        figures = asyncio.run(run(Path(path).resolve(), options))
     figures.show()
     return 1 if figures.problems else 0
 
