@@ -2,7 +2,8 @@
 
 `server` lets each handshake wait here. They go on one at a time, with some turns of the event loop between them, and
 only so many in a second. So streams go on however many come, also where others use the processor and a second of the
-clock holds less work. Those of hosts that hold little go first: a flood does not keep out the others.
+clock holds less work; but where a turn is long, since hundreds of streams are served in it, newcomers need not wait for
+many. Those of hosts that hold little go first: a flood does not keep out the others.
 """
 
 import asyncio
@@ -11,7 +12,8 @@ from typing import Final
 
 MAX_WAITING: Final = 128
 TICK: Final = 0.001  # seconds; more often it is not worth looking
-TURNS_BETWEEN: Final = 8  # of the loop, each of which serves every stream; they cost next to nothing if there are none
+BETWEEN: Final = 8  # turns of the loop, each of which serves every stream, or times as long as the handshake took
+LEAST_SECONDS: Final = 0.001  # that a handshake takes, with all that follows
 BURST_SECONDS: Final = 0.25  # what may go on at once after a pause, as a share of the rate
 
 
@@ -24,6 +26,7 @@ class Turns:
         self._held = held
         self._burst = self._tokens = max(rate * BURST_SECONDS, 1.0)
         self._updated = 0.0
+        self._began = 0.0  # when the last one went on
         self._waiting: list[tuple[str, asyncio.Future[bool]]] = []
         self._wishes: Counter[str] = Counter()  # of those who wait, by host
         self._scheduled = False
@@ -73,13 +76,24 @@ class Turns:
         self._tokens -= 1
         entry = min(self._waiting, key=lambda entry: self._load(entry[0]))
         self._waiting.remove(entry)
+        loop.call_soon(self._begin)  # these three run one right after the other
         entry[1].set_result(True)
-        loop.call_soon(self._yield, TURNS_BETWEEN)
+        loop.call_soon(self._end)
 
-    def _yield(self, turns: int) -> None:
-        """Let the loop turn so often before the next one goes on."""
-        if turns > 1:
-            asyncio.get_running_loop().call_soon(self._yield, turns - 1)
+    def _begin(self) -> None:
+        self._began = asyncio.get_running_loop().time()
+
+    def _end(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        until = now + BETWEEN * max(now - self._began, LEAST_SECONDS)
+        loop.call_soon(self._yield, BETWEEN - 1, until)
+
+    def _yield(self, turns: int, until: float) -> None:
+        """Let the loop turn so often, or so long, before the next one goes on."""
+        loop = asyncio.get_running_loop()
+        if turns > 1 and loop.time() < until:
+            loop.call_soon(self._yield, turns - 1, until)
         else:
             self._admit()
 
