@@ -22,8 +22,13 @@ from p2pclaude.errors import TryAgain, WireError
 from p2pclaude.seqindex import SeqIndex, seq_of_line
 from p2pclaude.wire import NOTE, OUTPUT, dump_json, load_json
 
-PAGE_BYTES = 1024 * 1024
-"""A page of envelopes ends before it is longer than this, but has one at least."""
+PAGE_BYTES = 256 * 1024
+"""A page of envelopes ends before it is longer than this, but has one at least.
+
+What happens to it happens in one go, here and where it is read: others wait meanwhile, and so do the packets.
+"""
+PAGES_AHEAD = 8
+"""So many pages are told of before they are asked for, so that a long way can be full of them."""
 
 
 class DiskFull(TryAgain):
@@ -32,10 +37,14 @@ class DiskFull(TryAgain):
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Envelopes as lines of JSON without newlines; `next` is the seq to read on after."""
+    """Envelopes as lines of JSON without newlines; `next` is the seq to read on after.
+
+    `then` has the `next` of the pages after this one that are full, and so known for good.
+    """
 
     lines: list[bytes]
     next: int
+    then: tuple[int, ...] = ()
 
 
 class JournalFile:
@@ -123,10 +132,31 @@ class JournalFile:
     ) -> Page:
         """Give the envelopes after a seq: at most `limit`, and `max_bytes` unless the first alone is longer."""
         seq = min(max(after, 0), self.last_seq)
+        if outputs_only:
+            return self._read_outputs(seq, limit, max_bytes)
+        end = self._page_end(seq, max_bytes)
+        if limit is not None:
+            return Page([line for line, _ in self._lines(seq + 1, min(end, seq + limit))], min(end, seq + limit))
+        return Page([line for line, _ in self._lines(seq + 1, end)], end, tuple(self._full_pages(end, max_bytes)))
+
+    def _full_pages(self, after: int, max_bytes: int) -> Iterator[int]:
+        """Yield where the next pages end that no later envelope changes."""
+        for _ in range(PAGES_AHEAD):
+            after = self._page_end(after, max_bytes)
+            if after >= self.last_seq:
+                return
+            yield after
+
+    def _page_end(self, after: int, max_bytes: int) -> int:
+        """Give the last envelope of a page that begins after this one."""
+        last = self._index.last_within(self._index.end(after) + max_bytes, after)
+        return min(max(last, after + 1), self.last_seq)
+
+    def _read_outputs(self, seq: int, limit: int | None, max_bytes: int) -> Page:
         runs: list[tuple[int, int]] = []  # first and last seq of lines that stand together
         count = size = 0
         while seq < self.last_seq and (limit is None or count < limit):
-            if not outputs_only or self._index.is_output(seq + 1):
+            if self._index.is_output(seq + 1):
                 size += self._length(seq + 1)
                 if count and size > max_bytes:
                     break
@@ -135,7 +165,7 @@ class JournalFile:
                 count += 1
             seq += 1
         found = [found for first, last in runs for found in self._lines(first, last)]
-        return Page([line for line, is_whole in found if is_whole or not outputs_only], seq)
+        return Page([line for line, is_whole in found if is_whole], seq)
 
     def start_of_last(self, count: int, *, after: int = 0, max_bytes: int | None = None) -> int:
         """Give the seq after which the newest `count` outputs stand (never before `after`).

@@ -160,9 +160,12 @@ def _encode_output(output: Output) -> bytes:
     # The envelopes are JSON already: pages go out without being read and written again, each on a line of its own so
     # that they come apart as easily (wire.load_page).
     rest: dict[str, object] = {"next": output.page.next, "state": output.state}
+    if output.page.then:
+        rest["then"] = output.page.then
     if output.error is not None:
         rest["error"] = output.error
-    return PAGE_START + b"\n" + b",\n".join(output.page.lines) + b"\n" + PAGE_END + dump_json(rest)[1:]
+    # A page is long: it is joined, not added up, which would copy it each time.
+    return b"".join((PAGE_START, b"\n", b",\n".join(output.page.lines), b"\n", PAGE_END, dump_json(rest)[1:]))
 
 
 def _say(error: Exception) -> str:

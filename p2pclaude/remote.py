@@ -9,6 +9,7 @@ apart by their shape (no `accepted`, no `state`), and following then means askin
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,6 +38,9 @@ POLLS_A_LISTING = 4
 MAX_SEQ = 2**53 - 1
 """A sequence number beyond any journal's end."""
 
+MAX_AHEAD = 16
+"""Pages asked for beyond the next one, whatever the daemon says of them."""
+
 ENDED_STATES = frozenset({"ended", "failed"})
 """States after which a session prints nothing more, unless somebody sends to it."""
 
@@ -59,13 +63,15 @@ class Page(NamedTuple):
     """A piece of a session's output: envelopes in order.
 
     `state` is the session's, None if there is no such session or the daemon does not tell. `next` is the sequence
-    number to read on after, None with a daemon that has no journal. `error` says what a failed session died of.
+    number to read on after, None with a daemon that has no journal; `then` has those of pages after the next, as far
+    as they are known already. `error` says what a failed session died of.
     """
 
     messages: Sequence[Envelope]
     state: str | None
     next: int | None
     error: str | None = None
+    then: Sequence[int] = ()
 
 
 async def spawn(
@@ -210,22 +216,46 @@ async def _is_listed(client: Client, session: str) -> bool:
 
 
 async def read_journal(client: Client, session: str, *, after: int = 0) -> AsyncGenerator[Page, None]:
-    """Yield what a session has printed so far, page by page; the next one is on its way meanwhile. Raises NoSession."""
-    asked = asyncio.create_task(read_output(client, session, after=after))
+    """Yield what a session has printed so far, page by page. Raises NoSession.
+
+    In a long journal the next pages are on their way meanwhile: the daemon makes one while another is printed here, and
+    a long way is full of them.
+    """
+    asked: deque[tuple[int, asyncio.Task[Page]]] = deque()
+
+    def ask(after: int) -> None:
+        asked.append((after, asyncio.create_task(read_output(client, session, after=after))))
+
+    ask(after)
     try:
         while True:
-            page = await asked
+            page = await asked[0][1]
+            asked.popleft()
             if page.state is None and (page.next is not None or not await _is_listed(client, session)):
                 raise no_session(session)
             if page.next is None or not page.messages:
                 yield page
                 return
-            asked = asyncio.create_task(read_output(client, session, after=page.next))
-            await asyncio.sleep(0)  # the request leaves
+            if asked and asked[0][0] != page.next:
+                _drop(asked)
+            for seq in (page.next, *page.then):
+                if not asked or asked[-1][0] < seq:
+                    ask(seq)
+            for _ in range(2):  # turns of the event loop: the requests are written, and leave
+                await asyncio.sleep(0)
             yield page
     finally:
-        asked.cancel()
-        await asyncio.gather(asked, return_exceptions=True)
+        tasks = _drop(asked)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _drop(asked: deque[tuple[int, asyncio.Task[Page]]]) -> list[asyncio.Task[Page]]:
+    """Cancel what was asked for and is not wanted."""
+    tasks = [task for _, task in asked]
+    for task in tasks:
+        task.cancel()
+    asked.clear()
+    return tasks
 
 
 async def last_seq(client: Client, session: str) -> int:
@@ -361,6 +391,7 @@ def _page(result: object) -> Page:
         state if isinstance(state, str) else None,
         _number(answer.get("next")),
         error if isinstance(error, str) else None,
+        _numbers(answer.get("then")),
     )
 
 
@@ -372,6 +403,11 @@ def _object(result: object) -> Mapping[str, Any]:
 
 def _number(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _numbers(value: object) -> list[int]:
+    found = [_number(entry) for entry in value[:MAX_AHEAD]] if isinstance(value, list) else []
+    return [number for number in found if number is not None]
 
 
 def _seq(envelope: Mapping[str, Any]) -> int | None:

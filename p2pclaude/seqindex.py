@@ -13,6 +13,7 @@ import re
 import struct
 import zlib
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -54,6 +55,10 @@ class SeqIndex:
     def end(self, seq: int) -> int:
         """Give where an envelope's line ends in the journal, its newline included."""
         return self._entries[seq] >> 1
+
+    def last_within(self, end: int, after: int) -> int:
+        """Give the last envelope after this one whose line ends there or before; this one if none does."""
+        return bisect_right(self._entries, end, after + 1, key=lambda entry: entry >> 1) - 1
 
     def is_output(self, seq: int) -> bool:
         """Tell whether an envelope holds what Claude printed."""

@@ -19,7 +19,7 @@ from p2pclaude.claude import Launch
 from p2pclaude.datadir import file_errors, sync_directory
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, WireError
 from p2pclaude.inbox import NOW
-from p2pclaude.journal import PAGE_BYTES, Journal, Page
+from p2pclaude.journal import Journal, Page
 from p2pclaude.launcher import DEFAULT_PERMISSION_MODE, Launcher, Settings, Spawn
 from p2pclaude.log import Event, Log, first_line
 from p2pclaude.processes import Mark, end_leftovers
@@ -31,6 +31,8 @@ MAX_WAIT_MS = 30_000
 """Longest time that `get-output` waits for something new, whatever `waitMs` asks for."""
 MAX_UNMARKED = 1000
 """Envelopes at most that `get-output` gives without `after` and without `clear`; the newest."""
+MAX_UNMARKED_BYTES = 1024 * 1024
+"""Bytes at most, but one envelope at least, that it gives without `after`."""
 MAX_OPEN_JOURNALS = 16
 """Journals of sessions without a process that are kept open for the next reader."""
 MAX_TEXT_FIELD = 4096
@@ -254,8 +256,8 @@ class SessionTable:
         if not clear:
             # Asked again it would be the same page, so it is the newest that is of use.
             count = MAX_UNMARKED if limit is None else min(limit, MAX_UNMARKED)
-            start = journal.start_of_last(count, after=start, max_bytes=PAGE_BYTES)
-        return journal.read(start, limit=limit, outputs_only=True)
+            start = journal.start_of_last(count, after=start, max_bytes=MAX_UNMARKED_BYTES)
+        return journal.read(start, limit=limit, max_bytes=MAX_UNMARKED_BYTES, outputs_only=True)
 
     def _move_mark(self, session: Session, seq: int) -> None:
         session.info.mark = seq

@@ -193,7 +193,7 @@ def seal(data_key: bytes, value: object) -> str:
 def seal_json(data_key: bytes, text: bytes, *, nonce: bytes | None = None) -> str:
     """Seal JSON text that stands ready as bytes; `nonce` (12 bytes) is random unless a test vector needs one."""
     nonce = os.urandom(_NONCE_BYTES) if nonce is None else nonce
-    sealed = bytes([_VERSION]) + nonce + cipher().encrypt(data_key, nonce, text)
+    sealed = b"".join((bytes([_VERSION]), nonce, cipher().encrypt(data_key, nonce, text)))
     return base64.b64encode(sealed).decode()
 
 
@@ -310,7 +310,7 @@ def encode_response(response: Response) -> bytes:
     if response.result is None:
         return dump_json(body) + b"\n"
     # It may be long, and needs no escaping.
-    return dump_json(body)[:-1] + b',"result":"' + response.result.encode() + b'"}\n'
+    return b"".join((dump_json(body)[:-1], b',"result":"', response.result.encode(), b'"}\n'))
 
 
 def decode_response(line: bytes) -> Response:

@@ -109,6 +109,7 @@ class FakeDaemon:
         self.raw_answer: bytes | None = None
         self.mute = False
         self.page_size = 1000
+        self.then: Callable[[int], list[int]] = self._full_pages
         self.before_answer: Callable[[str, dict[str, Any]], Awaitable[None]] | None = None
         self.streams: list[MemoryStream] = []
         self._ids = itertools.count(1)
@@ -260,7 +261,13 @@ class FakeDaemon:
                 async with asyncio.timeout(params["waitMs"] / 1000), self._news:
                     await self._news.wait_for(is_ready)
         messages = session.journal[after : after + limit]
-        return {"messages": messages, "next": after + len(messages), "state": session.state}
+        end = after + len(messages)
+        found = {"messages": messages, "next": end, "state": session.state}
+        return found | {"then": then} if (then := self.then(end)) else found
+
+    def _full_pages(self, after: int) -> list[int]:
+        newest = max(len(session.journal) for session in self.sessions.values())
+        return list(range(after + self.page_size, newest, self.page_size))[:8]
 
     def _old_output(self, session: FakeSession | None, *, clear: bool) -> object:
         if session is None:

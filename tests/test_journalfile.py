@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from p2pclaude.journalfile import DiskFull, JournalFile, Page
+from p2pclaude.journalfile import PAGES_AHEAD, DiskFull, JournalFile, Page
 
 
 @pytest.fixture
@@ -60,6 +60,24 @@ def test_reading_goes_on_where_the_page_ended(path: Path) -> None:
     assert journal.read(99) == Page([], 10)
     assert journal.read(-5, limit=1).next == 1
     assert journal.read(0, limit=0) == Page([], 0)
+    journal.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_page_names_those_after_it_that_no_later_envelope_changes(path: Path, seed: int) -> None:
+    rng, journal = random.Random(seed), JournalFile.open(path)
+    fill(journal, 60, size=rng.randrange(60))
+    journal.append("message", {"data": "p" * 3000})
+    fill(sync(journal), rng.randrange(60), size=rng.randrange(400))
+    max_bytes = rng.randrange(1, 1500)
+    first = journal.read(0, max_bytes=max_bytes)
+    fill(journal, rng.randrange(3))
+    ends, page = [], first
+    while (page := journal.read(page.next, max_bytes=max_bytes)).lines:
+        ends.append(page.next)
+    assert list(first.then) == ends[: len(first.then)]
+    assert len(first.then) >= min(len(ends) - 4, PAGES_AHEAD)
+    assert journal.read(0, limit=1).then == journal.read(journal.last_seq).then == ()
     journal.close()
 
 

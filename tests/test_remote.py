@@ -208,6 +208,35 @@ def test_reading_what_there_is(old: bool) -> None:
     assert daemon.sessions["s"].cleared == 0
 
 
+def test_pages_of_a_long_journal_are_asked_for_before_the_last_one_has_come() -> None:
+    daemon = daemon_with(outputs=100)
+    daemon.page_size = 6
+    waiting: set[int] = set()
+    most = 0
+
+    async def answer_late(method: str, params: dict[str, Any]) -> None:
+        nonlocal most
+        waiting.add(params["after"])
+        most = max(most, len(waiting))
+        await asyncio.sleep(0.1)
+        waiting.remove(params["after"])
+
+    daemon.before_answer = answer_late
+    assert with_client(daemon, lambda c: collect(c, read=remote.read_journal)) == list(range(100))
+    assert most == 9
+    asked = [params["after"] for _, params in daemon.requests]
+    assert asked == sorted(set(asked))  # nothing twice
+
+
+@pytest.mark.parametrize("then", [[7, 9, 1000], [3, 2, 1], [5, 5, 5], [-1], ["x", None, {}], list(range(10**5))])
+def test_a_daemon_that_is_wrong_about_its_pages(then: list[Any]) -> None:
+    daemon = daemon_with(outputs=40)
+    daemon.page_size = 6
+    daemon.then = lambda _: then
+    assert with_client(daemon, lambda c: collect(c, read=remote.read_journal)) == list(range(40))
+    assert len(daemon.requests) < 300
+
+
 def test_reading_from_a_sequence_number_and_the_last_ones() -> None:
     daemon = daemon_with(outputs=20)
     assert with_client(daemon, lambda c: collect(c, after=24, read=remote.read_journal)) == [18, 19]
