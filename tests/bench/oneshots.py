@@ -6,6 +6,7 @@ Every measurement yields samples by figure and by who was measured, "node" or "p
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ Samples = Generator[tuple[tuple[str, str], float], None, None]
 
 FAKE: Final = HERE / "fake_claude.py"
 LONG_SESSION: Final = "00000000-0000-4000-8000-000000000100"
+PINGS: Final = "import sys; from p2pclaude.cli import ping; ping.INTERVAL_SECONDS = 0.02; ping.main(sys.argv[1:])"
+"""The tool itself, but 50 times a second."""
 FAR: Final = {
     "daemon": (25.0, ("11.9.1.1",)),
     "tool": (25.0, ("11.9.1.2",)),
@@ -166,7 +169,10 @@ def tails(lab: Lab, rounds: int, megabytes: int) -> Samples:
             out = Path(directory, "out")
             with (
                 subprocess.Popen(
-                    lab.tool("ping", "-c", "3", lab.url), env=lab.env, stdout=subprocess.PIPE, text=True
+                    [*lab.prefix, str(lab.bin / "python"), "-c", PINGS, "-c", "1000000", lab.url],
+                    env=lab.env,
+                    stdout=subprocess.PIPE,
+                    text=True,
                 ) as ping,
                 out.open("wb") as file,
             ):
@@ -178,6 +184,7 @@ def tails(lab: Lab, rounds: int, megabytes: int) -> Samples:
                 replies = [float(line.split()[0]) for line in ping.stdout]
             yield (f"tail of {megabytes} MB, MB/s", "python"), out.stat().st_size / 1e6 / seconds
             yield (f"slowest ping during tail of {megabytes} MB, ms", "python"), max(replies)
+            yield (f"median ping during tail of {megabytes} MB, ms", "python"), statistics.median(replies)
 
 
 def resident_megabytes(pid: int) -> float:
