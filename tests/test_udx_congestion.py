@@ -41,6 +41,22 @@ def test_fills_a_long_path_despite_random_loss(loss: float, queue: int) -> None:
     assert goodput(bottleneck(loss, queue), SIZE) > 0.6
 
 
+def test_a_small_first_packet_does_not_slow_the_start() -> None:
+    """A connection begins with a header of 59 bytes, whose delivery rate is that of no path."""
+
+    def seconds(first: int) -> float:
+        pair = bottleneck(0.0, 1_250_000)
+        pair.a.stream.write(noise(first))
+        assert pair.run(lambda: len(pair.b.received) == first)
+        pair.run(seconds=0.1)
+        began = pair.now
+        pair.a.stream.write(noise(500_000))
+        assert pair.run(lambda: len(pair.b.received) == first + 500_000)
+        return pair.now - began
+
+    assert seconds(59) < seconds(0) + 0.02
+
+
 @pytest.mark.parametrize(("loss", "share"), [(0.1, 0.5), (0.2, 0.4), (0.3, 0.2)])
 def test_heavy_loss_slows_but_does_not_stop(loss: float, share: float) -> None:
     assert goodput(bottleneck(loss, 125_000, rate=1.25e6), 4_000_000) > share

@@ -101,8 +101,9 @@ class PendingClient:
             self._holepunch = ServerHolepunch(self._dht, self._announcer, secrets, self._puncher, self._on_punch)
         if message.peer_address is None:
             self._paths.take(request.socket, request.source)
-        elif payload.firewall == Firewall.OPEN:
-            self._paths.take(self._dht.node.socket, message.peer_address)
+        elif payload.firewall == Firewall.OPEN or message.peer_address[0] in dict(payload.addresses4):
+            # No NAT changes the client's address: if nothing else holds our first packet up, it comes with the answer.
+            self._paths.take(self.socket or self._dht.node.socket, message.peer_address)
         elif self.relay_through is not None:
             self._linking = asyncio.create_task(self._link(self.relay_through, is_initiator=True))
         elif payload.relay_through is not None:

@@ -226,11 +226,11 @@ class Bbr:
         delivered before, and the estimate would sink round by round. An overloaded path betrays itself by its queue;
         where that is too short to see, the compensation is partial, so that the losses it feeds die away.
         """
-        if self._bandwidth.value:
-            rate = self._pacing_gain * self._bandwidth.value
-        elif self._min_rtt is not None:
-            rate = self._pacing_gain * INITIAL_WINDOW_PACKETS * self.mss / max(self._min_rtt, 0.001)
-        else:
+        rate = self._pacing_gain * self._bandwidth.value
+        if not self._rate_known and self._min_rtt is not None:
+            # Bandwidth is not known before there was more to send than the few small packets a connection begins with.
+            rate = max(rate, self._pacing_gain * INITIAL_WINDOW_PACKETS * self.mss / max(self._min_rtt, 0.001))
+        if not rate:
             return
         if not self._queue_seen:
             rate /= 1 - LOSS_COMPENSATION * min(self._loss_share, MAX_COMPENSATED_LOSS)
