@@ -15,6 +15,7 @@ from p2pclaude.hyperdht.errors import DecodeError, HolepunchError, HyperDHTError
 from p2pclaude.hyperdht.messages import Request, decode_message
 from p2pclaude.hyperdht.query import Query
 from p2pclaude.hyperdht.server import Server
+from p2pclaude.hyperdht.udx.packet import PREFIX
 
 
 async def peers(network: Swarm) -> tuple[HyperDHT, HyperDHT, Server, Host]:
@@ -201,3 +202,33 @@ def test_every_attempt_settles_by_its_deadline_and_leaves_nothing(timeout: float
                 pass
 
     run(main(), seed=1)
+
+
+@pytest.mark.parametrize("natted", [False, True])
+def test_a_server_comes_towards_a_client_whose_address_no_nat_changes(
+    natted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first packet is on its way with the answer; to a NAT, which might hold it against him, none is."""
+
+    async def main() -> None:
+        async with swarm(5, 24) as network:
+            net = network.net
+            node = await network.join(net.host("5.8.0.1"))
+            host = net.nat("5.8.0.2").host("192.168.2.2") if natted else net.host("5.8.0.2")
+            client = await network.join(host)
+            await asyncio.sleep(5)
+            monkeypatch.setattr(client.node, "remote_address", lambda: None)  # a new one does not know yet
+            server = await serve(node, node.key_pair)
+            senders: list[str] = []
+
+            def note(packet: Packet) -> bool:
+                if packet.data[:2] == PREFIX and packet.destination[0] in ("5.8.0.1", "5.8.0.2"):
+                    senders.append("client" if packet.origin is host else "server")
+                return False
+
+            net.intercept = note
+            async with await client.connect(server.public_key) as connection:
+                assert await ask(connection, b"x") == b"x"
+            assert senders[0] == ("client" if natted else "server")
+
+    run(main())
