@@ -307,7 +307,7 @@ class Connection:
             self._withheld += len(data)
         else:
             self._stream.consume(len(data))
-        if self._secret.opened:
+        if self._secret.opened and not self._opened.is_set():
             self._opened.set()
         if self._chunks:
             self._readable.set()

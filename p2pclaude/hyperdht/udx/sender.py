@@ -453,8 +453,11 @@ class Sender:
 
     def get_timer(self) -> float | None:
         """Return when `handle_timer` or `send` has something to do."""
-        times = (self._paced_until, self._loss.deadline, self._probe_at(), self.window_probe.at)
-        return min((time for time in times if time is not None), default=None)
+        earliest = self._probe_at()
+        for time in (self._paced_until, self._loss.deadline, self.window_probe.at):
+            if time is not None and (earliest is None or time < earliest):
+                earliest = time
+        return earliest
 
     def _probe_at(self) -> float | None:
         if not self._packets:

@@ -147,7 +147,7 @@ class UdxStream:
         if self.closed or self._sender.end_queued or not data:
             return
         self._sender.write(data if isinstance(data, bytes) else bytes(data))
-        self._drain_wanted = True
+        self._drain_wanted = self._sender.queued > DRAIN_THRESHOLD
 
     def end(self) -> None:
         """End the own side once all that was written is delivered; the peer may go on sending."""
