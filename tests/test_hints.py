@@ -214,13 +214,13 @@ def test_early_data_saves_a_round_trip_and_arrives_once(remember: bool) -> None:
     async def main() -> tuple[float, float]:
         async with swarm(7, 12, Link(latency=(LATENCY, LATENCY))) as network:
             server = await server_on(network, network.net.host("5.8.0.1"))
-            host = network.net.host("5.8.0.2")
+            host = network.net.host("5.8.0.2") if remember else network.net.nat("5.8.0.2").host("192.168.2.2")
             remembered = await remembered_by_another(network, host, server.public_key) if remember else ()
             client = await fresh_client(network, host, remembered, server.public_key)
             return await connect_seconds(client, server.public_key, b"hello")
 
     connected, answered = run(main(), seed=7)
-    # Cold, the answer comes with the server's first bytes.
+    # Cold, and behind a NAT that the server cannot come through, the answer comes with the server's first bytes.
     assert answered <= (2 * ROUND_TRIP + MARGIN if remember else connected + MARGIN)
 
 
