@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from p2pclaude import __version__
 from p2pclaude.claude import PERMISSION_MODES, find_claude
 from p2pclaude.datadir import DataDir, Identity
-from p2pclaude.errors import Unavailable, UsageError
+from p2pclaude.errors import Unavailable, UsageError, cannot_bind
 from p2pclaude.launcher import DEFAULT_MAX_SESSIONS, DEFAULT_PERMISSION_MODE, Settings
 from p2pclaude.log import Event, Log, short, wants_debug
 from p2pclaude.methods import Methods
@@ -192,7 +192,7 @@ class Daemon:
         _check(options, self._environ)
         self._log = log or Log(debug=options.debug or wants_debug(self._environ))
         self._make_dht = make_dht or new_dht
-        self._terminal = sys.stderr if terminal is None else terminal
+        self._terminal: TextIO | None = terminal or sys.stderr
         self._exit_now = exit_now
         self._stopping = asyncio.Event()
         self.started = asyncio.Event()
@@ -335,7 +335,7 @@ class Daemon:
             port=dht.port,
             claude=self._claude_found(),
         )
-        if self._terminal.isatty():
+        if self._terminal is not None and self._terminal.isatty():  # stderr may be closed from the start
             print(url, file=self._terminal, flush=True)
         self.started.set()
         self._notifier.send("READY=1", self._status())
@@ -429,7 +429,7 @@ def _pairing(options: DaemonOptions, identity: Identity) -> Pairing:
 
 
 def _private_host(options: DaemonOptions) -> str:
-    """Give the address that a private network's bootstrap node is bound to and reached by."""
+    """Give the address at which a private network's bootstrap node is reached."""
     if options.host is not None and options.host != "0.0.0.0":
         return options.host
     import ifaddr  # here, because only a private network asks
@@ -444,7 +444,7 @@ def new_dht(options: DaemonOptions) -> "HyperDHT":
 
     if options.private:
         port = PRIVATE_PORT if options.port is None else options.port
-        return HyperDHT.bootstrapper(port, _private_host(options))
+        return HyperDHT.bootstrapper(port, _private_host(options), bind=options.host or "0.0.0.0")
     place: dict[str, Any] = {"host": options.host, "port": options.port, "bootstrap": options.bootstrap or None}
     return HyperDHT(**{name: value for name, value in place.items() if value is not None})
 
@@ -455,9 +455,7 @@ async def start_dht(dht: DHT, options: DaemonOptions) -> None:
         await dht.start()
     except OSError as error:
         port = PRIVATE_PORT if options.port is None and options.private else options.port
-        where = "the network" if port is None else f"port {port}"
-        reason = (error.strerror or str(error)).lower()
-        raise Unavailable(f"{where} cannot be used: {reason}", hint="name another with --port") from error
+        raise cannot_bind(error, options.host, port) from error
 
 
 def _key_pair(identity: Identity) -> "KeyPair":

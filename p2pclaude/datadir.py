@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from p2pclaude.errors import DataError, P2PClaudeError, Refused, TryAgain, UsageError
+from p2pclaude.errors import DataError, Refused, TryAgain, UsageError
 from p2pclaude.hyperdht import KeyPair
 
 ENVIRONMENT_VARIABLE = "P2P_CLAUDE_DATA_DIR"
@@ -52,9 +52,12 @@ class DataDir:
         self.path = Path(path)
         self._warn = warn or (lambda _: None)
         self._lock: int | None = None
-        with file_errors(self.path):
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._tighten(self.path, 0o700)
+        try:
+            with file_errors(self.path):
+                self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._tighten(self.path, 0o700)
+        except FileNotFoundError as error:  # as in /proc
+            raise Refused(f"{self.path} cannot be made") from error
 
     @staticmethod
     def default_path(environ: Mapping[str, str]) -> Path:
@@ -203,17 +206,15 @@ class DataDir:
 
 @contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into a P2PClaudeError that names `path` and the cause; FileNotFoundError passes."""
+    """Turn an OSError into TryAgain (no room) or Refused that names `path` and the cause; FileNotFoundError passes."""
     try:
         yield
     except FileNotFoundError:
         raise
-    except PermissionError as error:
-        raise Refused(f"{path}: permission denied") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TryAgain(f"{path}: no space left on the disk", hint="make room and try again") from error
-        raise P2PClaudeError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        raise Refused(f"{path}: {(error.strerror or str(error)).lower()}") from error
 
 
 def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from p2pclaude import __version__
 from p2pclaude.datadir import DataDir, file_errors, write_atomically
-from p2pclaude.errors import DataError, Unavailable, UsageError
+from p2pclaude.errors import DataError, UsageError, cannot_bind
 from p2pclaude.log import Log, NodeEvent, short, wants_debug
 
 if TYPE_CHECKING:
@@ -114,9 +114,7 @@ class DHTNode:
             await dht.start()
         except OSError as error:
             await dht.destroy()
-            reason = (error.strerror or str(error)).lower()
-            where = f"port {self._options.port or DEFAULT_PORT}"
-            raise Unavailable(f"{where} cannot be used: {reason}", hint="name another with --port") from error
+            raise cannot_bind(error, self._options.host, self._options.port or DEFAULT_PORT) from error
         return dht
 
     async def _live(self, dht: "HyperDHT", key_pair: "KeyPair | None") -> None:

@@ -4,6 +4,8 @@ Every module of the application raises these; `cli/common.py` prints the message
 `hint:`. Neither ever holds a key or a pairing URL.
 """
 
+import errno
+
 
 class P2PClaudeError(Exception):
     """Base of every error that a person is told about; `hint` says what could help."""
@@ -59,3 +61,12 @@ class Refused(P2PClaudeError):
     """The key is wrong, the directory is outside the root, or permission is missing (EX_NOPERM)."""
 
     exit_status = 77
+
+
+def cannot_bind(error: OSError, host: str | None, port: int | None) -> Unavailable:
+    """Say what an error of binding a UDP socket means, and which option names another place; None is any."""
+    reason = (error.strerror or str(error)).lower()
+    if error.errno == errno.EADDRNOTAVAIL:
+        return Unavailable(f"address {host} cannot be used: {reason}", hint="--host needs an address of this host")
+    where = "the network" if port is None else f"port {port}"
+    return Unavailable(f"{where} cannot be used: {reason}", hint="name another with --port")

@@ -134,7 +134,10 @@ Field = str | int | float | bool | None | list[str]
 
 
 class Log:
-    """Writes events to a stream, each line flushed; a stream that is closed ends the log and nothing else."""
+    """Writes events to a stream, each line flushed.
+
+    A stream that is closed, or whose reader is gone, ends the log and nothing else; a full disk costs lines only.
+    """
 
     def __init__(self, stream: TextIO | None = None, *, debug: bool = False) -> None:
         self._stream: TextIO | None = sys.stdout if stream is None else stream
@@ -150,8 +153,10 @@ class Log:
         try:
             self._stream.write(json.dumps(line) + "\n")
             self._stream.flush()
-        except (OSError, ValueError):  # ValueError: the stream object itself is closed
+        except (BrokenPipeError, ValueError):  # ValueError: the stream object itself is closed
             self._stream = None
+        except OSError:
+            pass
 
 
 def wants_debug(environ: Mapping[str, str]) -> bool:

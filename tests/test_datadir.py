@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from p2pclaude.datadir import DataDir, Identity, file_errors, write_atomically
-from p2pclaude.errors import DataError, P2PClaudeError, Refused, TryAgain, UsageError
+from p2pclaude.errors import DataError, Refused, TryAgain, UsageError
 
 # An identity as the TypeScript system writes it; the pair is that of the seed 02 02 … 02.
 SEED = bytes([2]) * 32
@@ -214,11 +214,15 @@ def test_exclusive_writing_leaves_what_is_there(tmp_path: Path) -> None:
 
 def test_other_errors_of_the_file_system(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(P2PClaudeError, match=r"not a directory|file exists"):
+    with pytest.raises(Refused, match="file exists"):
         DataDir(tmp_path / "file")
+    with pytest.raises(Refused, match="not a directory"):
+        DataDir(tmp_path / "file" / "below")
+    with pytest.raises(Refused, match="/proc/none"):
+        DataDir("/proc/none")
     with pytest.raises(Refused, match="permission denied"), file_errors(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied")
-    with pytest.raises(P2PClaudeError, match="input/output error"), file_errors(tmp_path):
+    with pytest.raises(Refused, match="input/output error"), file_errors(tmp_path):
         raise OSError(errno.EIO, "Input/output error")
 
 

@@ -1,10 +1,12 @@
 """The log: JSON lines with stable names, and a stream that may go away."""
 
+import errno
 import io
 import json
 import os
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +64,28 @@ def test_a_closed_stream_ends_the_log_and_nothing_else() -> None:
     closed = io.StringIO()
     closed.close()
     Log(closed)(Event.STARTED)
+
+
+def test_a_full_disk_costs_lines_and_not_the_log(tmp_path: Path) -> None:
+    class Disk(io.FileIO):
+        is_full = True
+
+        def write(self, data: Any) -> int:
+            if self.is_full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    path = tmp_path / "log"
+    disk = Disk(path, "w")
+    with io.TextIOWrapper(io.BufferedWriter(disk), encoding="utf-8") as stream:
+        log = Log(stream)
+        for _ in range(1000):
+            log(Event.PAUSED, session="s")
+        disk.is_full = False
+        log(Event.UNPAUSED, session="s")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) < 200
+    assert lines[-1]["event"] == "session-continued"
 
 
 def test_errors_are_told_by_their_first_line() -> None:

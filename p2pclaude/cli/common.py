@@ -337,6 +337,17 @@ def parse_count(arguments: Arguments, option: str, *, least: int = 0) -> int | N
     return int(text)
 
 
+def check_address(arguments: Arguments, option: str) -> None:
+    """Raise UsageError if an option is given and names no IPv4 address."""
+    from ipaddress import IPv4Address
+
+    try:
+        if arguments[option] is not None:
+            IPv4Address(arguments[option])
+    except ValueError:
+        raise UsageError(f"{option} needs an IPv4 address") from None
+
+
 def printable(text: str) -> str:
     """Remove control characters, which a terminal would obey."""
     return text.translate(_CONTROL)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from p2pclaude.cli.common import (
     Arguments,
     Console,
+    check_address,
     is_terminal,
     parse_bootstrap,
     parse_count,
@@ -54,7 +55,7 @@ Options:
                                direct way is found
   --strict                     shake hands only with tools that hold the data
                                key; the TypeScript client does not get in
-  --host HOST                  address to bind
+  --host ADDRESS               IPv4 address to bind; else all of the host's
   --port PORT                  UDP port to bind (--private: 49737)
   --claude PATH                the claude program; else the one on PATH or in
                                one of the usual places
@@ -96,9 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Arguments, console: Console) -> Options:
     """Check the arguments. Raises UsageError."""
-    for option in ("--root-dir", "--data-dir", "--host", "--claude", "--model"):
+    for option in ("--root-dir", "--data-dir", "--claude", "--model"):
         if arguments[option] == "":
             raise UsageError(f"{option} needs an argument that is not empty")
+    check_address(arguments, "--host")
     if arguments["--permission-mode"] not in PERMISSION_MODES:
         raise UsageError(f"--permission-mode is one of {', '.join(PERMISSION_MODES)}")
     if arguments["--private"] and arguments["--bootstrap"] is not None:

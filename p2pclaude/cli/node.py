@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from p2pclaude.cli.common import Arguments, Console, parse_bootstrap, parse_count, parse_seconds, run, write_line
+from p2pclaude.cli.common import (
+    Arguments,
+    Console,
+    check_address,
+    parse_bootstrap,
+    parse_count,
+    parse_seconds,
+    run,
+    write_line,
+)
 from p2pclaude.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +82,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
     if arguments["--key-file"] == "":
         raise UsageError("--key-file needs an argument that is not empty")
     for option in ("--host", "--public-host"):
-        _check_address(option, arguments[option])
+        check_address(arguments, option)
     if arguments["--public-host"] == "0.0.0.0":
         raise UsageError("--public-host needs one address, not all")
     port = parse_count(arguments, "--port", least=1)
@@ -109,16 +118,6 @@ def _network(arguments: Arguments) -> tuple[str, ...] | None:
     if arguments["--private"]:
         return None
     return parse_bootstrap(arguments["--bootstrap"], os.environ) or None
-
-
-def _check_address(option: str, text: str | None) -> None:
-    from ipaddress import IPv4Address
-
-    try:
-        if text is not None:
-            IPv4Address(text)
-    except ValueError:
-        raise UsageError(f"{option} needs an IPv4 address") from None
 
 
 def execute(options: Options, console: Console) -> int:

@@ -1,0 +1,47 @@
+"""Where and how the commands may be started: directories, addresses, standard streams, loops of a shell, signals."""
+
+import re
+import shlex
+import socket
+import subprocess
+import sys
+
+import pytest
+from cli.harness import Shell, command, environment, eventually, free_port
+
+
+def test_a_data_directory_that_cannot_be(offline: Shell) -> None:
+    (offline.work / "file").touch()
+    for place in ("file", "file/below", "/proc/none"):
+        assert place in offline.fail(77, "daemon", "--private", "--data-dir", place)
+
+
+def test_an_address_of_another_host(offline: Shell) -> None:
+    for tool, options in (("daemon", ["--data-dir", "d", "--private"]), ("node", [])):
+        err = offline.fail(69, tool, "--host", "192.0.2.1", *options)
+        assert "address 192.0.2.1 cannot be used: cannot assign requested address" in err
+        assert "--host needs an address of this host" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8, this is not Linux")
+def test_a_private_daemon_listens_at_its_host_alone(shell: Shell) -> None:
+    [reply] = shell.succeed("ping", "@")
+    port = re.search(r"127\.0\.0\.1:(\d+)$", reply)
+    assert port
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as elsewhere:
+        elsewhere.bind(("127.0.0.2", int(port[1])))  # taken, if the daemon had all addresses
+
+
+def test_a_daemon_without_standard_streams(offline: Shell) -> None:
+    line = " ".join(map(shlex.quote, command("daemon", "--private", "--data-dir", "d", "--port", str(free_port()))))
+    process = subprocess.Popen(
+        ["sh", "-c", f"exec {line} <&- >&- 2>&-"], cwd=offline.work, env=environment(offline.work / "home")
+    )
+    try:
+        url = str(offline.work / "d" / "pairing.url")
+        eventually(lambda: offline.run("ping", url, "-t", "1").status == 0)
+        process.terminate()
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+        process.wait()
