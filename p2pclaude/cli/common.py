@@ -35,7 +35,8 @@ Options = TypeVar("Options")
 
 EXIT_SOFTWARE = 70
 EXIT_IOERR = 74
-EXIT_INTERRUPTED = 128 + signal.SIGINT
+MAX_EXIT = 128
+"""A status above it stands for the signal that ended the command."""
 
 BOOTSTRAP_VARIABLE = "P2P_CLAUDE_BOOTSTRAP"
 _NETWORK = "p2pclaude.cli.network"
@@ -94,6 +95,11 @@ class Console:
         if wanted and sys.stderr is not None and sys.stderr.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
 
+    def end_prompt(self, wanted: bool) -> None:
+        """End the line of a prompt that nobody has answered."""
+        if wanted and sys.stderr is not None and sys.stderr.isatty():
+            self._print("")
+
     def show(self, text: str) -> None:
         """Print lines as they are, such as the short form of the usage text."""
         self._print(text)
@@ -126,26 +132,40 @@ def run(
     """Run a command and return its exit status, or leave with it at once when the network is loaded.
 
     `parse` checks the arguments (UsageError, DataError); `execute` does the work. Errors are printed here, a closed
-    pipe on stdout ends quietly with 0, and SIGINT gives 130.
+    pipe on stdout ends quietly with 0. A process that a signal ended dies of it, which a shell sees as 128 and its
+    number; with `argv` given that status is returned.
     """
     gc.disable()  # while modules load, which makes much and no garbage; `lean.settle` turns it on
     try:
         status = _run(Console(name), usage, parse, execute, sys.argv[1:] if argv is None else list(argv))
     finally:
         gc.enable()
+    if argv is None and status > MAX_EXIT:
+        _die(status - 128)
     if argv is None and _NETWORK in sys.modules and not sys.warnoptions:  # whoever wants warnings gets the last ones
         _leave(status)
     return status
 
 
+def _die(number: int) -> None:
+    """End the process by the signal that has interrupted it: a shell leaves its loop on Ctrl-C only if it sees that."""
+    _flush_all()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def _leave(status: int) -> NoReturn:
     """End the process without taking the interpreter apart, which takes as long as a round trip or two."""
+    _flush_all()
+    os._exit(status)
+
+
+def _flush_all() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (AttributeError, OSError, ValueError):
             pass  # closed from the start, or its reader is gone; what there was to say about that is said
-    os._exit(status)
 
 
 def _run(
@@ -171,7 +191,7 @@ def _run(
         except P2PClaudeError as error:
             return _flushed(console.report(error))
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         _forget_stdout()
         return 0

@@ -37,8 +37,9 @@ Usage:
   {NAME} --version
 
 URL is the pairing URL, or the path of a file that holds it. The message is
-TEXT, or all of standard input. Without a SESSION it starts a new one. Prints
-the session's id; with --wait or --lines, the answer.
+TEXT, or all of standard input if there is none or it is "-". Without a SESSION
+it starts a new one. Prints the session's id; with --wait or --lines, the
+answer.
 
 Options:
   -s, --session SESSION    send to this session
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(arguments: Arguments, console: Console) -> Options:
     """Check the arguments. Raises UsageError or DataError."""
     session, mode, words = arguments["--session"], arguments["--permission-mode"], arguments["TEXT"]
+    words = [] if words == ["-"] else words  # standard input, as elsewhere
     if mode is not None and mode not in PERMISSION_MODES:
         raise UsageError(f"--permission-mode is one of {', '.join(PERMISSION_MODES)}")
     for option in ("--directory", "--model", "--permission-mode"):
@@ -208,6 +210,7 @@ async def _messages(console: Console) -> AsyncIterator[str]:
         if data.strip():
             yield _checked(data)
         console.prompt(is_chat)
+    console.end_prompt(is_chat)
 
 
 def _permission_hint(session: str, console: Console) -> Callable[[], None]:

@@ -176,7 +176,7 @@ def finish(process: Process, number: signal.Signals = signal.SIGTERM) -> str:
     """End a follower; give the rest of what it said on stderr."""
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
-    assert (process.returncode, out) == (128 + number, b"")
+    assert (process.returncode, out) == (-number, b"")
     return err.decode()
 
 
