@@ -18,7 +18,7 @@ from typing import Any, Self, cast
 
 from p2pclaude.errors import Unavailable, WireError
 from p2pclaude.permissions import interrupt_request
-from p2pclaude.processes import Mark, Process, descendants_of, end_leftovers
+from p2pclaude.processes import Mark, Process, descendants_of, end_leftovers, family_of
 from p2pclaude.wire import LineBuffer, LineTooLong, dump_json, load_json
 
 PERMISSION_MODES = ("default", "acceptEdits", "bypassPermissions", "plan")
@@ -296,6 +296,11 @@ class ClaudeProcess:
                 return
         if stdin is not None:
             stdin.close()
+
+    async def has_family(self) -> bool:
+        """Tell whether anything runs that it has started, in the background too."""
+        running = await (descendants_of(self.pid) if self._mark is None else family_of(self._mark))
+        return any(process.pid != self.pid for process in running)
 
     async def _look_around(self) -> None:
         """Note what runs below it: once it is gone only the mark tells, and not every process keeps that."""

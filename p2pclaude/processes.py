@@ -147,6 +147,11 @@ async def _end(find: Callable[[Table, Marks], list[Process]]) -> int:
     return len(ended)
 
 
+async def family_of(mark: Mark) -> list[Process]:
+    """Give what carries a mark now, and all below that."""
+    return _leftovers(*await _look_together(), mark, ())
+
+
 async def descendants_of(pid: int) -> list[Process]:
     """Give what runs below a process now."""
     table, _ = await _look_together()

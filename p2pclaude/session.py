@@ -67,6 +67,8 @@ class Session:
         self._on_orphans = on_orphans
         self._process: ClaudeProcess | None = None
         self._pump: asyncio.Task[None] | None = None
+        self.idle_since = 0.0
+        """The loop's time at which claude was last done with all that there was."""
         self._turns = 0  # that this process has finished, one way or the other
         self._orderly = False  # it ended by itself, with nothing left to do
         self._news = asyncio.Event()
@@ -93,6 +95,11 @@ class Session:
     def is_orphaned(self) -> bool:
         """Tell whether there is no process, but is about to be one."""
         return self.info.state == State.STARTING and (self._pump is None or self._pump.done())
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Tell whether claude has done all that there was to do."""
+        return self.state == State.IDLE and not self.inbox
 
     @property
     def is_idle(self) -> bool:
@@ -209,17 +216,32 @@ class Session:
     async def stop(self, final: State) -> None:
         """End the process, if there is one, and become `final`; what claude still says is journaled."""
         self._final = final
-        if self._process is not None and self._pump is not None and not self._pump.done():
-            if await self._process.stop(in_turn=bool(self.inbox.handed)) is None:
-                self._log(Event.WARNING, message="claude did not end even when killed", session=self.info.session_id)
-            # The pump ends with claude's stdout; what keeps it longer is a full disk.
-            await asyncio.wait([self._pump], timeout=1.0)
-            if not self._pump.done():
-                self._pump.cancel()
-                await asyncio.wait([self._pump], timeout=1.0)
+        await self._end_process()
         if self.info.state != final:
             self._become(final)
         await self.save()
+
+    async def sleep(self) -> bool:
+        """End a claude that has nothing to do, also in the background; tell whether it is such a one.
+
+        The session is dormant then. A message that comes meanwhile has another claude started.
+        """
+        if self._process is None or await self._process.has_family() or not self.is_at_rest:
+            return False
+        await self._end_process()
+        await self.save()
+        return self.pid is None
+
+    async def _end_process(self) -> None:
+        if self._process is None or self._pump is None or self._pump.done():
+            return
+        if await self._process.stop(in_turn=bool(self.inbox.handed)) is None:
+            self._log(Event.WARNING, message="claude did not end even when killed", session=self.info.session_id)
+        # The pump ends with claude's stdout; what keeps it longer is a full disk.
+        await asyncio.wait([self._pump], timeout=1.0)
+        if not self._pump.done():
+            self._pump.cancel()
+            await asyncio.wait([self._pump], timeout=1.0)
 
     def kill(self) -> None:
         """End the process without any ceremony."""
@@ -432,6 +454,7 @@ class Session:
     def _set_state(self, state: State) -> None:
         if self.info.state != state:
             self.info.state = state
+            self.idle_since = asyncio.get_running_loop().time()
             self.save_soon()
             self._changed()
 

@@ -339,11 +339,11 @@ class SessionTable:
         await session.settle_writes()
 
     async def _start(self, session: Session, launch: Launch, event: Event, spawn: Spawn | None = None) -> int | None:
+        while (live := self._count_live()) >= self._max_sessions and not self._closing:
+            if not await self._make_room():
+                raise TryAgain(f"{live} sessions run already, which is the most that this daemon allows")
         if self._closing:
             raise TryAgain("the daemon is stopping")
-        live = sum(other in self._starting or other.pid is not None for other in self._sessions.values())
-        if live >= self._max_sessions:
-            raise TryAgain(f"{live} sessions run already, which is the most that this daemon allows")
         text, message_id = (None, None) if spawn is None else (spawn.text, spawn.message_id)
         self._starting.add(session)
         lock: int | None = None
@@ -367,6 +367,18 @@ class SessionTable:
             model=launch.model,
         )
         return seq
+
+    def _count_live(self) -> int:
+        return sum(other in self._starting or other.pid is not None for other in self._sessions.values())
+
+    async def _make_room(self) -> bool:
+        """Put the session to sleep that has been idle the longest; tell whether there was one."""
+        for session in sorted(self._sessions.values(), key=lambda session: session.idle_since):
+            if session.is_at_rest and not session.lifecycle.locked():
+                async with session.lifecycle:
+                    if await session.sleep():
+                        return True
+        return False
 
     async def _resume(self, session: Session) -> None:
         info = session.info

@@ -335,7 +335,7 @@ def test_verifying_for_strangers_has_its_limit() -> None:
     in_shop(body)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(list(Command)[2:]), st.binary(max_size=150))
 def test_any_value_is_survived(command: Command, value: bytes) -> None:
     async def body(shop: Shop) -> None:

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sim import run
 
@@ -228,7 +228,6 @@ def test_a_failing_handler_costs_one_datagram(caplog: pytest.LogCaptureFixture) 
     asyncio.run(main())
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=80) | st.builds(bytes.__add__, st.sampled_from([b"\x03", b"\x13"]), st.binary(max_size=80)))
 def test_any_datagram_is_swallowed(data: bytes) -> None:
     async def main() -> None:

@@ -4,7 +4,7 @@ import random
 import tracemalloc
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from udx_pair import Link, Pair, noise
 
@@ -45,7 +45,7 @@ def drive(stream: UdxStream, now: float) -> int:
     return len(stream.datagrams_to_send(now))
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.lists(st.one_of(PACKETS, RAW), max_size=6), max_size=12), st.booleans(), st.booleans())
 def test_any_packets_never_raise(batches: list[list[bytes]], writes: bool, ends: bool) -> None:
     stream = connected(receive_window=50_000)
