@@ -3,11 +3,13 @@
 import asyncio
 import random
 from functools import partial
+from typing import Any
 
 import pytest
 from dht_nodes import PORT, Peer, address_of, dht, make_node, running
 from sim import Link, SimLoop, SimNetwork, run
 
+from p2pclaude.hyperdht import HyperDHT
 from p2pclaude.hyperdht.constants import InternalCommand
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import Destroyed, Suspended
@@ -38,6 +40,14 @@ def test_start_returns_at_once_and_a_network_of_one_is_ready() -> None:
             assert node.remote_address() == ("8.8.8.8", PORT)
 
     run(main(), check_timers=True)
+
+
+@pytest.mark.parametrize("place", ["localhost", "::1", "", "10.1", "10.0.0.256"])
+def test_names_are_no_addresses_to_bind_or_to_be_reached_at(place: str) -> None:
+    choices: list[dict[str, Any]] = [{"host": place}, {"public_address": (place, 1)}]
+    for options in choices:
+        with pytest.raises(ValueError, match="IPv4"):
+            HyperDHT(**options)
 
 
 def test_without_a_reachable_bootstrap_node_it_is_bootstrapped_in_bounded_time() -> None:

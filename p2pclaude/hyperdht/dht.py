@@ -48,9 +48,10 @@ class HyperDHT:
     `bootstrap` lists the nodes to begin with: pairs of host and port, or strings `host:port`; None is the public
     network, an empty list a network of one's own. `remembered` are nodes that answered in an earlier life, which
     `latest_nodes` gave; they are asked beside those. `ephemeral` False makes the node store for others at once, True
-    never, None once it has proved stable and reachable. When `port` is taken, one of the next ones is used and then
-    any, unless `any_port` is False. `public_address` is for a host that knows where it is reached and that no firewall
-    stands before. `network` and `rng` are for simulations.
+    never, None once it has proved stable and reachable. `host` is the IPv4 address to bind, by default all of the
+    host's. When `port` is taken, one of the next ones is used and then any, unless `any_port` is False.
+    `public_address` is for a host that knows where it is reached and that no firewall stands before. `network` and
+    `rng` are for simulations. Raises ValueError for what is no address.
     """
 
     def __init__(

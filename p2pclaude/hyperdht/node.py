@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
-from .bootstrap import Bootstrap
+from .bootstrap import Bootstrap, is_ipv4
 from .constants import ID_BYTES, ErrorCode, InternalCommand
 from .encoding import Address
 from .endpoint import Endpoint, Socket
@@ -48,7 +48,8 @@ def host_sleep() -> float:
 class Node:
     """A DHT node on two sockets of `endpoint`.
 
-    `bootstrap` are "HOST:PORT" or "IP@HOST:PORT" strings or pairs; with none the node is a network of its own.
+    `bootstrap` are "HOST:PORT" or "IP@HOST:PORT" strings or pairs; with none the node is a network of its own. `host`
+    is an IPv4 address, as that of `public_address` is; ValueError for another.
     `port` 0 is any port; else one of the next five is taken if it is in use, and any other if they all are, unless
     `any_port` is False. `ephemeral` None lets the node decide. `public_address` is for a node that knows where it is
     reached, as a bootstrap node does. `slept` tells how long the host has slept in all.
@@ -69,6 +70,8 @@ class Node:
         public_address: Address | None = None,
         slept: Callable[[], float] = host_sleep,
     ) -> None:
+        if not is_ipv4(host) or (public_address is not None and not is_ipv4(public_address[0])):
+            raise ValueError("a node needs IPv4 addresses")
         self.endpoint = endpoint
         self.rpc = Rpc(endpoint, rng)
         self.table = RoutingTable(rng.randbytes(ID_BYTES))
