@@ -58,6 +58,7 @@ CLOSE_TIMEOUT = 1.0
 """Seconds that saying goodbye to the network may take when a tool ends."""
 
 _KEY_HINT = "the pairing URL may be an old one, take it again from pairing.url on the daemon's host"
+_NETWORK_HINT = "check the network, in a private one p2pclaude-daemon too; --bootstrap names other nodes"
 _KEY_ERRORS = ("decrypt", "authenticate", "cipher")  # what Node's crypto and its users say of a wrong key
 
 Note = Callable[[str], None]
@@ -422,7 +423,7 @@ def explain(error: Exception) -> P2PClaudeError:
     if isinstance(error, PeerNotFound):
         return Unavailable("daemon not found", hint="is p2pclaude-daemon running there, with this pairing URL?")
     if isinstance(error, TooFewNodes):
-        return Unavailable("no DHT node answered", hint="check the network, or name nodes with --bootstrap")
+        return Unavailable("no DHT node answered", hint=_NETWORK_HINT)
     if isinstance(error, PeerConnectionFailed | HolepunchError):
         return Unavailable("daemon found, but not reachable")
     if isinstance(error, Timeout | TimeoutError):

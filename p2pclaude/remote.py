@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from p2pclaude.client import CLOSE_TIMEOUT, Client, explain
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable
-from p2pclaude.hyperdht import HyperDHT, HyperDHTError
+from p2pclaude.hyperdht import HyperDHT, HyperDHTError, TooFewNodes
 from p2pclaude.pairing import Pairing
 from p2pclaude.wire import OUTPUT, PERMISSION_REQUEST, SESSION_NOT_FOUND, TURN, TURN_CUT, load_page
 
@@ -343,6 +343,8 @@ async def read_record(pairing: Pairing, *, bootstrap: Sequence[str] | None, time
         async with asyncio.timeout(timeout):
             await dht.start()
             found = await dht.mutable_get(pairing.public_key)
+            if found is None and not dht.latest_nodes(1):
+                raise TooFewNodes("no node of the DHT answers")
     except (HyperDHTError, OSError) as error:
         raise explain(error) from error
     finally:

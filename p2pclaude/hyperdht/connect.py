@@ -59,8 +59,8 @@ async def connect(
     """Connect within `timeout` seconds, in several attempts if NATs make it a matter of luck.
 
     `early_data` are the first bytes of every attempt's stream.
-    Raises PeerNotFound, PeerConnectionFailed, HandshakeFailed, HolepunchError, Timeout, Suspended or Destroyed: the
-    true cause. Nothing of a failed attempt is left behind.
+    Raises PeerNotFound, TooFewNodes, PeerConnectionFailed, HandshakeFailed, HolepunchError, Timeout, Suspended or
+    Destroyed: the true cause. Nothing of a failed attempt is left behind.
     """
     cause: HolepunchError | None = None
     avoid: set[Address] = set()  # relays that led to no path: another may

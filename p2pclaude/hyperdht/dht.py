@@ -291,9 +291,9 @@ class HyperDHT:
         `early_data` are the first bytes to send: they leave with the first packet instead of waiting for the server's.
         When a path fails they are sent again on a new connection, so they must be harmless twice. `relay_through` is
         the public key of a blind relay to meet at while no direct way is found; a server that names one itself needs
-        none here. Returns when the server's first bytes have arrived. Raises PeerNotFound, PeerConnectionFailed,
-        HandshakeFailed, HolepunchError, Timeout, Suspended, Destroyed: the cause; ValueError for a key of another
-        length than 32 bytes, DecodeError for 32 that are no key.
+        none here. Returns when the server's first bytes have arrived. Raises PeerNotFound, TooFewNodes,
+        PeerConnectionFailed, HandshakeFailed, HolepunchError, Timeout, Suspended, Destroyed: the cause; ValueError for
+        a key of another length than 32 bytes, DecodeError for 32 that are no key.
         """
         if len(public_key) != KEY_BYTES:
             raise ValueError(f"a public key has {KEY_BYTES} bytes")

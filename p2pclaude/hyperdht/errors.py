@@ -25,7 +25,7 @@ class Timeout(HyperDHTError, TimeoutError):
 
 
 class TooFewNodes(HyperDHTError):
-    """No DHT node answered a query whose result had to be stored or found."""
+    """No DHT node answered: the network is out of reach, or nothing could be stored."""
 
 
 class PeerNotFound(HyperDHTError):

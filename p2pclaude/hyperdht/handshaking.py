@@ -15,7 +15,15 @@ from .constants import Command, HandshakeError, Mode
 from .crypto import hash as blake2b
 from .encoding import Address
 from .endpoint import Socket
-from .errors import DecodeError, HandshakeFailed, HyperDHTError, PeerConnectionFailed, PeerNotFound, Timeout
+from .errors import (
+    DecodeError,
+    HandshakeFailed,
+    HyperDHTError,
+    PeerConnectionFailed,
+    PeerNotFound,
+    Timeout,
+    TooFewNodes,
+)
 from .handshakes import Handshake, NoisePayload, decode_handshake, decode_noise_payload, encode_handshake
 from .node import Node
 from .noise import NoiseIK
@@ -65,6 +73,11 @@ class RelaySearch:
         """Whether an answer of the last lookup got lost."""
         return self._query.resends > 0
 
+    @property
+    def is_in_vain(self) -> bool:
+        """Whether there were nodes to ask, and none of them answered the last lookup."""
+        return len(self._node.bootstrap) > 0 and not self._query.was_answered
+
     def _look_up(self) -> Query:
         return self._node.query(Command.FIND_PEER, self._target, retries=3)
 
@@ -112,7 +125,10 @@ class Handshaking:
         self._refusals: list[HandshakeFailed] = []
 
     async def run(self, payload: bytes) -> Shaken:
-        """Return the first valid handshake; raises HandshakeFailed, PeerConnectionFailed or PeerNotFound."""
+        """Return the first valid handshake.
+
+        Raises HandshakeFailed, PeerConnectionFailed, PeerNotFound, or TooFewNodes if no node answers at all.
+        """
         self._message = self._noise.write_message(payload)
         for _ in range(HANDSHAKES):
             search = RelaySearch(self._dht.node, self._target)
@@ -125,6 +141,8 @@ class Handshaking:
             raise self._refusals[0]
         if self._failures:
             raise PeerConnectionFailed("the peer is announced but did not answer its handshake") from self._failures[-1]
+        if search.is_in_vain:
+            raise TooFewNodes("no node of the DHT answers")
         raise PeerNotFound("no node of the DHT knows the peer")
 
     async def _ask_all(self, search: RelaySearch) -> Shaken | None:

@@ -97,6 +97,11 @@ class Query:
         return [reply for _, reply in self._closest]
 
     @property
+    def was_answered(self) -> bool:
+        """Whether any node has answered, be it with an error."""
+        return bool(self._done)
+
+    @property
     def closest_nodes(self) -> list[Address]:
         """The addresses of `closest_replies`: start a later query of the same target with them."""
         return [reply.source for _, reply in self._closest]
