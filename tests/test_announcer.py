@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from reachability import live
 from sim import Host, Nat, run
-from sim_dht import Swarm, ask, eventually, serve, swarm
+from sim_dht import Swarm, ask, echo, eventually, serve, swarm
 from sim_peers import seeds
 
 from p2pclaude.hyperdht import announcer
@@ -48,6 +48,23 @@ async def seconds_until(check: Callable[[], bool], limit: float) -> float:
         assert loop.time() - started < limit, f"not within {limit} s"
         await asyncio.sleep(0.05)
     return loop.time() - started
+
+
+@pytest.mark.parametrize("delay", [0, 0.05])
+def test_a_server_closed_while_it_begins_to_listen_is_announced_no_more(delay: float) -> None:
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            _, _, node = await behind_nat(network, 1)
+            server = node.create_server(echo)
+            listening = asyncio.create_task(server.listen(node.key_pair))
+            await asyncio.sleep(delay)
+            assert not listening.done()
+            await server.close()
+            await listening
+            await asyncio.sleep(60)
+            assert announcer_of(server).relays == ()
+
+    run(main(), seed=1)
 
 
 @pytest.mark.parametrize("seed", seeds(3))

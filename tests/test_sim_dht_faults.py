@@ -14,6 +14,7 @@ from sim_peers import seeds
 from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
+from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import (
     DecodeError,
     Destroyed,
@@ -22,6 +23,7 @@ from p2pclaude.hyperdht.errors import (
     PeerConnectionFailed,
     PeerNotFound,
     Suspended,
+    TooFewNodes,
 )
 
 # Failures settle, with their cause
@@ -61,13 +63,16 @@ def test_connect_to_what_is_no_key() -> None:
     run(main(), seed=1)
 
 
-def test_connect_without_any_node() -> None:
+@pytest.mark.parametrize("bootstrap", [BOOTSTRAP, "no.such.name:49737"])
+def test_connect_without_any_node(bootstrap: Address | str) -> None:
+    """The network is out of reach, which is another cause than a peer that nobody knows."""
+
     async def main() -> None:
         net = SimNetwork(1)
-        client = HyperDHT(bootstrap=[BOOTSTRAP], port=0, network=net.host("5.2.0.1"), rng=net.random("client"))
+        client = HyperDHT(bootstrap=[bootstrap], port=0, network=net.host("5.2.0.1"), rng=net.random("client"))
         async with client:
             cause, seconds = await _failure(client, KeyPair.generate(net.random("unknown")).public_key)
-            assert cause is PeerNotFound
+            assert cause is TooFewNodes
             assert seconds < DEADLINE + 0.1
 
     run(main(), seed=1)

@@ -65,9 +65,11 @@ class Announcer:
         return any(path.relay_address == address for path in self.relays) or address in self._former
 
     async def start(self) -> None:
-        """Announce and go on doing so; returns after the first attempt, whether it succeeded or not."""
-        succeeded = await self._guarded_cycle()
-        self._task = asyncio.create_task(self._run(succeeded))
+        """Announce and go on doing so until `stop`; returns after the first attempt, whether it succeeded or not."""
+        attempted = asyncio.Event()
+        self._task = asyncio.create_task(self._run(attempted))
+        self._task.add_done_callback(lambda _: attempted.set())  # `stop` ends the waiting too
+        await attempted.wait()
 
     def refresh(self) -> None:
         """Announce anew as soon as possible."""
@@ -82,7 +84,9 @@ class Announcer:
         relays, self.relays = self.relays, ()
         await asyncio.gather(*(self._unannounce(path.relay_address) for path in relays))
 
-    async def _run(self, succeeded: bool) -> None:
+    async def _run(self, attempted: asyncio.Event) -> None:
+        succeeded = await self._guarded_cycle()
+        attempted.set()
         retry = FIRST_RETRY
         while True:
             if succeeded:
