@@ -237,3 +237,23 @@ def test_the_throttle_is_given_back_however_an_attempt_ends() -> None:
             assert not node.throttle.allows(now)
 
     run(main(), seed=1)
+
+
+def test_two_that_answer_probes_do_not_answer_each_other_for_ever() -> None:
+    """A probe with a forged source makes each of them take the other's answer for a probe."""
+
+    async def main() -> None:
+        async with place() as (network, node, _):
+            ends = [Puncher(node.node, node.rng, node.throttle, is_initiator=False) for _ in range(2)]
+            for end in ends:
+                await end.open()
+            one, other = (end.socket for end in ends)
+            probes = watch_probes(network)
+            assert one.on_probe is not None
+            one.on_probe(one, ("192.168.1.2", other.address[1]))
+            await asyncio.sleep(20)
+            assert 1 < probes.total() <= 2 * module.MAX_ANSWERS
+            for end in ends:
+                end.close()
+
+    run(main(), seed=1)

@@ -35,6 +35,7 @@ HELD_INTERVALS: Final = 1800  # upstream sends one probe an interval, the last o
 LOW_TTL_CYCLES: Final = 1
 UNVERIFIED_EVERY: Final = 4  # rounds; an address the peer only claims could be a victim's
 MAX_REMOTE_ADDRESSES: Final = 8
+MAX_ANSWERS: Final = 4096  # to probes; more than a peer sends, and the end of two that answer each other
 
 _CONSISTENT: Final = (Firewall.OPEN, Firewall.CONSISTENT)
 
@@ -97,6 +98,7 @@ class Puncher:
         self._reopening: asyncio.Task[None] | None = None
         self._punching: asyncio.Task[None] | None = None
         self._random = False
+        self._answers_left = MAX_ANSWERS
         self.nat = NatClassifier(node.firewalled)
         """What is known of the NAT before our socket."""
         self.remote_firewall: int = Firewall.UNKNOWN
@@ -258,7 +260,9 @@ class Puncher:
         if self.closed:
             return
         if not self._is_initiator:
-            socket.send([PROBE], source)
+            if self._answers_left:
+                self._answers_left -= 1
+                socket.send([PROBE], source)
         elif self._on_path is not None:
             self._on_path(socket, source)
 
