@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,14 @@ class Asking:
     def approve(self, *words: str) -> Peer:
         """Start an approver."""
         return self._started.enter_context(self.tools.start("approve", *words))
+
+    @staticmethod
+    def wait_for(condition: Callable[[], bool]) -> None:
+        """Wait until something is the case."""
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
     def requests(self, session: str, count: int = 1) -> list[dict[str, Any]]:
         """Wait until so many requests of a session wait, and give them."""
@@ -120,10 +128,7 @@ def test_left_to_a_second_approver(asking: Asking) -> None:
     first = asking.approve("-v", "-f", "--filter", f"cat >>{seen}; exit 75", asking.url)
     session = asking.start("TOOL:touch second")
     [request] = asking.requests(session)
-    deadline = time.monotonic() + 20
-    while not (seen.exists() and seen.read_text().endswith("\n")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    asking.wait_for(lambda: seen.exists() and seen.read_text().endswith("\n"))
     decided = asking.tools.succeed("approve", "--filter", "exit 0", asking.url, session)
     assert json.loads(decided)["requestId"] == request["requestId"]
     _, result = asking.finish(session)
@@ -187,10 +192,7 @@ def test_an_interrupt_ends_a_running_command(asking: Asking) -> None:
     session = asking.start("TOOL:touch running; sleep 600")
     [request] = asking.requests(session)
     asking.tools.succeed("approve", "--allow", request["requestId"], asking.url)
-    deadline = time.monotonic() + 20
-    while not (asking.root / "running").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    asking.wait_for((asking.root / "running").exists)
     asking.tools.succeed("stop", "--turn", asking.url, session)
     _, result = asking.finish(session)
     assert result["is_error"]
@@ -217,6 +219,40 @@ def test_a_suggestion_given_back_spares_the_next_request(asking: Asking) -> None
     asking.tools.succeed("send", "-w", "-s", session, asking.url, text)
     assert (asking.root / "second.txt").exists()
     assert asking.outcomes(session) == ["allow"]
+
+
+def test_who_waits_is_told_what_was_denied(asking: Asking) -> None:
+    done = asking.tools("send", "-w", asking.url, "TOOL:touch unasked")
+    assert (done.status, done.err) == (0, "p2pclaude-send: hint: denied: Bash\n"), done
+    session = asking.start("hello")
+    asking.finish(session)
+    with asking.tools.start("send", "-w", "-s", session, asking.url, f"WRITE:{asking.root / 'refused'}") as waiting:
+        [request] = asking.requests(session)
+        asking.tools.succeed("approve", "--deny", request["requestId"], asking.url)
+        assert waiting.finish() == 0, waiting.transcript()
+        assert "p2pclaude-send: hint: denied: Write\n" in waiting.transcript()
+    assert not (asking.root / "refused").exists()
+
+
+@pytest.mark.parametrize(("busy", "answer"), [("SLOW:100", "echo: quick"), ("TOOL:touch busy; sleep 5", "tool said: ")])
+def test_an_urgent_message_ends_a_turn_and_each_gets_its_own_answer(busy: str, answer: str, asking: Asking) -> None:
+    """A text is cut at once, a tool that runs ends first; what the stub says then shows that it has heard of both."""
+    session = asking.start("hello")
+    asking.finish(session)
+    with asking.tools.start("send", "-w", "-s", session, asking.url, busy) as waiting:
+        if busy.startswith("TOOL"):
+            [request] = asking.requests(session)
+            asking.tools.succeed("approve", "--allow", request["requestId"], asking.url)
+            asking.wait_for((asking.root / "busy").exists)
+        else:
+            asking.wait_for(lambda: f"{session}\trunning" in asking.tools.succeed("ls", asking.url))
+            time.sleep(2 * stub_api.SLOW_SECONDS)
+        began = time.monotonic()
+        assert asking.tools.succeed("send", "-w", "--now", "-s", session, asking.url, "quick").startswith(answer)
+        assert time.monotonic() - began < 20  # of the 50 s that the long text would take
+        assert waiting.finish() == 1, waiting.transcript()
+        assert "the turn was cut short" in waiting.transcript()
+        assert answer not in "".join(waiting.said)
 
 
 def test_a_session_that_does_not_ask_is_denied_as_ever(asking: Asking) -> None:
