@@ -76,6 +76,7 @@ class Launch:
         words = [str(self.executable), "--output-format", "stream-json", "--input-format", "stream-json"]
         words += ["--verbose", "--permission-mode", self.permission_mode]
         words.append(f"--resume={self.claude_id}" if self.resume else f"--session-id={self.claude_id}")
+        words.append("--replay-user-messages")  # shows which turn took a message in, see wire.Results
         if self.model is not None:
             words.append(f"--model={self.model}")
         if self.ask:

@@ -7,7 +7,8 @@
 
 `session` stands above and keeps the journal; nothing here reads or writes but `unfinished`, which reads what a crash
 left. Claude gives one result for each message it was handed, in their order, as long as it gets one message when it is
-idle and at most one more, with priority "now", during a turn: that one ends the turn, which gets its result first.
+idle and at most one more, with priority "now", during a turn: that one ends the turn, which gets its result first. A
+turn that Claude began by itself has a result too, which `wire.Results` tells apart.
 
 What Claude knows after a crash, as measured with 2.1.197: a message stands in the transcript, under its uuid, 0.1 s
 after Claude took it, and at once on SIGTERM; SIGKILL loses these 0.1 s, in which the Messages API is asked and a tool
@@ -23,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from p2pclaude.wire import MESSAGE, OUTPUT, TURN, TURN_CUT, load_json
+from p2pclaude.wire import MESSAGE, OUTPUT, TURN, TURN_CUT, Results, load_json
 
 NOW = "now"
 """The priority of a message that is handed during a turn."""
@@ -65,6 +66,7 @@ class Inbox:
         self.restored: list[Message] = []
         """What was found waiting in the journal, and may have run from another copy of it."""
         self._waiting: deque[Message] = deque()
+        self._results = Results()
         self._seqs: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -98,12 +100,12 @@ class Inbox:
 
     def observe(self, value: Mapping[str, Any]) -> Message | None:
         """Take an object that Claude printed; give the message that it answers, if it is a `result`."""
+        is_answer = self._results.is_answer(value)
         if not self.handed:
             return None
-        kind = value.get("type")
-        if kind == "result":
+        if is_answer:
             return self.handed.popleft()
-        if kind not in _SAYS_NOTHING:
+        if value.get("type") not in _SAYS_NOTHING:  # of a turn of Claude's own it says too much, which is safe
             self.handed[0].begun = True
         return None
 

@@ -18,7 +18,7 @@ from p2pclaude.client import CLOSE_TIMEOUT, Client, explain
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable
 from p2pclaude.hyperdht import HyperDHT, HyperDHTError, TooFewNodes
 from p2pclaude.pairing import Pairing
-from p2pclaude.wire import OUTPUT, PERMISSION_REQUEST, SESSION_NOT_FOUND, TURN, TURN_CUT, load_page
+from p2pclaude.wire import OUTPUT, PERMISSION_REQUEST, SESSION_NOT_FOUND, TURN, TURN_CUT, Results, load_page
 
 if TYPE_CHECKING:
     from p2pclaude.record import SessionRecord
@@ -269,13 +269,14 @@ async def last_seq(client: Client, session: str) -> int:
 class AnswerFinder:
     """Finds the answer to one message in a session's output.
 
-    The daemon marks in the journal which message is being handed to Claude; the next `result` object answers it, or
-    the one after that if it was handed during the turn of another. Without a journal the first `result` is all there is
-    to go by.
+    The daemon marks in the journal which message is being handed to Claude; the next `result` object that answers any
+    does, or the one after that if it was handed during the turn of another. Without a journal the first `result` is all
+    there is to go by.
     """
 
     def __init__(self, seq: int | None) -> None:
         self._seq = seq
+        self._results = Results()
         self._before: int | None = 0 if seq is None else None  # results that come first; None: it was not handed
 
     def feed(self, envelope: Envelope) -> Mapping[str, Any] | None:
@@ -292,7 +293,9 @@ class AnswerFinder:
             self._before = None if kind == TURN_CUT else 1 if envelope.get("steers") is not None else 0
         elif kind == TURN_CUT and self._before:
             self._before -= 1
-        if kind != OUTPUT or not isinstance(data, dict) or data.get("type") != "result" or self._before is None:
+        if kind != OUTPUT or not isinstance(data, dict):
+            return None
+        if not self._results.is_answer(data) or self._before is None:
             return None
         self._before -= 1
         return data if self._before < 0 else None

@@ -414,6 +414,8 @@ class Session:
         kind = value.get("type")
         if kind == "system" and value.get("subtype") == "init":
             self._follow(value.get("session_id"))
+            if self.info.state == State.IDLE:  # a turn that Claude begins by itself
+                self._set_state(State.RUNNING)
         answered = self.inbox.observe(value)
         if kind == "result":
             error = value.get("is_error") is True

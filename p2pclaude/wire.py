@@ -52,7 +52,7 @@ OUTPUT = "session-output"
 MESSAGE = "message"
 """Envelope: a message was accepted; `data` is what Claude gets, `messageId` the sender's own."""
 TURN = "turn"
-"""Envelope: the message with the seq `message` is handed to Claude; the next `result` object answers it.
+"""Envelope: the message with the seq `message` is handed to Claude; the next `result` (see `Results`) answers it.
 
 With `steers` it was handed during the turn of that message, whose own result comes first.
 """
@@ -74,6 +74,26 @@ _NONCE_BYTES = 12
 _CONTROL = bytes(range(0x20))
 _OUTPUT_HEAD = re.compile(rb'\{"type":"' + OUTPUT.encode() + rb'","seq":\d+,"timestamp":\d+,"data":')
 _TAG_BYTES = 16
+
+
+class Results:
+    """Tells which of the objects that Claude prints are answers, if it is given them all.
+
+    A `result` answers a message, unless its `origin` says that Claude began the turn by itself, as it does when a tool
+    in the background has ended. But if a message came in during such a turn, as its replay shows, it answers that.
+    """
+
+    def __init__(self) -> None:
+        self._took_message = False  # since the last result
+
+    def is_answer(self, data: Mapping[str, Any]) -> bool:
+        """Take the next object; return whether it answers a message."""
+        if data.get("type") != "result":
+            self._took_message |= data.get("isReplay") is True
+            return False
+        took, self._took_message = self._took_message, False
+        origin = data.get("origin")
+        return took or not isinstance(origin, dict) or origin.get("kind") == "human"
 
 
 class LineTooLong(WireError):

@@ -117,6 +117,14 @@ def turn(text: str) -> None:
     elif word == "HOLD":  # until the file named is there, SIGINT, or an interrupt
         while not os.path.exists(rest):  # noqa: PTH110
             check_interrupt()
+    elif word == "OWN":  # when this is answered begin a turn by itself, which lasts until the file named is there
+        result("done")
+        say(type="system", subtype="init", session_id=SESSION)
+        say(type="assistant", text="a task has ended")
+        while not os.path.exists(rest):  # noqa: PTH110
+            time.sleep(0.005)
+        say(type="result", subtype="success", is_error=False, result="own", origin={"kind": "task-notification"})
+        return
     elif word == "LEAVE":  # what the shell is told to leave running
         os.system(rest)
     elif word == "FLOOD":

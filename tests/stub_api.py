@@ -1,9 +1,10 @@
 """A stub of the Messages API on loopback, enough for whole turns of the real `claude` without an account.
 
-The last text of the user decides the answer: `TOOL:CMD` runs a command, `FETCH:URL URL` fetches pages, for which the
-CLI asks at once, `WRITE:PATH` writes a file, `QUESTION:TEXT` asks the user, `SLOW:N` streams N words half a second
-apart, `BIG:N` gives N bytes, `ERR:STATUS` fails; anything else comes back as `echo: …`. Started as a program it prints
-its port and serves until it is ended.
+The last text of the user decides the answer: `TOOL:CMD` runs a command, `BACKGROUND:CMD` does so in the background
+(its end is answered slowly, when the CLI tells of it), `FETCH:URL URL` fetches pages, for which the CLI asks at once,
+`WRITE:PATH` writes a file, `QUESTION:TEXT` asks the user, `SLOW:N` streams N words half a second apart, `BIG:N` gives
+N bytes, `ERR:STATUS` fails; anything else comes back as `echo: …`. Started as a program it prints its port and serves
+until it is ended.
 """
 
 import json
@@ -86,6 +87,10 @@ def answer(messages: list[dict[str, Any]]) -> list[Block]:
         return [_tool("AskUserQuestion", {"questions": [question]})]
     if word == "TOOL":
         return [_tool("Bash", {"command": rest.strip(), "description": "run a command"})]
+    if word == "BACKGROUND":
+        return [_tool("Bash", {"command": rest.strip(), "description": "run it", "run_in_background": True})]
+    if text.startswith("<task-notification>"):
+        return [{"type": "text", "text": "the task has ended, as I hear", "slow": True}]
     if word == "WRITE":
         return [_tool("Write", {"file_path": rest.strip(), "content": "hello\n"})]
     if word == "BIG":

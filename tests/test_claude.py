@@ -76,8 +76,8 @@ def test_no_claude_is_an_error_with_a_hint(tmp_path: Path, monkeypatch: pytest.M
 def test_the_command_line() -> None:
     launch = Launch(Path("/c"), Path("/d"), "plan", "ID", model="m")
     words = "/c --output-format stream-json --input-format stream-json --verbose --permission-mode plan"
-    assert launch.command() == [*words.split(), "--session-id=ID", "--model=m"]
-    assert Launch(Path("/c"), Path("/d"), "plan", "ID", resume=True).command() == [*words.split(), "--resume=ID"]
+    assert launch.command() == [*words.split(), "--session-id=ID", "--replay-user-messages", "--model=m"]
+    assert Launch(Path("/c"), Path("/d"), "plan", "ID", resume=True).command()[-2] == "--resume=ID"
 
 
 def test_the_environment() -> None:
@@ -320,6 +320,25 @@ def test_real_stop_in_a_turn_then_an_error_and_resume(real: Place, api: StubApi)
         init = outputs(await read_all(table, "s"), "system")[-1]
         assert session.info.claude_id == init["session_id"]
         assert session.info.permission_mode == init["permissionMode"] == "default"
+
+    with_real(real, work)
+
+
+@needs_claude
+def test_real_turn_that_claude_begins_by_itself(real: Place) -> None:
+    async def work(table: SessionTable) -> None:
+        session, _ = await table.spawn(Spawn(session_id="s", text="BACKGROUND:sleep 0.5"))
+        await read_results(table, "s")
+        await read_until(table, "s", lambda e: e.get("data", {}).get("subtype") == "task_notification")
+        while session.state is not State.RUNNING:
+            await asyncio.sleep(0.01)
+        seq = await table.send("s", "mine")
+        envelopes = await read_results(table, "s", 2, after=seq)
+        own, mine = outputs(envelopes, "result")
+        assert own["origin"]["kind"] == "task-notification" and own["result"].startswith("the task has ended")
+        assert mine["result"].strip() == "echo: mine" and "origin" not in mine
+        replays = [one["uuid"] for one in outputs(envelopes, "user") if one.get("isReplay")]
+        assert replays == [e["data"]["uuid"] for e in await read_all(table, "s") if e["seq"] == seq]
 
     with_real(real, work)
 

@@ -16,6 +16,7 @@ from p2pclaude import journal as journal_module
 from p2pclaude import sessions as sessions_module
 from p2pclaude.errors import DataError, TryAgain, Unavailable
 from p2pclaude.launcher import Spawn
+from p2pclaude.remote import AnswerFinder
 from p2pclaude.sessionfile import State
 from p2pclaude.wire import dump_json
 
@@ -293,6 +294,27 @@ def test_steering(place: Place) -> None:
             with pytest.raises(DataError, match="priority"):
                 await table.send("s", "x", priority="later")
         assert [e["message"].get("priority") for e in place.told() if "message" in e] == [None, "now", "now", None]
+
+    run(main())
+
+
+def test_a_turn_that_claude_begins_by_itself_answers_no_message(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            session, _ = await table.spawn(spawn(text=f"OWN:{place.path / 'go'}"))
+            await read_until(table, "s", lambda e: e.get("data", {}).get("text") == "a task has ended")
+            assert session.state is State.RUNNING
+            seq = await table.send("s", "mine")
+            await read_until(table, "s", lambda e: e["type"] == "turn", after=seq)
+            (place.path / "go").touch()
+            envelopes = await read_results(table, "s", 2, after=seq)
+            assert [one["result"] for one in outputs(envelopes, "result")] == ["own", "echo: mine"]
+            finder = AnswerFinder(seq)
+            answers = [answer for e in envelopes if (answer := finder.feed(e)) is not None]
+            assert [one["result"] for one in answers] == ["echo: mine"]
+            ended = [entry.get("seq") for entry in place.log.events("turn-ended")]
+            assert ended == [1, None, seq]
+            await wait_for_state(table, "s", State.IDLE)
 
     run(main())
 

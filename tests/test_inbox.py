@@ -11,6 +11,8 @@ from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, TURN, TURN_CUT, dump_json
 RESULT: Mapping[str, Any] = {"type": "result"}
 INIT: Mapping[str, Any] = {"type": "system", "subtype": "init"}
 ASSISTANT: Mapping[str, Any] = {"type": "assistant"}
+REPLAY: Mapping[str, Any] = {"type": "user", "isReplay": True}
+OWN_RESULT: Mapping[str, Any] = {"type": "result", "origin": {"kind": "task-notification"}}
 
 
 def message(seq: int, *, now: bool = False) -> Message:
@@ -51,6 +53,19 @@ def test_an_urgent_message_is_answered_after_the_turn_that_it_ends() -> None:
     answers = [inbox.observe(RESULT), inbox.observe(RESULT)]
     assert [one.seq for one in answers if one is not None] == [3, 4]
     assert hand(inbox) == 1
+
+
+def test_a_turn_that_claude_began_by_itself_answers_nobody() -> None:
+    inbox = accepted(message(1), message(2))
+    assert [inbox.observe(value) for value in (INIT, ASSISTANT, OWN_RESULT, INIT)] == [None] * 4
+    assert hand(inbox) == 1  # while such a turn runs; it waits for its own
+    assert [inbox.observe(value) for value in (ASSISTANT, OWN_RESULT, INIT, REPLAY, ASSISTANT)] == [None] * 5
+    answered = inbox.observe(RESULT)
+    assert answered is not None and answered.seq == 1
+    assert hand(inbox) == 2  # taken in by such a turn, while a tool runs
+    assert [inbox.observe(value) for value in (INIT, ASSISTANT, REPLAY)] == [None] * 3
+    answered = inbox.observe(OWN_RESULT)
+    assert answered is not None and answered.seq == 2
 
 
 def test_a_turn_that_gets_no_result() -> None:
@@ -108,6 +123,8 @@ def cut(seq: int, *, again: bool) -> Mapping[str, Any]:
         ((sent("a"), turn(1), said(INIT)), [(1, False, 1)], []),
         ((sent("a"), turn(1), said(INIT), said(ASSISTANT)), [(1, True, 1)], []),
         ((sent("a"), turn(1), said(INIT), said(RESULT)), [], []),
+        ((sent("a"), turn(1), said(ASSISTANT), said(OWN_RESULT)), [(1, True, 1)], []),
+        ((sent("a"), turn(1), said(REPLAY), said(OWN_RESULT)), [], []),
         ((sent("a"), turn(1), said(RESULT), said(INIT), sent("b")), [], [5]),
         ((sent("a"), sent("b"), turn(1), said(RESULT), turn(2)), [(2, False, 1)], []),
         ((sent("a"), turn(1), cut(1, again=False), sent("b")), [], [4]),
