@@ -36,7 +36,7 @@ class Wire:
         self.address = host, port
         return self
 
-    def send(self, datagrams: Sequence[bytes], to: Address, ttl: int | None = None) -> None:
+    def send(self, datagrams: Sequence[bytes], to: Address, ttl: int | None = None, *, fragment: bool = False) -> None:
         self.sent += [(data, to) for data in datagrams]
 
     def close(self) -> None: ...

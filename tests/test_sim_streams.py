@@ -156,6 +156,29 @@ def test_paths_of_any_mtu_carry_bulk_data(mtu: int) -> None:
 # Speed
 
 
+@pytest.mark.parametrize("mtu", [1300, 1000])
+def test_a_path_that_becomes_narrow_for_good_carries_what_had_left_before(mtu: int) -> None:
+    """As when a VPN is switched on: packets with a number cannot be cut anew, so routers may fragment them."""
+
+    async def main() -> None:
+        link = Link(latency=(0.01, 0.01), bandwidth=2e6)
+        net = SimNetwork(1, link)
+        left, right = await connect_ends(net)
+        async with asyncio.timeout(60):
+            await _exchange(left, right, net.random("before"), 500_000)
+            exchanging = asyncio.create_task(_exchange(left, right, net.random("data"), 2_000_000))
+            await asyncio.sleep(0.3)
+            assert left.stream.core.mtu == right.stream.core.mtu == 1500
+            link.mtu = mtu
+            await exchanging
+            assert left.stream.core.mtu <= mtu
+            assert right.stream.core.mtu <= mtu
+            await _end(left, right)
+        _close(left, right)
+
+    run(main(), seed=1)
+
+
 def test_a_narrow_link_with_a_short_queue_is_used_well() -> None:
     async def main() -> float:
         net = SimNetwork(1)

@@ -259,6 +259,29 @@ def test_an_older_kernel_has_no_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     run(work)
 
 
+@has_trains
+def test_a_batch_that_may_be_fragmented_is_the_exception(kind: str) -> None:
+    async def work(one: Inbox, two: Inbox) -> None:
+        option, never = 10, 3  # IP_MTU_DISCOVER, IP_PMTUDISC_PROBE
+        spy = Refusing(one.socket._socket)
+        seen: list[int] = []
+
+        def sendto(data: bytes, to: Address) -> int:
+            seen.append(spy.inner.getsockopt(socket.IPPROTO_IP, option))
+            return int(spy.inner.sendto(data, to))
+
+        spy.sendto = sendto  # type: ignore[method-assign]
+        one.socket._socket = spy  # type: ignore[assignment]
+        one.socket.send([b"a" * FULL], two.socket.address)
+        one.socket.send([b"b" * FULL, b"c" * FULL], two.socket.address, fragment=True)
+        one.socket.send([b"d"], two.socket.address)
+        await two.wait(4)
+        assert [data[:1] for data in two.data] == [b"a", b"b", b"c", b"d"]
+        assert seen == [never, 0, 0, never]
+
+    run(work)
+
+
 def test_a_closed_socket_sends_nothing(kind: str) -> None:
     async def work(one: Inbox, two: Inbox) -> None:
         one.socket.close()

@@ -27,8 +27,11 @@ class DatagramSocket(Protocol):
     def address(self) -> Address:
         """The local host and port it is bound to."""
 
-    def send(self, datagrams: Sequence[bytes], to: Address, ttl: int | None = None) -> None:
-        """Send a batch to one receiver; what the system refuses is lost, as on any wire."""
+    def send(self, datagrams: Sequence[bytes], to: Address, ttl: int | None = None, *, fragment: bool = False) -> None:
+        """Send a batch to one receiver, for so many hops; what the system refuses is lost, as on any wire.
+
+        With `fragment` routers may fragment them, else what a path has no room for is lost.
+        """
 
     def close(self) -> None:
         """Close it; no batch is delivered afterwards."""
@@ -66,10 +69,10 @@ class Socket:
             raise Destroyed("the socket is not bound")
         return self._datagrams.address
 
-    def send(self, datagrams: Sequence[bytes], to: Address, ttl: int | None = None) -> None:
+    def send(self, datagrams: Sequence[bytes], to: Address, ttl: int | None = None, *, fragment: bool = False) -> None:
         """Send a batch to one receiver; nothing happens once the socket is closed."""
         if self._datagrams is not None and not self.closed:
-            self._datagrams.send(datagrams, to, ttl)
+            self._datagrams.send(datagrams, to, ttl, fragment=fragment)
 
     def close(self) -> None:
         """Close the socket; streams on it stay known and may move to another one."""

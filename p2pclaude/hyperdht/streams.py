@@ -173,7 +173,10 @@ class Stream:
         now = self._streams.now()
         datagrams = self.core.datagrams_to_send(now)
         if datagrams and self.socket is not None and self.address is not None:
-            self.socket.send(datagrams, self.address)
+            whole, oversized = self.core.part(datagrams)
+            self.socket.send(whole, self.address)
+            if oversized:
+                self.socket.send(oversized, self.address, fragment=True)
         self._dispatch()
         self._streams.schedule(self)
 

@@ -31,6 +31,7 @@ PLAIN: Final = "P2PCLAUDE_PLAIN_UDP"
 
 # "Never fragment, and let MTU probes out" as (option, value): linux/in.h and macOS netinet/in.h
 _DONT_FRAGMENT: Final = {"linux": (10, 3), "darwin": (28, 1)}.get(sys.platform)
+_FRAGMENT: Final = 0  # the same option's value for "routers may fragment": IP_PMTUDISC_DONT, or not IP_DONTFRAG
 _SOL_UDP: Final = 17
 _UDP_SEGMENT: Final = 103  # linux/udp.h
 _UDP_GRO: Final = 104
@@ -78,12 +79,15 @@ class UdpSocket:
 
     # -- out
 
-    def send(self, datagrams: Sequence[bytes], to: Address, ttl: int | None = None) -> None:
-        """Send a batch to one receiver; with `ttl`, that many hops for this batch alone."""
+    def send(self, datagrams: Sequence[bytes], to: Address, ttl: int | None = None, *, fragment: bool = False) -> None:
+        """Send a batch to one receiver; `ttl` (hops) and `fragment` are for this batch alone."""
         if self._socket.fileno() < 0:
             return
         if ttl is not None:
-            self._send_with_ttl(datagrams, to, ttl)
+            self._send_with(socket.IP_TTL, ttl, self._ttl, datagrams, to)
+        elif fragment and _DONT_FRAGMENT is not None:
+            option, never = _DONT_FRAGMENT
+            self._send_with(option, _FRAGMENT, never, datagrams, to)
         elif self._backlog:
             self._queue(datagrams, to)
         elif (gone := self._hand_over(datagrams, to)) < len(datagrams):
@@ -111,15 +115,16 @@ class UdpSocket:
             gone = end
         return gone
 
-    def _send_with_ttl(self, datagrams: Sequence[bytes], to: Address, ttl: int) -> None:
-        self._socket.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
+    def _send_with(self, option: int, value: int, usual: int, datagrams: Sequence[bytes], to: Address) -> None:
+        """Send with an option of the IP layer set to a value for the time being."""
+        self._socket.setsockopt(socket.IPPROTO_IP, option, value)
         try:
             for data in datagrams:
                 self._socket.sendto(data, to)
         except OSError:
-            pass  # probes are repeated anyway
+            pass  # what is sent so is repeated anyway
         finally:
-            self._socket.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, self._ttl)
+            self._socket.setsockopt(socket.IPPROTO_IP, option, usual)
 
     def _queue(self, datagrams: Sequence[bytes], to: Address) -> None:
         datagrams = datagrams[: MAX_BACKLOG - self._waiting]

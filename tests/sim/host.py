@@ -124,12 +124,12 @@ class SimSocket:
         self._on_datagrams = on_datagrams
         self._batch: list[tuple[list[bytes], Address]] = []
 
-    def send(self, datagrams: Sequence[bytes], to: Address, ttl: int | None = None) -> None:
+    def send(self, datagrams: Sequence[bytes], to: Address, ttl: int | None = None, *, fragment: bool = False) -> None:
         """Send datagrams; what is lost is lost silently."""
         host = self._host
         source = self.address if self.address[0] != _ANY else (host.source_for(to[0]), self.address[1])
         for data in datagrams:
-            packet = Packet(bytes(data), source, to, DEFAULT_TTL if ttl is None else ttl, host)
+            packet = Packet(bytes(data), source, to, DEFAULT_TTL if ttl is None else ttl, host, fragment)
             if self.closed:
                 host.world.note("closed", packet)
             else:

@@ -15,7 +15,7 @@ class Link:
     latency: seconds, drawn uniformly for each packet, so that a wide range reorders.
     loss, duplicate: probabilities.
     bandwidth: bytes a second, None for unlimited; queue_bytes is what may wait for it.
-    mtu: bytes of the IP packet; larger ones vanish, as with "don't fragment".
+    mtu: bytes of the IP packet; larger ones vanish, unless they may be fragmented.
     hops: routers on the way, each taking one from the TTL.
     """
 
@@ -28,10 +28,12 @@ class Link:
     hops: int = 0
     _busy_until: float = field(default=0.0, repr=False)
 
-    def cross(self, data_bytes: int, start: float, rng: Random, stats: Counter[str]) -> list[float]:
+    def cross(
+        self, data_bytes: int, start: float, rng: Random, stats: Counter[str], fragment: bool = False
+    ) -> list[float]:
         """Return the times at which copies of a datagram sent at `start` come out: none, one or two of them."""
         size = data_bytes + HEADER_BYTES
-        if size > self.mtu:
+        if size > self.mtu and not fragment:
             stats["too_big"] += 1
             return []
         if self.bandwidth is not None:

@@ -35,6 +35,7 @@ class Packet:
     destination: Address
     ttl: int
     origin: "Node"
+    fragment: bool = False  # a link with too small an MTU may cut it to pieces
 
 
 class World:
@@ -194,7 +195,9 @@ class Realm:
         for link in self._links(sender, receiver):
             packet.ttl -= link.hops
             size = len(packet.data)
-            arrivals = [t for start in arrivals for t in link.cross(size, start, world.rng, world.stats)]
+            arrivals = [
+                t for start in arrivals for t in link.cross(size, start, world.rng, world.stats, packet.fragment)
+            ]
         if packet.ttl <= 0:
             world.note("ttl", packet)
             return
@@ -202,7 +205,7 @@ class Realm:
             copy = (
                 packet
                 if not extra
-                else Packet(packet.data, packet.source, packet.destination, packet.ttl, packet.origin)
+                else Packet(packet.data, packet.source, packet.destination, packet.ttl, packet.origin, packet.fragment)
             )
             world.loop.post(world.round_up(when), arrive, copy)
 

@@ -17,10 +17,11 @@ CLOSE_ENOUGH: Final = 16  # the search ends when fewer bytes are in doubt
 class MtuSearch:
     """State of the search on one path: `mtu` is safe to use, `wanted` the size to try, or 0."""
 
-    __slots__ = ("_base", "_high", "_max", "_outstanding", "_proven_order", "_tries", "mtu", "wanted")
+    __slots__ = ("_base", "_high", "_largest", "_max", "_outstanding", "_proven_order", "_tries", "mtu", "wanted")
 
     def __init__(self, mtu: int, max_mtu: int) -> None:
         self._max = max(mtu, max_mtu)
+        self._largest = mtu  # that was ever in use
         self.restart(mtu, 0)
 
     def restart(self, mtu: int, order: int) -> None:
@@ -37,6 +38,11 @@ class MtuSearch:
     def done(self) -> bool:
         """Tell whether nothing is left to try."""
         return self._high - self.mtu < CLOSE_ENOUGH and not (self.mtu < self._high == self._max)
+
+    @property
+    def narrowed(self) -> bool:
+        """Tell whether packets may be under way that are larger than what is safe now."""
+        return self.mtu < self._largest
 
     def _choose(self) -> int:
         """Return the size to probe now, or 0 while a probe is under way or the search is over."""
@@ -57,6 +63,7 @@ class MtuSearch:
         self._outstanding = 0
         self._tries = 0
         self.mtu = max(self.mtu, size)
+        self._largest = max(self._largest, size)
         self.wanted = self._choose()
 
     def probe_lost(self, size: int) -> None:

@@ -266,23 +266,21 @@ class Sender:
         if packet.padded_mtu:
             self._strip_padding(packet)
         elif packet.count >= BLACK_HOLE_ATTEMPTS:
-            self._suspect_size(packet)
+            self._suspect_size(packet, packet.first_order)
 
     def _strip_padding(self, packet: Packet) -> None:
         """Let a probe travel again as an ordinary packet."""
         self.search.probe_lost(packet.padded_mtu)
         packet.padded_mtu = 0
 
-    def _suspect_size(self, packet: Packet | None = None) -> None:
-        """Let the search draw its conclusion from a packet (the first under way) that never arrives.
+    def _suspect_size(self, packet: Packet, since: int) -> None:
+        """Let the search draw its conclusion from a packet of which no transmission has arrived since that one.
 
         Only new packets get smaller. One that has left keeps its number and payload, for the peer may have it, and
-        numbers count packets: `streams` had better let what exceeds `mtu` leave without "don't fragment".
+        numbers count packets: `streams` lets routers fragment it.
         """
-        packet = packet or self._first_in_flight()
-        if packet is not None:
-            self.search.packet_lost(packet.size, packet.first_order)
-            self.congestion.mss = self.search.mtu
+        self.search.packet_lost(packet.size, since)
+        self.congestion.mss = self.search.mtu
 
     # -- sending
 
@@ -484,8 +482,8 @@ class Sender:
             self._last_sent_at = now
             self._probes_due = PROBES
             self.stats.probe_timeouts += 1
-            if self._probe_count >= OUTAGE_ATTEMPTS:
-                self._suspect_size()
+            if self._probe_count >= OUTAGE_ATTEMPTS and (first := self._first_in_flight()) is not None:
+                self._suspect_size(first, first.order)  # each probe repeats it, so all these are lost
         self.window_probe.handle_timer(now)
         if self.window_probe.silence(last_heard, now) >= GIVE_UP_S:
             self.give_up = True

@@ -19,6 +19,7 @@ from .events import Closed, DataReceived, Drained, EndReceived, Event, MessageRe
 from .mtu import BASE_MTU
 from .packet import (
     DATA,
+    DATAGRAM_OVERHEAD_BYTES,
     DESTROY,
     END,
     HEADER,
@@ -103,6 +104,14 @@ class UdxStream:
     def mtu(self) -> int:
         """The size of the largest IP packet in use."""
         return self._sender.search.mtu
+
+    def part(self, datagrams: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+        """Part what leaves whole or not at all from packets that once were small enough, and may be fragmented now."""
+        if not self._sender.search.narrowed:
+            return datagrams, []
+        most = self.mtu - DATAGRAM_OVERHEAD_BYTES
+        oversized = [data for data in datagrams if len(data) > most and not data[3]]  # a padded one is to be lost
+        return [data for data in datagrams if len(data) <= most or data[3]], oversized
 
     @property
     def buffered(self) -> int:
