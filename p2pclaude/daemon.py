@@ -324,6 +324,8 @@ class Daemon:
 
     def _say_started(self, data_dir: DataDir, identity: Identity, dht: DHT, url: str) -> None:
         settings = self._settings()
+        if self._notifier.problem is not None:
+            self._warn(self._notifier.problem)
         self._log(
             Event.STARTED,
             version=__version__,

@@ -1,6 +1,7 @@
 """What the daemon tells its service manager, as systemd's sd_notify(3): ready, status, stopping, still alive.
 
-    NOTIFY_SOCKET   the datagram socket of the manager, a path or `@name` in the abstract namespace (Linux)
+    NOTIFY_SOCKET   the datagram socket of the manager, a path or `@name` in the abstract namespace (Linux); of another
+                    kind (`vsock:` in a virtual machine) none is spoken to, which `problem` says
     WATCHDOG_USEC   the manager restarts the daemon when it hears nothing for so long; WATCHDOG_PID says whom it means
 
 Without these nothing happens, and nothing here ever fails for the manager's sake.
@@ -20,6 +21,10 @@ class Notifier:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._address = _socket_address(environ.get("NOTIFY_SOCKET", ""))
+        self.problem: str | None = None
+        """What keeps the daemon from being heard, for its log."""
+        if self._address is None and environ.get("NOTIFY_SOCKET"):
+            self.problem = "NOTIFY_SOCKET is neither a path nor @name, so the service manager hears nothing"
         self.watchdog_seconds = _watchdog_seconds(environ)
         """After so long a silence the manager takes the daemon for dead; None if it does not watch."""
 
