@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from p2pclaude.cli.common import printable, printable_text
-from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, TURN_CUT
+from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, PERMISSION_ANSWER, PERMISSION_REQUEST, TURN_CUT
 
 TOOL_ARGUMENTS = ("command", "file_path", "path", "pattern", "url", "query", "description", "prompt")
 """The input of a tool that says most about the call, best first."""
@@ -25,6 +25,8 @@ def render_envelope(envelope: Mapping[str, Any]) -> list[str]:
         return render(envelope.get("data"))
     if kind == MESSAGE:
         return render_message(envelope)
+    if kind in (PERMISSION_REQUEST, PERMISSION_ANSWER):
+        return render_permission(envelope)
     return render_note(envelope) if kind in (TURN_CUT, NOTE) else []
 
 
@@ -50,6 +52,22 @@ def render_note(envelope: Mapping[str, Any]) -> list[str]:
     else:
         text = str(envelope.get("text"))
     return [f"[note] {printable(text)}"]
+
+
+def render_permission(envelope: Mapping[str, Any]) -> list[str]:
+    """Return the line for a request for permission, with the id to answer it by, or for what became of it."""
+    data = envelope.get("data")
+    if envelope.get("type") == PERMISSION_REQUEST:
+        asked = data if isinstance(data, dict) else {}
+        text = _tool_call({"name": asked.get("tool_name"), "input": asked.get("input")})
+    else:
+        text = " ".join(filter(None, (str(envelope.get("behavior")), _reason(envelope))))
+    return [f"[permission {printable(str(envelope.get('requestId')))}] {text}"]
+
+
+def _reason(envelope: Mapping[str, Any]) -> str:
+    said = envelope.get("message")
+    return f"({printable(' '.join(said.split()))})" if isinstance(said, str) and said else ""
 
 
 def _content_text(data: object) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from p2pclaude.cli.ls import format_time
-from p2pclaude.cli.text import MAX_CALL_CHARS, render, render_message
+from p2pclaude.cli.text import MAX_CALL_CHARS, render, render_envelope, render_message
 
 
 def assistant(*blocks: Any) -> dict[str, Any]:
@@ -59,6 +59,26 @@ def test_a_long_tool_call_is_cut() -> None:
 )
 def test_a_message_is_quoted(data: object, lines: list[str]) -> None:
     assert render_message({"type": "message", "data": data}) == lines
+
+
+@pytest.mark.parametrize(
+    ("envelope", "line"),
+    [
+        (
+            {"type": "permission-request", "data": {"tool_name": "Bash", "input": {"command": "ls\n\x1b[2J"}}},
+            "[permission r1] [Bash] ls [2J",
+        ),
+        ({"type": "permission-request", "data": None}, "[permission r1] [None]"),
+        ({"type": "permission-answer", "behavior": "allow"}, "[permission r1] allow"),
+        (
+            {"type": "permission-answer", "behavior": "deny", "message": "not\ntoday\x07"},
+            "[permission r1] deny (not today)",
+        ),
+        ({"type": "permission-answer", "behavior": "cancelled", "message": 3}, "[permission r1] cancelled"),
+    ],
+)
+def test_a_permission_is_a_line(envelope: dict[str, Any], line: str) -> None:
+    assert render_envelope(envelope | {"requestId": "r1"}) == [line]
 
 
 @pytest.mark.parametrize(
