@@ -49,7 +49,8 @@ LIVE = frozenset({State.STARTING, State.IDLE, State.RUNNING, State.WAITING, Stat
 class Info:
     """What `session.json` keeps. Times are in milliseconds since 1970; `mark` is the seq of the last `clear`.
 
-    `queued` counts the messages that were accepted and are not done.
+    `queued` counts the messages that were accepted and are not done; `number` the sessions, in the order in which they
+    were made, whatever the clock said (0: made by an earlier version).
     """
 
     session_id: str
@@ -67,6 +68,7 @@ class Info:
     ended_at: int | None = None
     exit_status: int | None = None
     error: str | None = None
+    number: int = 0
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -92,7 +94,7 @@ class Info:
 
     def _check(self) -> None:
         texts = (self.session_id, self.claude_id, self.directory, self.permission_mode)
-        numbers = (self.created_at, self.mark, self.last_seq, self.queued)
+        numbers = (self.created_at, self.mark, self.last_seq, self.queued, self.number)
         good = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
         optional = all(isinstance(text, str | None) for text in (self.model, self.error))
         optional &= all(isinstance(number, int | None) for number in (self.ended_at, self.exit_status))

@@ -184,6 +184,7 @@ class SessionTable:
             permission_mode=launch.permission_mode,
             model=launch.model,
             ask=launch.ask,
+            number=1 + max((session.info.number for session in self._sessions.values()), default=0),
         )
         session = self._create(info)
         async with session.lifecycle:
@@ -307,7 +308,7 @@ class SessionTable:
                 "model": session.info.model,
                 "lastSeq": session.last_seq,
             }
-            for session in sorted(sessions, key=lambda s: s.info.created_at)
+            for session in sorted(sessions, key=lambda s: (s.info.number, s.info.created_at))
         ]
 
     def snapshot(self) -> dict[str, Any] | None:

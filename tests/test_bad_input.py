@@ -61,6 +61,8 @@ def test_a_journal_goes_by_numbers_and_not_by_the_clock(
             await table.send("s", "three")
             await read_results(table, "s", after=8)
             envelopes = await read_all(table, "s")
+            await table.spawn(Spawn(session_id="a", text="one"))
+            assert [s["sessionId"] for s in table.listing(everything=True)] == ["s", "t", "a"]
         assert [e["seq"] for e in envelopes] == list(range(1, 13))
         assert [data["result"] for data in outputs(envelopes, "result")] == ["echo: one", "echo: two", "echo: three"]
         now = time.time() * 1000
