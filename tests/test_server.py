@@ -6,7 +6,7 @@ import weakref
 from random import Random
 
 import pytest
-from sim import Host, SimLoop, run
+from sim import Host, Packet, SimLoop, run
 from sim_dht import DEADLINE, Swarm, ask, echo, serve, swarm
 from sim_peers import seeds
 
@@ -196,6 +196,59 @@ def test_what_is_over_needs_no_collector_of_cycles(kind: str) -> None:
             finally:
                 gc.enable()
             await client.destroy()
+
+    run(main(), seed=1)
+
+
+def test_packets_heard_and_sent_again_open_nothing_where_only_one_key_is_allowed() -> None:
+    """Whoever hears all that a welcome client sends can say it again, at once or later, and from another place."""
+
+    async def main() -> None:
+        async with swarm(1, 8) as network:
+            node, attacker = await place(network, False)
+            welcome = await network.join(network.net.host("5.8.0.2"))
+            opened: list[bytes] = []
+
+            async def handle(connection: Connection) -> None:
+                opened.append(connection.remote_public_key)
+                await echo(connection)
+
+            asked: list[bytes] = []
+
+            def allow(key: bytes, _: Address) -> bool:
+                asked.append(key)
+                return key == welcome.key_pair.public_key
+
+            server = node.create_server(handle, allow=allow)
+            await server.listen()
+            heard: list[bytes] = []
+
+            def hear(packet: Packet) -> bool:
+                if packet.origin is not attacker and packet.destination == ("5.8.0.1", 49737):
+                    heard.append(packet.data)
+                return False
+
+            network.net.intercept = hear
+            async with await welcome.connect(server.public_key, timeout=DEADLINE) as connection:
+                assert await ask(connection, b"secret") == b"secret"
+            said = heard.copy()
+            again = await attacker.bind("0.0.0.0", 0, lambda _: None)
+            for pause in (0.0, 1.0, 2 * HANDSHAKE_TIMEOUT, 2 * HANDSHAKE_TIMEOUT):
+                await asyncio.sleep(pause)
+                for data in said:
+                    again.send([data], ("5.8.0.1", 49737))
+                    await asyncio.sleep(0.01)
+                assert len(server._slots) <= 1
+            assert (
+                asked == [welcome.key_pair.public_key] * 3
+            )  # the first copies came within the time of an answer's repeats
+            await asyncio.sleep(2 * HANDSHAKE_TIMEOUT)
+            assert opened == [welcome.key_pair.public_key]
+            assert not server._slots
+            async with await welcome.connect(server.public_key, timeout=DEADLINE) as connection:
+                assert await ask(connection, b"hello") == b"hello"
+            await welcome.destroy()
+            again.close()
 
     run(main(), seed=1)
 
