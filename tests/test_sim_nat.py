@@ -107,6 +107,24 @@ def test_nat_mappings_and_permissions_time_out_and_inbound_may_refresh() -> None
     assert run(main(True)) == ([b"a", b"b", b"c"], False)
 
 
+def test_a_mapping_that_lives_for_weeks_stays_small() -> None:
+    async def main() -> None:
+        net = SimNetwork()
+        nat = net.nat(NAT, timeout=30)
+        inner, server, _ = await _open_way(nat, net)
+        for port in range(2, 200):
+            inner.socket.send([b"x"], (SERVER, port))
+            inner.socket.send([b"x"], (SERVER, 1))
+            await asyncio.sleep(1)
+            passer = await Inbox.bind(nat.host("192.168.1.3"), port)
+            passer.socket.send([b"x"], (SERVER, 1))
+        (mapping,) = (mapping for mapping in nat._inbound.values() if mapping.inner == ("192.168.1.2", 5000))
+        assert server.sources.count((NAT, 5000)) == 198
+        assert len(mapping.permits) < 40 and len(nat._inbound) < 40
+
+    run(main())
+
+
 def test_nat_rebinding_moves_ports_and_address() -> None:
     async def main() -> None:
         net = SimNetwork()

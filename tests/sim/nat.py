@@ -161,9 +161,14 @@ class Nat(Node):
         """Keep the table as small as a router's, so that simulated weeks do not fill the memory."""
         if self.world.loop.now < self._sweep_at:
             return
-        self._sweep_at = self.world.loop.now + SWEEP_SECONDS
+        now = self.world.loop.now
+        self._sweep_at = now + SWEEP_SECONDS
         for mapping in [m for m in self._inbound.values() if self._is_expired(m)]:
             self._remove(mapping)
+        for mapping in self._inbound.values():
+            permits = mapping.permits
+            for key in [key for key, permitted_at in permits.items() if now - permitted_at > self.timeout]:
+                del permits[key]
 
     def _free_port(self, inner_port: int) -> int:
         if self.ports is PortChoice.RANDOM:
