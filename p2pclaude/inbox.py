@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from p2pclaude.wire import MESSAGE, OUTPUT, TURN, TURN_CUT, Results, load_json
+from p2pclaude.wire import MESSAGE, OUTPUT, REPLAY, TURN, TURN_CUT, Results, load_json
 
 NOW = "now"
 """The priority of a message that is handed during a turn."""
@@ -105,7 +105,8 @@ class Inbox:
             return None
         if is_answer:
             return self.handed.popleft()
-        if value.get("type") not in _SAYS_NOTHING:  # of a turn of Claude's own it says too much, which is safe
+        if value.get("type") not in _SAYS_NOTHING and not Results.is_replay(value):
+            # Of a turn of Claude's own it says too much, which is safe.
             self.handed[0].begun = True
         return None
 
@@ -160,7 +161,7 @@ class Recovery:
                 if (message := self._message(read, turn[1])) is not None:
                     inbox.handed.append(message)
             value = load_json(read(seq)) if inbox.handed else {}
-            if value.get("type") == OUTPUT and isinstance(value.get("data"), dict):
+            if value.get("type") in (OUTPUT, REPLAY) and isinstance(value.get("data"), dict):
                 inbox.observe(value["data"])
         return inbox
 

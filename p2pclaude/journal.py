@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from p2pclaude.journalfile import PAGE_BYTES, DiskFull, JournalFile, Page, is_full
+from p2pclaude.wire import OUTPUT
 
 __all__ = ["MAX_UNSYNCED_BYTES", "PAGE_BYTES", "RETRY_SECONDS", "DiskFull", "Journal", "Page"]
 
@@ -65,10 +66,10 @@ class Journal:
         """Tell whether somebody waits for a change."""
         return bool(self._waiting)
 
-    def append_output(self, data: bytes) -> int:
-        """Append what Claude printed, one line of JSON. Gives the seq. Raises DiskFull or OSError."""
+    def append_output(self, data: bytes, kind: str = OUTPUT) -> int:
+        """Append what Claude printed, one line of JSON, as a `kind`. Gives the seq. Raises DiskFull or OSError."""
         self._check()
-        seq = self._file.append_output(data)
+        seq = self._file.append_output(data, kind)
         self._start_sync()
         return seq
 

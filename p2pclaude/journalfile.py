@@ -86,12 +86,12 @@ class JournalFile:
         """Give the seq of the newest envelope, shown or not."""
         return self._index.last_seq
 
-    def append_output(self, data: bytes) -> int:
+    def append_output(self, data: bytes, kind: str = OUTPUT) -> int:
         """Append what Claude printed: `data` is one line of JSON and stands in the envelope unchanged.
 
-        Gives the seq. Raises DiskFull; any other OSError (the disk is broken) passes.
+        `kind` is the envelope's type. Gives the seq. Raises DiskFull; any other OSError (the disk is broken) passes.
         """
-        return self._append(OUTPUT, b',"data":' + data + b"}")
+        return self._append(kind, b',"data":' + data + b"}")
 
     def append(self, kind: str, fields: Mapping[str, object]) -> int:
         """Append an envelope of another type with these fields. Gives the seq; raises as `append_output`."""

@@ -18,7 +18,7 @@ from p2pclaude.client import CLOSE_TIMEOUT, Client, explain
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable
 from p2pclaude.hyperdht import HyperDHT, HyperDHTError, TooFewNodes
 from p2pclaude.pairing import Pairing
-from p2pclaude.wire import OUTPUT, PERMISSION_REQUEST, SESSION_NOT_FOUND, TURN, TURN_CUT, Results, load_page
+from p2pclaude.wire import OUTPUT, PERMISSION_REQUEST, REPLAY, SESSION_NOT_FOUND, TURN, TURN_CUT, Results, load_page
 
 if TYPE_CHECKING:
     from p2pclaude.record import SessionRecord
@@ -293,7 +293,7 @@ class AnswerFinder:
             self._before = None if kind == TURN_CUT else 1 if envelope.get("steers") is not None else 0
         elif kind == TURN_CUT and self._before:
             self._before -= 1
-        if kind != OUTPUT or not isinstance(data, dict):
+        if kind not in (OUTPUT, REPLAY) or not isinstance(data, dict):
             return None
         if not self._results.is_answer(data) or self._before is None:
             return None

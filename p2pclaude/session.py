@@ -26,7 +26,7 @@ from p2pclaude.log import Event, Log, first_line
 from p2pclaude.permissions import History, interrupt_request
 from p2pclaude.processes import Mark
 from p2pclaude.sessionfile import LIVE, Info, State, save_last_words
-from p2pclaude.wire import MESSAGE, NOTE, TURN, TURN_CUT
+from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, REPLAY, TURN, TURN_CUT, Results
 
 __all__ = ["LIVE", "MAX_QUEUED", "Info", "Session", "State"]
 
@@ -330,7 +330,8 @@ class Session:
         try:
             async for line in process:
                 data, value = decode_line(line)
-                await self._write_patiently(journal, partial(journal.append_output, data))
+                kind = REPLAY if Results.is_replay(value) else OUTPUT
+                await self._write_patiently(journal, partial(journal.append_output, data, kind))
                 self._observe(value)
                 await self.asking.receive(value, len(data), process.write)
             if not process.has_exited:

@@ -49,6 +49,8 @@ UNKNOWN_METHOD = "Unknown method: "
 
 OUTPUT = "session-output"
 """Envelope: `data` is one object that Claude printed. The only type that the TypeScript client knows."""
+REPLAY = "message-taken"
+"""Envelope: `data` is what Claude printed, at the daemon's wish, when it took a message in: the message once more."""
 MESSAGE = "message"
 """Envelope: a message was accepted; `data` is what Claude gets, `messageId` the sender's own."""
 TURN = "turn"
@@ -86,10 +88,15 @@ class Results:
     def __init__(self) -> None:
         self._took_message = False  # since the last result
 
+    @staticmethod
+    def is_replay(data: Mapping[str, Any]) -> bool:
+        """Tell whether an object is a message that Claude has taken in, once more."""
+        return data.get("isReplay") is True
+
     def is_answer(self, data: Mapping[str, Any]) -> bool:
         """Take the next object; return whether it answers a message."""
         if data.get("type") != "result":
-            self._took_message |= data.get("isReplay") is True
+            self._took_message |= self.is_replay(data)
             return False
         took, self._took_message = self._took_message, False
         origin = data.get("origin")

@@ -30,7 +30,7 @@ from p2pclaude.errors import Unavailable
 from p2pclaude.launcher import Spawn
 from p2pclaude.session import State
 from p2pclaude.sessions import SessionTable
-from p2pclaude.wire import dump_json, load_json
+from p2pclaude.wire import REPLAY, dump_json, load_json
 
 # Finding it
 
@@ -337,8 +337,10 @@ def test_real_turn_that_claude_begins_by_itself(real: Place) -> None:
         own, mine = outputs(envelopes, "result")
         assert own["origin"]["kind"] == "task-notification" and own["result"].startswith("the task has ended")
         assert mine["result"].strip() == "echo: mine" and "origin" not in mine
-        replays = [one["uuid"] for one in outputs(envelopes, "user") if one.get("isReplay")]
+        replays = [one["data"]["uuid"] for one in envelopes if one["type"] == REPLAY]
         assert replays == [e["data"]["uuid"] for e in await read_all(table, "s") if e["seq"] == seq]
+        theirs = await table.read("s", after=None, limit=None, clear=False, wait_ms=0)
+        assert theirs.page.lines and not any(b"isReplay" in line for line in theirs.page.lines)
 
     with_real(real, work)
 
