@@ -22,6 +22,8 @@ def pytest_configure() -> None:
     """Take SIGINT seriously again: xdist's workers ignore it, and so would every process that a test starts."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _forbidden(reason: str) -> bool:

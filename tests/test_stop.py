@@ -131,7 +131,7 @@ def test_a_flood_is_drained_to_the_end_of_the_child(place: Place) -> None:
 def test_a_full_disk_holds_up_no_stop(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     from p2pclaude.journal import DiskFull
 
-    def refuse(self: Journal, data: bytes) -> int:
+    def refuse(self: Journal, data: bytes, kind: str) -> int:
         raise DiskFull("no space left on the disk")
 
     async def main() -> None:

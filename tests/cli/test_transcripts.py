@@ -303,7 +303,7 @@ def test_nobody_is_there(offline: Shell) -> None:
         out, err = process.communicate(timeout=40)
         assert (process.returncode, out) == (69, b"")
         check_words(tool, err.decode(), offline.url)
-        assert b"error: daemon not found\n" in err
+        assert b"error: no DHT node answered\n" in err
 
 
 def test_a_timeout(offline: Shell) -> None:
