@@ -33,9 +33,14 @@ PINGS: Final = "import sys; from p2pclaude.cli import ping; ping.INTERVAL_SECOND
 FAR: Final = {
     "daemon": (25.0, ("11.9.1.1",)),
     "tool": (25.0, ("11.9.1.2",)),
-    "dht": (0.0, tuple(f"11.9.2.{number}" for number in range(1, 7))),
+    "dht": (0.0, tuple(f"11.9.2.{number}" for number in range(1, 101))),
 }
-"""100 ms there and back between the two hosts, 50 ms to each node of the DHT."""
+"""100 ms there and back between the two hosts, 50 ms to each node of the DHT.
+
+The twenty nodes nearest to a key hold its record. In a DHT of fewer the bootstrap node holds every record, and nobody
+has to search; in one of a hundred it does so for one daemon in five.
+"""
+FAR_ROUNDS: Final = 2  # in one DHT: how many steps a search takes is the luck of the keys, so there are several
 
 
 @dataclass(frozen=True)
@@ -264,7 +269,9 @@ def tail(rounds: int, megabytes: int) -> Samples:
 
 
 def far(rounds: int) -> Samples:
-    """Connecting and one-shots over 100 ms."""
-    with installed_tools() as tools, far_lab(tools) as lab:
-        yield from connects(lab, rounds, "over 100 ms")
-        yield from one_shots(lab, rounds, "over 100 ms")
+    """Connecting and one-shots over 100 ms, in several networks."""
+    with installed_tools() as tools:
+        for done in range(0, rounds, FAR_ROUNDS):
+            with far_lab(tools) as lab:
+                yield from connects(lab, min(FAR_ROUNDS, rounds - done), "over 100 ms")
+                yield from one_shots(lab, min(FAR_ROUNDS, rounds - done), "over 100 ms")
