@@ -2,7 +2,8 @@
 
 import asyncio
 
-from sim import Link, Packet, SimNetwork, run
+import pytest
+from sim import Link, Packet, SimNetwork, SimulationError, run
 from sim_peers import connect_ends
 
 from p2pclaude.hyperdht.constants import PacketType
@@ -68,6 +69,61 @@ def test_what_came_together_is_told_apart() -> None:
         endpoint.close()
 
     run(main(), seed=1)
+
+
+class Failing(Reader):
+    """Has a bug."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = 0
+
+    def data_received(self, data: bytes) -> None:
+        raise ZeroDivisionError
+
+    def stream_closed(self, error: str | None) -> None:
+        self.closed += 1
+        raise ZeroDivisionError
+
+
+def test_a_bug_in_one_handler_costs_no_other_stream_its_packets() -> None:
+    async def main() -> None:
+        net = SimNetwork(1)
+        endpoint = Endpoint(net.host("5.1.0.1"), net.random("endpoint"))
+        socket = await endpoint.bind("0.0.0.0", 0)
+        one, two = endpoint.streams.create(), endpoint.streams.create()
+        failing = one.handler = Failing()
+        reader = two.handler = Reader()
+        for stream in (one, two):
+            stream.connect(socket, 1, WAY)
+        endpoint._receive(socket, [([packet(one.id, 0), packet(two.id, 0)], WAY)])
+        assert reader.data == f"{two.id} 0 ".encode()
+        assert failing.closed == 1
+        await asyncio.sleep(60)
+        assert one.forgotten and not two.forgotten
+        endpoint.close()
+
+    with pytest.raises(SimulationError, match="logged: the handler of a stream failed"):
+        run(main(), seed=1)
+
+
+def test_a_bug_in_one_handler_stops_no_timer_of_others() -> None:
+    async def main() -> None:
+        net = SimNetwork(1)
+        endpoint = Endpoint(net.host("5.1.0.1"), net.random("endpoint"))
+        socket = await endpoint.bind("0.0.0.0", 0)
+        streams = [endpoint.streams.create() for _ in range(4)]
+        for stream in streams:
+            stream.handler = Failing()
+            stream.connect(socket, 1, WAY)
+            stream.write(b"nobody is there")
+            await asyncio.sleep(1)
+        await asyncio.sleep(60)
+        assert all(stream.forgotten for stream in streams)
+        endpoint.close()
+
+    with pytest.raises(SimulationError, match="logged: the handler of a stream failed"):
+        run(main(), seed=1)
 
 
 def test_no_beginning_of_a_packet_is_taken_for_one() -> None:

@@ -39,6 +39,8 @@ class Wire:
     def send(self, datagrams: Sequence[bytes], to: Address, ttl: int | None = None, *, fragment: bool = False) -> None:
         self.sent += [(data, to) for data in datagrams]
 
+    def stay_awake(self, seconds: float) -> None: ...
+
     def close(self) -> None: ...
 
     def interfaces(self) -> list[str]:

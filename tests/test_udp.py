@@ -3,8 +3,10 @@
 import asyncio
 import errno
 import random
+import selectors
 import socket
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -290,3 +292,101 @@ def test_a_closed_socket_sends_nothing(kind: str) -> None:
         assert two.data == []
 
     run(work)
+
+
+class Watched(selectors.DefaultSelector):
+    """Notes for how long the event loop was ready to sleep, each time it looked for events; None for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patience: list[float | None] = []
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.patience.append(timeout)
+        return super().select(timeout)
+
+
+def slept(work: Callable[[Inbox, Inbox], Awaitable[None]]) -> bool:
+    """Run a test's coroutine with two sockets; tell whether the event loop ever went to sleep meanwhile."""
+    selector = Watched()
+
+    async def main() -> list[float | None]:
+        one, two = Inbox(), Inbox()
+        try:
+            await asyncio.sleep(0)
+            selector.patience.clear()
+            await work(one, two)
+            return list(selector.patience)
+        finally:
+            one.socket.close()
+            two.socket.close()
+
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+        patience = runner.run(main())
+    return any(timeout != 0 for timeout in patience)
+
+
+@pytest.fixture
+def two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udp, "_can_wait_awake", lambda: True)
+
+
+@pytest.mark.usefixtures("two_processors")
+def test_a_near_answer_is_waited_for_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udp, "MAX_AWAKE_S", 5.0)
+
+    async def answered(one: Inbox, two: Inbox) -> None:
+        one.socket.stay_awake(5.0)
+        thread = threading.Timer(0.05, two.socket._socket.sendto, (b"here", one.socket.address))
+        thread.start()
+        await one.wait(1)
+        thread.join()
+
+    assert not slept(answered)
+
+
+@pytest.mark.usefixtures("two_processors")
+def test_nobody_stays_awake_after_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udp, "MAX_AWAKE_S", 5.0)
+
+    async def answered_twice(one: Inbox, two: Inbox) -> None:
+        one.socket.stay_awake(5.0)
+        two.socket.send([b"here"], one.socket.address)
+        await one.wait(1)
+        await asyncio.sleep(0.001)
+
+    assert slept(answered_twice)
+
+
+@pytest.mark.usefixtures("two_processors")
+def test_nobody_stays_awake_for_long() -> None:
+    async def alone(one: Inbox, two: Inbox) -> None:
+        began = asyncio.get_running_loop().time()
+        one.socket.stay_awake(60.0)
+        while one.socket._turning:
+            await asyncio.sleep(0)
+        assert asyncio.get_running_loop().time() - began >= udp.MAX_AWAKE_S
+
+    assert not slept(alone)
+
+
+def test_with_one_processor_the_peer_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udp, "_can_wait_awake", lambda: False)
+
+    async def waiting(one: Inbox, two: Inbox) -> None:
+        one.socket.stay_awake(1.0)
+        await asyncio.sleep(0.001)
+
+    assert slept(waiting)
+
+
+@pytest.mark.usefixtures("two_processors")
+def test_a_closed_socket_lets_the_loop_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udp, "MAX_AWAKE_S", 5.0)
+
+    async def closing(one: Inbox, two: Inbox) -> None:
+        one.socket.stay_awake(5.0)
+        one.socket.close()
+        await asyncio.sleep(0.001)
+
+    assert slept(closing)

@@ -1,8 +1,9 @@
-"""Acknowledgements come in batches; a batch says what its packets say one by one."""
+"""Acknowledgements: a batch says what its packets say one by one, and most travel with an answer."""
 
 from random import Random
 
 import pytest
+from udx_pair import Link, Pair
 
 from p2pclaude.hyperdht.udx.packet import DATA, HEADER, MAGIC, SACK, SEQ_MASK, encode_sack
 from p2pclaude.hyperdht.udx.recovery import DELIVERED
@@ -139,3 +140,41 @@ def sack(stream: UdxStream, ack: int, window: int, ranges: list[tuple[int, int]]
     """Return an acknowledgement with ranges for that stream."""
     header = HEADER.pack(MAGIC, SACK, 0, stream.local_id, window, FIRST & SEQ_MASK, ack & SEQ_MASK)
     return header + encode_sack([(start & SEQ_MASK, end & SEQ_MASK) for start, end in ranges])
+
+
+def test_an_answer_carries_the_acknowledgement() -> None:
+    pair = Pair()
+    pair.b.sent = []
+    pair.a.stream.write(b"question")
+    pair.run(lambda: bool(pair.b.received))
+    pair.b.sent.clear()
+    pair.b.stream.write(b"x")
+    pair.a.stream.write(b"again")
+    pair.run(lambda: len(pair.b.received) == 13)
+    assert pair.run(lambda: pair.a.stream.unacked == 0)
+    assert len(pair.b.sent) == 2
+
+
+@pytest.mark.parametrize(("delay", "size", "expected"), [(0.0001, 64, True), (0.0001, 8192, False), (0.01, 64, False)])
+def test_an_answer_is_prompt_on_a_short_path_that_carries_little(delay: float, size: int, expected: bool) -> None:
+    pair = Pair(a_to_b=Link(delay=delay), b_to_a=Link(delay=delay))
+    stream = pair.a.stream
+    assert stream.prompt_answer_s == 0
+    stream.write(b"first")
+    assert pair.run(lambda: stream.unacked == 0)
+    assert stream.prompt_answer_s == 0
+    assert stream.srtt is not None
+    stream.write(bytes(size))
+    assert stream.datagrams_to_send(pair.now)
+    assert stream.prompt_answer_s == (pytest.approx(2 * stream.srtt) if expected else 0)
+
+
+def test_one_acknowledgement_a_batch() -> None:
+    a, b = UdxStream(1), UdxStream(2)
+    a.connect(2, 0.0)
+    b.connect(1, 0.0)
+    a.write(bytes(20_000))
+    batch = a.datagrams_to_send(0.0)
+    assert len(batch) > 10
+    b.receive_datagrams(batch, 0.1)
+    assert len(b.datagrams_to_send(0.1)) == 1

@@ -78,30 +78,6 @@ def test_small_writes_share_packets_and_leave_at_once() -> None:
     assert pair.b.received == b"0123456789" * 100
 
 
-def test_an_answer_carries_the_acknowledgement() -> None:
-    pair = Pair()
-    pair.b.sent = []
-    pair.a.stream.write(b"question")
-    pair.run(lambda: bool(pair.b.received))
-    pair.b.sent.clear()
-    pair.b.stream.write(b"x")
-    pair.a.stream.write(b"again")
-    pair.run(lambda: len(pair.b.received) == 13)
-    assert pair.run(lambda: pair.a.stream.unacked == 0)
-    assert len(pair.b.sent) == 2
-
-
-def test_one_acknowledgement_a_batch() -> None:
-    a, b = UdxStream(1), UdxStream(2)
-    a.connect(2, 0.0)
-    b.connect(1, 0.0)
-    a.write(bytes(20_000))
-    batch = a.datagrams_to_send(0.0)
-    assert len(batch) > 10
-    b.receive_datagrams(batch, 0.1)
-    assert len(b.datagrams_to_send(0.1)) == 1
-
-
 def test_data_before_connect_is_taken_and_acknowledged_on_connect() -> None:
     pair = Pair(connect=False)
     pair.a.stream.connect(2, pair.now)

@@ -56,6 +56,7 @@ class Connection:
         """Whether this side called `connect`."""
         self.path_kind: Callable[[], str] = lambda: "direct"
         """Tells what kind of path the stream is on; for `paths`."""
+        self._loop = asyncio.get_running_loop()
         self._stream = stream
         self._secret: SecretStream | None = None
         self._early: list[bytes] = []  # raw bytes that came before the handshake was through
@@ -202,7 +203,7 @@ class Connection:
 
     async def _wait_for_end(self, timeout: float) -> None:
         """Wait until the connection has ended, or nothing was acknowledged for so long."""
-        loop, sender = asyncio.get_running_loop(), self._stream.core.sender
+        loop, sender = self._loop, self._stream.core.sender
         acknowledged, since = sender.acked_below, loop.time()
         while not self.closed and loop.time() - since < timeout:
             try:
@@ -363,7 +364,7 @@ class Connection:
         self._write_raw(self._secret.encrypt(data))
 
     def _write_raw(self, data: bytes) -> None:
-        self._last_write = asyncio.get_running_loop().time()
+        self._last_write = self._loop.time()
         self._stream.write(data)
 
     def _end(self) -> None:
@@ -375,7 +376,6 @@ class Connection:
         """Send an empty message when nothing was written for the interval: NATs forget idle flows."""
         if not self._keep_alive or self.closed or self._ended:
             return
-        loop = asyncio.get_running_loop()
-        if loop.time() >= self._last_write + self._keep_alive:
+        if self._loop.time() >= self._last_write + self._keep_alive:
             self._send(b"")
-        self._keep_alive_timer = loop.call_at(self._last_write + self._keep_alive, self._arm_keep_alive)
+        self._keep_alive_timer = self._loop.call_at(self._last_write + self._keep_alive, self._arm_keep_alive)

@@ -7,6 +7,7 @@ on (`streams`), one-byte probes to the socket's own probe handler, everything el
 import logging
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from .encoding import Address
@@ -32,6 +33,9 @@ class DatagramSocket(Protocol):
 
         With `fragment` routers may fragment them, else what a path has no room for is lost.
         """
+
+    def stay_awake(self, seconds: float) -> None:
+        """Learn that an answer should be here within so many seconds, too soon to go to sleep until it comes."""
 
     def close(self) -> None:
         """Close it; no batch is delivered afterwards."""
@@ -74,6 +78,11 @@ class Socket:
         if self._datagrams is not None and not self.closed:
             self._datagrams.send(datagrams, to, ttl, fragment=fragment)
 
+    def stay_awake(self, seconds: float) -> None:
+        """Say that an answer should come within so many seconds, too soon to go to sleep until then."""
+        if self._datagrams is not None and not self.closed:
+            self._datagrams.stay_awake(seconds)
+
     def close(self) -> None:
         """Close the socket; streams on it stay known and may move to another one."""
         if self.closed:
@@ -98,7 +107,7 @@ class Endpoint:
     async def bind(self, host: str, port: int) -> Socket:
         """Bind a socket; port 0 picks a free one. Raises OSError if the port is taken."""
         socket = Socket(self)
-        socket._datagrams = await self.network.bind(host, port, lambda batch: self._receive(socket, batch))
+        socket._datagrams = await self.network.bind(host, port, partial(self._receive, socket))
         self.sockets.add(socket)
         return socket
 

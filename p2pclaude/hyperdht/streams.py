@@ -6,17 +6,21 @@ move between sockets and addresses (hole punching, relays). One timer serves all
 
 import asyncio
 import heapq
+import logging
 import random
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from .encoding import Address
 from .errors import HyperDHTError
 from .udx.packet import local_id_of
-from .udx.stream import Closed, DataReceived, Drained, EndReceived, MessageReceived, UdxStream
+from .udx.stream import Closed, DataReceived, Drained, EndReceived, Event, MessageReceived, UdxStream
 
 if TYPE_CHECKING:
     from .endpoint import Socket
+
+log = logging.getLogger(__name__)
 
 MAX_STREAMS = 65536
 
@@ -177,13 +181,15 @@ class Stream:
             self.socket.send(whole, self.address)
             if oversized:
                 self.socket.send(oversized, self.address, fragment=True)
+            if seconds := self.core.prompt_answer_s:
+                self.socket.stay_awake(seconds)
         self._dispatch()
         self._streams.schedule(self)
 
     def _flush_soon(self) -> None:
         if not self._dirty:
             self._dirty = True
-            asyncio.get_running_loop().call_soon(self._flush_if_dirty)
+            self._streams.loop.call_soon(self._flush_if_dirty)
 
     def _flush_if_dirty(self) -> None:
         if self._dirty:
@@ -191,20 +197,28 @@ class Stream:
 
     def _dispatch(self) -> None:
         while (event := self.core.next_event()) is not None:
-            handler = self.handler
-            if handler is None:
+            if self.handler is None:
                 continue
-            match event:
-                case DataReceived(data):
-                    handler.data_received(data)
-                case MessageReceived(data):
-                    handler.message_received(data)
-                case EndReceived():
-                    handler.eof_received()
-                case Drained():
-                    handler.drained()
-                case Closed(error):
-                    handler.stream_closed(error)
+            try:
+                _tell(self.handler, event)
+            except Exception:  # a bug in one handler must not cost other streams their packets and timers
+                log.exception("the handler of a stream failed")
+                self.core.destroy()  # the reader has a gap now
+                self._flush_soon()
+
+
+def _tell(handler: StreamHandler, event: Event) -> None:
+    match event:
+        case DataReceived(data):
+            handler.data_received(data)
+        case MessageReceived(data):
+            handler.message_received(data)
+        case EndReceived():
+            handler.eof_received()
+        case Drained():
+            handler.drained()
+        case Closed(error):
+            handler.stream_closed(error)
 
 
 StreamT = TypeVar("StreamT", bound=Stream)
@@ -222,9 +236,14 @@ class StreamSet:
     def __len__(self) -> int:
         return len(self._by_id)
 
+    @cached_property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop all this happens on: asking for it takes a system call each time."""
+        return asyncio.get_running_loop()
+
     def now(self) -> float:
         """Return the event loop's time, in seconds."""
-        return asyncio.get_running_loop().time()
+        return self.loop.time()
 
     def create(self) -> Stream:
         """Make a stream with an unused random id; raises HyperDHTError when there are too many."""
@@ -293,7 +312,7 @@ class StreamSet:
             if self._alarm.when() <= when:
                 return
             self._alarm.cancel()
-        self._alarm = asyncio.get_running_loop().call_at(when, self._wake)
+        self._alarm = self.loop.call_at(when, self._wake)
 
     def _wake(self) -> None:
         self._alarm = None

@@ -4,10 +4,14 @@ A system call costs more than all else that is done for a datagram. So Linux is 
 of datagrams of one size, the last may be shorter, to or from one address in one call. It cuts a train that is sent
 (UDP_SEGMENT, Linux 4.18) and couples what arrives (UDP_GRO, Linux 5.0); on the wire nothing differs. Whether it can is
 seen when a socket is made. What an interface refuses as a train leaves one by one, and so does all elsewhere.
+
+To go to sleep and to be woken takes the system longer than a peer on the same host needs to answer. Where an answer is
+that near the event loop goes on turning until it is here, for half a millisecond at most (tests/bench/roundtrip.py).
 """
 
 import asyncio
 import errno
+import functools
 import os
 import socket
 import struct
@@ -25,6 +29,7 @@ RECEIVE_BYTES: Final = 2048  # no datagram of this protocol is larger
 TRAIN_BYTES: Final = 65507  # what one IPv4 datagram could hold: the kernel's limit for a train
 TRAIN_DATAGRAMS: Final = 64  # linux/udp.h UDP_MAX_SEGMENTS, before it was raised
 BUFFER_BYTES: Final = 2 << 20
+MAX_AWAKE_S: Final = 0.0005
 MAX_BACKLOG: Final = 4096  # datagrams kept while the kernel's buffer is full; more are lost, as on any wire
 PLAIN: Final = "P2PCLAUDE_PLAIN_UDP"
 """An environment variable for tests: if it is not empty no trains are used, as on systems that have none."""
@@ -49,6 +54,8 @@ class UdpSocket:
         self._backlog: deque[tuple[Sequence[bytes], Address]] = deque()
         self._waiting = 0  # datagrams in it
         self._sends_trains = self._receives_trains = False
+        self._awake_until = 0.0
+        self._turning = False
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
             self._socket.setblocking(False)
@@ -98,7 +105,7 @@ class UdpSocket:
         """Give datagrams to the kernel; return how many are gone, fewer than all when its buffer is full."""
         gone, count = 0, len(datagrams)
         while gone < count:
-            end = _train_end(datagrams, gone) if self._sends_trains else gone + 1
+            end = _train_end(datagrams, gone) if count - gone > 1 and self._sends_trains else gone + 1
             try:
                 if end - gone == 1:
                     self._socket.sendto(datagrams[gone], to)
@@ -145,6 +152,18 @@ class UdpSocket:
 
     # -- in
 
+    def stay_awake(self, seconds: float) -> None:
+        """Keep the event loop turning until something arrives, for so long at most."""
+        self._awake_until = self._loop.time() + min(seconds, MAX_AWAKE_S)
+        if not self._turning and _can_wait_awake():
+            self._turning = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._turning = self._loop.time() < self._awake_until
+        if self._turning:
+            self._loop.call_soon(self._turn)
+
     def _readable(self) -> None:
         batch: list[Arrival] = []
         receive = self._receive_train if self._receives_trains else self._receive_one
@@ -163,6 +182,7 @@ class UdpSocket:
             else:
                 batch.append((datagrams, source))
         if batch:
+            self._awake_until = 0.0
             self._on_datagrams(batch)
 
     def _receive_one(self) -> Arrival:
@@ -182,6 +202,7 @@ class UdpSocket:
         """Stop reading and close; what was not sent yet is lost."""
         if self._socket.fileno() < 0:
             return
+        self._awake_until = 0.0
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         self._socket.close()
@@ -197,6 +218,14 @@ def _train_end(datagrams: Sequence[bytes], begin: int) -> int:
     if end < limit and 0 < len(datagrams[end]) < size:
         end += 1
     return end
+
+
+@functools.cache
+def _can_wait_awake() -> bool:
+    """Tell whether a peer on this host can go on while this process waits awake: one processor is not enough."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) > 1
+    return (os.cpu_count() or 1) > 1
 
 
 class UdpNetwork:

@@ -135,6 +135,9 @@ class SimSocket:
             else:
                 host.transmit(packet)
 
+    def stay_awake(self, seconds: float) -> None:
+        """Do nothing: it takes no time to be woken here."""
+
     def receive(self, packet: Packet) -> None:
         """Queue a packet for the callback."""
         if not self._batch:

@@ -45,6 +45,8 @@ DRAIN_THRESHOLD: Final = 256 * 1024  # unsent bytes below which the writer is ca
 LINGER_S: Final = 15.0  # longer than a peer repeats an END (libudx: 13 s)
 UNHEARD_LINGER_S: Final = 3.0  # when the peer was never heard of: whoever floods a server costs it no more
 DESTROY_TIMES_S: Final = (0.0, 0.3, 1.0)  # when DESTROY is sent: it is never acknowledged
+PROMPT_RTT_S: Final = 0.001  # a path as quick as this stays inside a host or a room
+PROMPT_BYTES: Final = 4096  # more under way is bulk: its sender is busy anyway, and its reader may need the processor
 MAX_QUEUED_MESSAGES: Final = 256
 ECONNRESET: Final = "ECONNRESET"
 ETIMEDOUT: Final = "ETIMEDOUT"
@@ -122,6 +124,14 @@ class UdxStream:
     def unacked(self) -> int:
         """The bytes sent and not yet acknowledged."""
         return self._sender.unacked
+
+    @property
+    def prompt_answer_s(self) -> float:
+        """The seconds within which the peer should answer the little it was sent; 0 where that takes longer."""
+        srtt = self._sender.rtt.srtt
+        if srtt is None or srtt > PROMPT_RTT_S or not 0 < self._sender.unacked <= PROMPT_BYTES:
+            return 0.0
+        return 2 * srtt
 
     @property
     def owes_only_ack(self) -> bool:
