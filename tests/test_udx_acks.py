@@ -7,7 +7,7 @@ from udx_pair import Link, Pair
 
 from p2pclaude.hyperdht.udx.packet import DATA, HEADER, MAGIC, SACK, SEQ_MASK, encode_sack
 from p2pclaude.hyperdht.udx.recovery import DELIVERED
-from p2pclaude.hyperdht.udx.stream import UdxStream
+from p2pclaude.hyperdht.udx.stream import DataReceived, UdxStream
 
 FIRST = 2**32 - 20  # the wire's numbers wrap on the way
 PACKETS = 30
@@ -42,17 +42,18 @@ def state(stream: UdxStream) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(400))
 def test_a_batch_says_what_its_packets_say_one_by_one(seed: int) -> None:
     rng = Random(seed)
     together, apart = sender(), sender()
     seq = FIRST
     packets: list[bytes] = []
+    share_of_data = rng.choice([0.2, 0.8])
     for _ in range(rng.randint(1, 40)):
         # Rising, late, repeated, of the time before, and now and then of what was never sent.
         ack = FIRST + rng.choice([rng.randint(0, PACKETS), len(packets), len(packets), rng.randint(-9, PACKETS + 9)])
         window = rng.choice([1 << 20, 1 << 20, rng.randint(0, 1 << 21)])
-        if rng.random() < 0.2:
+        if rng.random() < share_of_data:
             header = HEADER.pack(MAGIC, DATA, 0, together.local_id, window, seq & SEQ_MASK, ack & SEQ_MASK)
             packets.append(header + rng.randbytes(5))
             seq += rng.random() < 0.9
@@ -178,3 +179,73 @@ def test_one_acknowledgement_a_batch() -> None:
     assert len(batch) > 10
     b.receive_datagrams(batch, 0.1)
     assert len(b.datagrams_to_send(0.1)) == 1
+
+
+class Conversation:
+    """Two streams that take turns over a path without loss."""
+
+    def __init__(self, seed: int, *, ask_timers: bool) -> None:
+        self.rng, self.now = Random(seed), 1.0
+        self.ask_timers = ask_timers  # as soon as something arrived, before the answer
+        self.ends = [UdxStream(0), UdxStream(1)]
+        for number, end in enumerate(self.ends):
+            end.connect(1 - number, self.now)
+
+    def turn(self, number: int) -> None:
+        """Let an end say something, mostly little, and let both talk until it has arrived."""
+        self.ends[number].write(bytes(self.rng.choice([1, 64, 64, 1000, 30_000])))
+        quiet = 0
+        while quiet < 2:
+            quiet = 0 if self._pass(number) else quiet + 1
+            number = 1 - number
+
+    def _pass(self, number: int) -> bool:
+        one, other = self.ends[number], self.ends[1 - number]
+        packets = one.datagrams_to_send(self.now)
+        one.get_timer()
+        self.now += self.rng.choice([0.0001, 0.01, 0.011])
+        other.receive_datagrams(packets, self.now)
+        if self.ask_timers:
+            other.get_timer()
+        while (event := other.next_event()) is not None:
+            assert isinstance(event, DataReceived)
+            other.consume(len(event.data))
+            if len(event.data) < 100 and self.rng.random() < 0.5:
+                other.write(event.data)
+        return bool(packets)
+
+    def beliefs(self) -> list[object]:
+        """Return what both ends think of the path."""
+        return [
+            (
+                *(half.rtt.srtt, half.rtt.variation, half.rtt.minimum, half.acked_below, half.in_flight),
+                *(half.congestion.mode, half.congestion.window, half.congestion.bandwidth, half.congestion.pacing_rate),
+            )
+            for half in (end.sender for end in self.ends)
+        ]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_an_answer_may_leave_before_conclusions_are_drawn(seed: int) -> None:
+    before, after = Conversation(seed, ask_timers=True), Conversation(seed, ask_timers=False)
+    for number in range(60):
+        before.turn(number % 2)
+        after.turn(number % 2)
+        assert before.beliefs() == after.beliefs()
+    assert after.ends[0].srtt is not None
+
+
+@pytest.mark.parametrize(("size", "known"), [(64, False), (10_000, True)])
+def test_conclusions_wait_for_a_single_packet_only(size: int, known: bool) -> None:
+    a, b = UdxStream(1), UdxStream(2)
+    a.connect(2, 1.0)
+    b.connect(1, 1.0)
+    a.write(b"question")
+    b.receive_datagrams(a.datagrams_to_send(1.0), 1.01)
+    b.write(b"answer")
+    a.receive_datagrams(b.datagrams_to_send(1.01), 1.02)
+    a.write(bytes(size))
+    assert a.datagrams_to_send(1.02)
+    assert (a.srtt is not None) is known
+    a.get_timer()
+    assert a.srtt == pytest.approx(0.02)

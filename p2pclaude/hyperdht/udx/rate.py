@@ -39,11 +39,12 @@ class AckSample:
 class DeliveryRate:
     """Counts delivered bytes and makes snapshots and samples of them."""
 
-    __slots__ = ("_app_limited_until", "_delivered_at", "_first_sent_at", "delivered")
+    __slots__ = ("_app_limited_until", "_delivered_at", "_delivered_before", "_first_sent_at", "delivered")
 
     def __init__(self) -> None:
         self.delivered = 0
         self._delivered_at = 0.0
+        self._delivered_before = -1  # all that was ever sent, when the first flight of this reckoning left
         self._first_sent_at = 0.0
         self._app_limited_until = 0
 
@@ -51,7 +52,9 @@ class DeliveryRate:
         """Take a snapshot for packets about to leave; `in_flight` is what is under way before them."""
         if not in_flight:
             self._first_sent_at = self._delivered_at = now
-        return Flight(now, self.delivered, self._delivered_at, self._first_sent_at, self._app_limited_until > 0)
+            self._delivered_before = self.delivered
+        app_limited = 0 < self._app_limited_until >= self.delivered
+        return Flight(now, self.delivered, self._delivered_at, self._first_sent_at, app_limited)
 
     def mark_app_limited(self, in_flight: int) -> None:
         """Note that the sender ran out of data: what is under way now measures the application, not the path."""
@@ -62,10 +65,9 @@ class DeliveryRate:
 
         Intervals shorter than a round trip come from compressed acknowledgements and measure nothing.
         """
-        if self._app_limited_until and self.delivered > self._app_limited_until:
-            self._app_limited_until = 0
-        self._delivered_at = now
-        self._first_sent_at = newest.sent_at
+        if self.delivered > self._delivered_before:  # else the next flight, with a new reckoning, has left already
+            self._delivered_at = now
+            self._first_sent_at = newest.sent_at
         interval = max(newest.sent_at - newest.first_sent_at, now - newest.delivered_at)
         if interval <= 0 or (min_rtt is not None and interval < min_rtt):
             return None

@@ -1,13 +1,14 @@
 """The sending half of a stream: queue, packets under way, acknowledgements, and what may leave when (ring 1).
 
 `stream` calls `receive_ack` for each packet that says something new and `finish_acks` once a batch, then `send` to
-get what may leave. The parts know one thing each: `recovery` what is lost, `congestion` how much may be under way,
-`pacing` when, `mtu` how large, `rtt` how long an answer takes.
+get what may leave, then `get_timer`. The parts know one thing each: `recovery` what is lost, `congestion` how much may
+be under way, `pacing` when, `mtu` how large, `rtt` how long an answer takes.
 """
 
 import heapq
 from typing import Final
 
+from .ackbatch import AckBatch
 from .burst import Burst, BurstHeader
 from .congestion import Bbr
 from .mtu import BLACK_HOLE_MTU, MtuSearch
@@ -69,10 +70,7 @@ class Sender:
         self._answered_at = 0.0  # the same, but that new paths do not move it
         self._paced_until: float | None = None
         self._window_from = (initial_remote_seq - 1, 0)  # (seq, ack) of the packet the peer's window is from
-        # What one batch of acknowledgements brought, until finish_acks.
-        self._batch_acked = 0
-        self._batch_newest: Packet | None = None
-        self._batch_rtt: float | None = None
+        self._batch = AckBatch()
 
     @property
     def queued(self) -> int:
@@ -116,6 +114,7 @@ class Sender:
 
     def reset_path(self, now: float) -> None:
         """Begin anew with another path: its round-trip time, bandwidth and packet size are unknown."""
+        self._conclude()
         self.rtt.reset()
         self.search.restart(self._base_mtu, self._order)
         for packet in self._packets.values():
@@ -188,7 +187,8 @@ class Sender:
             return first
         self.unacked -= size - (last.seq + 1 - first) * OVERHEAD_BYTES
         self.in_flight -= size
-        self._batch_acked += size - last.size
+        self._batch.acked += size - last.size
+        self._rate.delivered += size - last.size
         self._deliver(last, now)
         return last.seq + 1
 
@@ -212,15 +212,9 @@ class Sender:
         if packet.state == IN_FLIGHT:
             self.in_flight -= packet.size
         packet.state = DELIVERED
-        self._batch_acked += packet.size
+        self._rate.delivered += packet.size
         self._loss.on_delivered(packet, now)
-        newest = self._batch_newest
-        if newest is None or packet.order > newest.order:
-            self._batch_newest = packet
-        if packet.count == 1:
-            rtt = now - packet.flight.sent_at
-            if self._batch_rtt is None or rtt < self._batch_rtt:
-                self._batch_rtt = rtt
+        self._batch.add(packet, now)
         if packet.size > BLACK_HOLE_MTU or packet.padded_mtu:
             self.search.packet_arrived(packet.size, packet.order)
             if packet.padded_mtu and packet.count == 1:
@@ -228,12 +222,20 @@ class Sender:
             self.congestion.mss = self.search.mtu
 
     def finish_acks(self, now: float) -> None:
-        """Draw the conclusions from a batch: round trip, losses, congestion, timers."""
-        newest = self._batch_newest
+        """End a batch: draw the conclusions, now or with the timer.
+
+        If nothing is under way they change nothing for a single packet; so one that answers the batch leaves first.
+        """
+        self._batch.ended_at = now
+        if self._packets or self._probe_count:
+            self._conclude()
+
+    def _conclude(self) -> None:
+        """Draw the conclusions from acknowledgements: round trip, losses, congestion, timers."""
+        newest = self._batch.newest
         if newest is None:
             return
-        rtt, acked = self._batch_rtt, self._batch_acked
-        self._batch_newest, self._batch_rtt, self._batch_acked = None, None, 0
+        acked, rtt, now = self._batch.take()
         if newest.count > 1:
             rtt = None  # a repair fills a gap: what was sent once before it may have arrived long ago
         if rtt is not None:
@@ -241,9 +243,8 @@ class Sender:
         if self._probe_count >= OUTAGE_ATTEMPTS:
             self.congestion.on_outage()
         self._probe_count = self._probes_due = 0
-        self._progress_at = self._answered_at = now
+        self._progress_at = self._answered_at = max(self._progress_at, now)
         lost = self._detect_losses(now)
-        self._rate.delivered += acked
         flight = newest.flight
         rate = self._rate.sample(flight, now, self.rtt.minimum)
         sample = AckSample(
@@ -287,6 +288,8 @@ class Sender:
     def send(self, burst_header: BurstHeader, now: float) -> list[bytes]:
         """Return the packets that may leave now: probes, repairs, new data."""
         self._paced_until = None
+        if self._queue.size > self.search.mtu:
+            self._conclude()
         if not self.has_work:
             return []
         if not self._packets:
@@ -451,6 +454,7 @@ class Sender:
 
     def get_timer(self) -> float | None:
         """Return when `handle_timer` or `send` has something to do."""
+        self._conclude()
         earliest = self._probe_at()
         for time in (self._paced_until, self._loss.deadline, self.window_probe.at):
             if time is not None and (earliest is None or time < earliest):
@@ -471,6 +475,7 @@ class Sender:
 
     def handle_timer(self, now: float, last_heard: float) -> None:
         """Act on what is due; `last_heard` is when the peer's last packet came."""
+        self._conclude()
         if self._loss.deadline is not None and self._loss.deadline <= now:
             self._detect_losses(now)
         probe_at = self._probe_at()

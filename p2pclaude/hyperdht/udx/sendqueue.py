@@ -27,6 +27,8 @@ class SendQueue:
         if len(head) - offset > size:
             self._offset = offset + size
             return head[offset : offset + size]
+        if not offset and len(head) == size:
+            return self._chunks.popleft()
         return self._gather(size)
 
     def clear(self) -> None:

@@ -208,11 +208,10 @@ class UdxStream:
     def receive_datagrams(self, datagrams: Sequence[bytes], now: float) -> None:
         """Process a batch of packets; bad ones are dropped and counted.
 
-        This is the hot path. In bulk almost every packet is DATA, next in order, and repeats the acknowledgement of
-        the one before; such packets cost one header and one slice, and are given to the receiver as a run. In the
-        other direction go bare acknowledgements, one for each packet if the peer is libudx, and the last of a run
-        says all that the others did. The rest goes through `_receive_packet`. Conclusions are drawn, and one
-        acknowledgement is made, once a batch.
+        This is the hot path. Almost every packet is DATA, next in order; such packets cost one header and one slice,
+        and are given to the receiver as a run. In the other direction go bare acknowledgements, one for each packet if
+        the peer is libudx. The last acknowledgement of a run says all that the others did. The rest goes through
+        `_receive_packet`. Conclusions are drawn, and one acknowledgement is made, once a batch.
         """
         if self.closed:
             self._receive_closed(datagrams)
@@ -221,7 +220,7 @@ class UdxStream:
         run: list[bytes] = []
         run_bytes = 0
         expected, last_ack, last_window, room = self._usual()
-        latest: _Ack | None = None  # the last of a run of acknowledgements without data
+        latest: _Ack | None = None  # the last acknowledgement of a run that says something new
         next_seq, unacked = self._sender.next_seq, self._sender.next_seq - self._sender.acked_below
         for data in datagrams:
             size = len(data)
@@ -232,18 +231,17 @@ class UdxStream:
             if magic != MAGIC or stream_id != local_id:
                 self.stats.bad += 1
                 continue
-            if (
-                seq == expected
-                and kind == DATA
-                and ack == last_ack
-                and window == last_window
-                and not offset
-                and run_bytes + size <= room
-            ):
-                run.append(data[HEADER_BYTES:])
-                run_bytes += size - HEADER_BYTES
-                expected = (seq + 1) & SEQ_MASK
-                continue
+            if seq == expected and kind == DATA and not offset and run_bytes + size <= room:
+                known = ack == last_ack and window == last_window
+                if known or (next_seq - ack) & SEQ_MASK <= unacked:
+                    if not known:
+                        unacked = (next_seq - ack) & SEQ_MASK
+                        latest = data, kind, window, seq, ack
+                        last_ack, last_window = ack, window
+                    run.append(data[HEADER_BYTES:])
+                    run_bytes += size - HEADER_BYTES
+                    expected = (seq + 1) & SEQ_MASK
+                    continue
             bare = (kind == 0 and size == HEADER_BYTES) or (kind == SACK and not offset)
             if bare and seq == expected and (next_seq - ack) & SEQ_MASK <= unacked:
                 unacked = (next_seq - ack) & SEQ_MASK
