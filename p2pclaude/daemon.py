@@ -24,7 +24,7 @@ from p2pclaude.claude import PERMISSION_MODES, find_claude
 from p2pclaude.datadir import DataDir, Identity
 from p2pclaude.errors import Unavailable, UsageError, cannot_bind
 from p2pclaude.launcher import DEFAULT_MAX_SESSIONS, DEFAULT_PERMISSION_MODE, Settings
-from p2pclaude.log import Event, Log, short, wants_debug
+from p2pclaude.log import Event, Log, short, wants_debug, with_libraries
 from p2pclaude.methods import Methods
 from p2pclaude.notify import Notifier
 from p2pclaude.pairing import Pairing, client_seed, format_url, is_host_port
@@ -210,7 +210,8 @@ class Daemon:
             for number in _SIGNALS:
                 loop.add_signal_handler(number, self._on_signal, number)
             loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
-            return await self._serve(data_dir)
+            with with_libraries(self._log):
+                return await self._serve(data_dir)
         finally:
             for number in (*_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)

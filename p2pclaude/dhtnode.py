@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from p2pclaude import __version__
 from p2pclaude.datadir import DataDir, file_errors, write_atomically
 from p2pclaude.errors import DataError, UsageError, cannot_bind
-from p2pclaude.log import Log, NodeEvent, short, wants_debug
+from p2pclaude.log import Log, NodeEvent, short, wants_debug, with_libraries
 
 if TYPE_CHECKING:
     from p2pclaude.hyperdht import HyperDHT, KeyPair, RelayEvent, RelayServer
@@ -90,8 +90,9 @@ class DHTNode:
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         try:
-            dht = await self._start()
-            await self._live(dht, key_pair)
+            with with_libraries(self._log):
+                dht = await self._start()
+                await self._live(dht, key_pair)
         finally:
             for number in _SIGNALS:
                 loop.remove_signal_handler(number)

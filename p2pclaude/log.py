@@ -4,12 +4,15 @@
 
 Event names are stable and listed in `Event` (the daemon's) and `NodeEvent`. Values are text, numbers, booleans and
 lists of them: never a pairing URL, a message, Claude's output, or a key other than a relay's public one. When claude
-dies, the first line of what it said on stderr is given.
+dies, the first line of what it said on stderr is given. What libraries log by way of `logging` becomes events, too.
 """
 
 import json
+import logging
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TextIO
@@ -80,8 +83,10 @@ class Event(StrEnum):
     """Debug: the session record is in the DHT: seq, sessions, omitted."""
     RECORD_FAILED = "record-failed"
     """The session record could not be stored: error."""
+    LIBRARY = "library-note"
+    """Debug: what a library says: where, message."""
     ERROR = "internal-error"
-    """A defect: where, error. Please report it."""
+    """A defect: where, error, message, trace (places in the code). Please report it."""
 
 
 class NodeEvent(StrEnum):
@@ -113,9 +118,13 @@ class NodeEvent(StrEnum):
     """A link is over: link, reason (client, bytes, seconds or closed), bytes, seconds."""
     LINK_REFUSED = "link-refused"
     """A client asked for more links than it may have, or than there are: client."""
+    LIBRARY = "library-note"
+    """Debug: what a library says: where, message."""
+    ERROR = "internal-error"
+    """A defect: where, error, message, trace (places in the code). Please report it."""
 
 
-_DEBUG_EVENTS = frozenset({Event.REQUEST, Event.ANNOUNCED, Event.RECORD_STORED, NodeEvent.STATUS})
+_DEBUG_EVENTS = frozenset({Event.REQUEST, Event.ANNOUNCED, Event.RECORD_STORED, Event.LIBRARY, NodeEvent.STATUS})
 _ERROR_EVENTS = frozenset({Event.ERROR, Event.SPAWN_FAILED, Event.RECORD_FAILED, Event.PAUSED})
 _WARNING_EVENTS = frozenset(
     {
@@ -130,6 +139,8 @@ _WARNING_EVENTS = frozenset(
     }
 )
 
+_PLACES = 12  # of a traceback, the innermost
+
 Field = str | int | float | bool | None | list[str]
 
 
@@ -141,12 +152,13 @@ class Log:
 
     def __init__(self, stream: TextIO | None = None, *, debug: bool = False) -> None:
         self._stream: TextIO | None = sys.stdout if stream is None else stream
-        self._debug = debug
+        self.debug = debug
+        """Whether debug events are logged."""
 
     def __call__(self, event: Event | NodeEvent, **fields: Field) -> None:
         """Log an event with its fields; fields that are None are left out. Never raises for the stream's sake."""
         level = _level(event)
-        if self._stream is None or (level == "debug" and not self._debug):
+        if self._stream is None or (level == "debug" and not self.debug):
             return
         line: dict[str, Field] = {"time": _now(), "level": level, "event": event.value}
         line |= {name: value for name, value in fields.items() if value is not None}
@@ -157,6 +169,47 @@ class Log:
             self._stream = None
         except OSError:
             pass
+
+
+class _Records(logging.Handler):
+    """Turns records of `logging` into events. An exception's text is not given: it may quote what nobody shall see."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        where, message = record.name, first_line(record.getMessage())
+        if record.levelno >= logging.ERROR:
+            error = record.exc_info[1] if record.exc_info else None
+            name = None if error is None else type(error).__name__
+            self._log(Event.ERROR, where=where, error=name, message=message, trace=_places(error))
+        elif record.levelno >= logging.WARNING:
+            self._log(Event.WARNING, message=f"{where}: {message}")
+        else:
+            self._log(Event.LIBRARY, where=where, message=message)
+
+
+@contextmanager
+def with_libraries(log: Log) -> Iterator[None]:
+    """Log what libraries say, asyncio of tasks that failed included; with `log.debug` also what ours says in detail."""
+    handler, root, own = _Records(log), logging.getLogger(), logging.getLogger("p2pclaude")
+    level = own.level
+    root.addHandler(handler)
+    if log.debug:
+        own.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        own.setLevel(level)
+
+
+def _places(error: BaseException | None) -> list[str] | None:
+    if error is None:
+        return None
+    frames = traceback.extract_tb(error.__traceback__)[-_PLACES:]
+    return [f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames]
 
 
 def wants_debug(environ: Mapping[str, str]) -> bool:

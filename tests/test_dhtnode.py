@@ -308,15 +308,16 @@ def test_a_second_signal() -> None:
 
 
 def test_levels_of_events() -> None:
-    """What a client brings about is a warning at most; the status is for who asks."""
+    """What a client brings about is a warning at most; status and details are for who asks."""
     for debug in (False, True):
         log = io.StringIO()
         for event in NodeEvent:
             Log(log, debug=debug)(event)
         levels = {line["event"]: line["level"] for line in map(json.loads, log.getvalue().splitlines())}
         assert {event for event, level in levels.items() if level != "info"} == {
-            "warning", "client-refused", "link-refused", *(["node-status"] if debug else []),
-        }  # fmt: skip
+            *("warning", "client-refused", "link-refused", "internal-error"),
+            *(["node-status", "library-note"] if debug else []),
+        }
 
 
 def test_a_log_that_nobody_reads(tmp_path: Path) -> None:

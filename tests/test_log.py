@@ -1,8 +1,11 @@
 """The log: JSON lines with stable names, and a stream that may go away."""
 
+import asyncio
 import errno
+import gc
 import io
 import json
+import logging
 import os
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from p2pclaude.log import Event, Log, first_line, short, wants_debug
+from p2pclaude.log import Event, Log, first_line, short, wants_debug, with_libraries
 
 
 def test_a_line_is_json_with_time_level_and_event() -> None:
@@ -97,3 +100,59 @@ def test_errors_are_told_by_their_first_line() -> None:
 
 def test_a_key_is_shortened() -> None:
     assert short(bytes(range(32))) == "00010203"
+
+
+def events(stream: io.StringIO) -> list[dict[str, Any]]:
+    """Return the lines of a log without their times."""
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+
+
+def test_what_libraries_log_becomes_events_without_what_an_exception_quotes() -> None:
+    stream = io.StringIO()
+    library = logging.getLogger("p2pclaude.hyperdht.some")
+    with with_libraries(Log(stream)):
+        try:
+            raise ValueError("p2pclaude://secret")
+        except ValueError:
+            library.exception("a handler failed")
+        library.error("something failed")
+        library.warning("%d sockets", 3)
+        library.info("hidden")
+    library.error("nobody listens")
+    failed, plain, warning = events(stream)
+    (place,) = failed.pop("trace")
+    assert place.startswith("test_log.py:")
+    assert place.endswith("test_what_libraries_log_becomes_events_without_what_an_exception_quotes")
+    where = {"level": "error", "event": "internal-error", "where": "p2pclaude.hyperdht.some"}
+    assert failed == {**where, "error": "ValueError", "message": "a handler failed"}
+    assert plain == {**where, "message": "something failed"}
+    assert warning == {"level": "warning", "event": "warning", "message": "p2pclaude.hyperdht.some: 3 sockets"}
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_details_of_our_library_are_for_who_asks(debug: bool) -> None:
+    stream = io.StringIO()
+    with with_libraries(Log(stream, debug=debug)):
+        logging.getLogger("p2pclaude.hyperdht.some").debug("a detail")
+        logging.getLogger("asyncio").debug("a detail of others")
+    note = {"level": "debug", "event": "library-note", "where": "p2pclaude.hyperdht.some", "message": "a detail"}
+    assert events(stream) == [note] * debug
+
+
+def test_a_task_that_failed_unseen_is_logged_without_its_error_text() -> None:
+    async def fail() -> None:
+        raise ValueError("p2pclaude://secret")
+
+    async def main() -> None:
+        asyncio.get_running_loop().create_task(fail())
+        await asyncio.sleep(0.01)
+        gc.collect()
+
+    stream = io.StringIO()
+    with with_libraries(Log(stream)):
+        asyncio.run(main())
+    (event,) = events(stream)
+    assert event["message"] == "Task exception was never retrieved"
+    assert event["error"] == "ValueError"
+    assert "secret" not in stream.getvalue()
