@@ -1,6 +1,7 @@
 """Which datagram goes where, and how many datagrams a conversation takes."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import pytest
 from sim import Link, Packet, SimNetwork, SimulationError, run
@@ -42,13 +43,22 @@ class Reader:
     def stream_closed(self, error: str | None) -> None: ...
 
 
-def test_what_came_together_is_told_apart() -> None:
-    """Datagrams of one source for two streams, strangers' ids and messages, all in one entry of a batch."""
+def with_endpoint(work: Callable[[Endpoint, Socket], Awaitable[None]]) -> None:
+    """Run a test's coroutine with an endpoint that has one socket."""
 
     async def main() -> None:
         net = SimNetwork(1)
         endpoint = Endpoint(net.host("5.1.0.1"), net.random("endpoint"))
-        socket = await endpoint.bind("0.0.0.0", 0)
+        await work(endpoint, await endpoint.bind("0.0.0.0", 0))
+        endpoint.close()
+
+    run(main(), seed=1)
+
+
+def test_what_came_together_is_told_apart() -> None:
+    """Datagrams of one source for two streams, strangers' ids and messages, all in one entry of a batch."""
+
+    async def work(endpoint: Endpoint, socket: Socket) -> None:
         messages: list[bytes] = []
         endpoint.on_message = lambda _socket, data, _source: messages.append(data)
         probes: list[Address] = []
@@ -66,9 +76,8 @@ def test_what_came_together_is_told_apart() -> None:
         assert two.handler.data == f"{two.id} 0 {two.id} 1 {two.id} 2 {two.id} 3 ".encode()
         assert messages == [b"message", packet(unknown, 0), packet(one.id, 3)[:19]]
         assert probes == [WAY, WAY]
-        endpoint.close()
 
-    run(main(), seed=1)
+    with_endpoint(work)
 
 
 class Failing(Reader):
@@ -87,10 +96,7 @@ class Failing(Reader):
 
 
 def test_a_bug_in_one_handler_costs_no_other_stream_its_packets() -> None:
-    async def main() -> None:
-        net = SimNetwork(1)
-        endpoint = Endpoint(net.host("5.1.0.1"), net.random("endpoint"))
-        socket = await endpoint.bind("0.0.0.0", 0)
+    async def work(endpoint: Endpoint, socket: Socket) -> None:
         one, two = endpoint.streams.create(), endpoint.streams.create()
         failing = one.handler = Failing()
         reader = two.handler = Reader()
@@ -101,17 +107,13 @@ def test_a_bug_in_one_handler_costs_no_other_stream_its_packets() -> None:
         assert failing.closed == 1
         await asyncio.sleep(60)
         assert one.forgotten and not two.forgotten
-        endpoint.close()
 
     with pytest.raises(SimulationError, match="logged: the handler of a stream failed"):
-        run(main(), seed=1)
+        with_endpoint(work)
 
 
 def test_a_bug_in_one_handler_stops_no_timer_of_others() -> None:
-    async def main() -> None:
-        net = SimNetwork(1)
-        endpoint = Endpoint(net.host("5.1.0.1"), net.random("endpoint"))
-        socket = await endpoint.bind("0.0.0.0", 0)
+    async def work(endpoint: Endpoint, socket: Socket) -> None:
         streams = [endpoint.streams.create() for _ in range(4)]
         for stream in streams:
             stream.handler = Failing()
@@ -120,19 +122,15 @@ def test_a_bug_in_one_handler_stops_no_timer_of_others() -> None:
             await asyncio.sleep(1)
         await asyncio.sleep(60)
         assert all(stream.forgotten for stream in streams)
-        endpoint.close()
 
     with pytest.raises(SimulationError, match="logged: the handler of a stream failed"):
-        run(main(), seed=1)
+        with_endpoint(work)
 
 
 def test_no_beginning_of_a_packet_is_taken_for_one() -> None:
     """Two bytes of magic, where a stream's id would stand, once made the loop add to the list it goes through."""
 
-    async def main() -> None:
-        net = SimNetwork(1)
-        endpoint = Endpoint(net.host("5.1.0.1"), net.random("endpoint"))
-        socket = await endpoint.bind("0.0.0.0", 0)
+    async def work(endpoint: Endpoint, socket: Socket) -> None:
         messages: list[bytes] = []
         endpoint.on_message = lambda _socket, data, _source: messages.append(data)
         stream = endpoint.streams.create()
@@ -145,18 +143,14 @@ def test_no_beginning_of_a_packet_is_taken_for_one() -> None:
             endpoint._receive(socket, [(Given([*before, *cut]), WAY), (Given(cut), ELSEWHERE)])
             assert messages == cut * 2
         assert reader.data == whole[20:]
-        endpoint.close()
 
-    run(main(), seed=1)
+    with_endpoint(work)
 
 
 def test_every_packet_from_elsewhere_is_asked_for() -> None:
     """Only on the stream's own way do its packets vouch for each other."""
 
-    async def main() -> None:
-        net = SimNetwork(1)
-        endpoint = Endpoint(net.host("5.1.0.1"), net.random("endpoint"))
-        socket = await endpoint.bind("0.0.0.0", 0)
+    async def work(endpoint: Endpoint, socket: Socket) -> None:
         stream = endpoint.streams.create()
         reader = stream.handler = Reader()
         asked: list[Address] = []
@@ -173,9 +167,8 @@ def test_every_packet_from_elsewhere_is_asked_for() -> None:
         endpoint._receive(socket, [([packet(stream.id, seq) for seq in range(4)], WAY)])
         assert reader.data == b"".join(f"{stream.id} {seq} ".encode() for seq in range(4))
         assert asked == [ELSEWHERE, ELSEWHERE, WAY]
-        endpoint.close()
 
-    run(main(), seed=1)
+    with_endpoint(work)
 
 
 def test_an_answer_carries_the_acknowledgement() -> None:
