@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from real_claude import needs_claude, real_place
 from sessions_kit import Place, outputs, read_all, read_results, read_until, run
-from stub_api import StubApi, environment, stub_api
+from stub_api import StubApi, stub_api
 
 from p2pclaude import claude as claude_module
 from p2pclaude.claude import (
@@ -215,13 +216,6 @@ def test_what_cannot_be_started_is_an_error(tmp_path: Path) -> None:
 # The contract with the real CLI, against a stub of the Messages API
 
 
-MODULES = Path(os.environ.get("P2PCLAUDE_NODE_MODULES", Path(__file__).parent / "interop" / "node_modules"))
-REAL = MODULES / ".bin" / "claude"
-needs_claude = pytest.mark.skipif(
-    not REAL.exists(), reason=f"the real claude is not installed: no {REAL} (node: npm ci in tests/interop)"
-)
-
-
 @pytest.fixture(scope="module")
 def api() -> Iterator[StubApi]:
     """Serve the stub of the Messages API."""
@@ -231,16 +225,8 @@ def api() -> Iterator[StubApi]:
 
 @pytest.fixture
 def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: StubApi) -> Place:
-    """Give a place where sessions run the real claude, with an empty HOME, talking to the stub."""
-    place = Place(tmp_path)
-    place.claude = REAL.resolve()
-    (tmp_path / "home").mkdir()
-    for name in list(os.environ):
-        if name.startswith(("ANTHROPIC", "CLAUDE", "P2P_")):
-            monkeypatch.delenv(name)
-    for name, value in environment(api.url, str(tmp_path / "home"), os.environ["PATH"]).items():
-        monkeypatch.setenv(name, value)
-    return place
+    """Give a place where sessions run the real claude."""
+    return real_place(tmp_path, monkeypatch, api)
 
 
 def with_real(place: Place, work: Callable[[SessionTable], Awaitable[None]]) -> None:
@@ -250,11 +236,7 @@ def with_real(place: Place, work: Callable[[SessionTable], Awaitable[None]]) -> 
         async with place.table(permission_mode="bypassPermissions") as table:
             await work(table)
 
-    os.environ["IS_SANDBOX"] = "1"  # bypassPermissions as root
-    try:
-        run(main(), 90)
-    finally:
-        del os.environ["IS_SANDBOX"]
+    run(main(), 90)
 
 
 def results(envelopes: list[dict[str, Any]]) -> list[str]:

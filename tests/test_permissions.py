@@ -22,7 +22,7 @@ ASKED: dict[str, Any] = {
         "input": {"command": "touch a1", "description": "run a command"},
         "description": "run a command",
         "permission_suggestions": [{"type": "setMode", "mode": "acceptEdits", "destination": "session"}],
-        "blocked_path": "/tmp/w/a1",
+        "blocked_path": "/home/user/a1",
         "tool_use_id": "toolu_00010",
     },
 }
@@ -60,7 +60,7 @@ def test_what_whoever_decides_is_shown() -> None:
         "toolName": "Bash",
         "input": {"command": "touch a1", "description": "run a command"},
         "description": "run a command",
-        "blockedPath": "/tmp/w/a1",
+        "blockedPath": "/home/user/a1",
         "toolUseId": "toolu_00010",
         "suggestions": [{"type": "setMode", "mode": "acceptEdits", "destination": "session"}],
     }

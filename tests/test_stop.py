@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from daemon_kit import client_of, daemon, marked, timed
+from real_claude import needs_claude, real_place
 from sessions_kit import Place, outputs, prepare, read_all, read_until, run, wait_for_state
-from stub_api import StubApi, environment, stub_api
-from test_claude import REAL, needs_claude
+from stub_api import StubApi, stub_api
 
 from p2pclaude import claude as claude_module
 from p2pclaude import processes as module
@@ -275,17 +275,8 @@ def api() -> Iterator[StubApi]:
 
 @pytest.fixture
 def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: StubApi) -> Place:
-    """Give a place whose daemon runs the real claude, with an empty HOME, talking to the stub."""
-    place = Place(tmp_path)
-    place.claude = REAL.resolve()
-    (tmp_path / "home").mkdir()
-    for name in list(os.environ):
-        if name.startswith(("ANTHROPIC", "CLAUDE", "P2P_")):
-            monkeypatch.delenv(name)
-    for name, value in environment(api.url, str(tmp_path / "home"), os.environ["PATH"]).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("IS_SANDBOX", "1")
-    return place
+    """Give a place whose daemon runs the real claude."""
+    return real_place(tmp_path, monkeypatch, api)
 
 
 def tool(place: Place, name: str) -> str:
