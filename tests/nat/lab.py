@@ -162,6 +162,11 @@ class Home:
         _ip(*commands, namespace=self.namespace)
         self.address = new
 
+    def narrow(self, mtu: int) -> None:
+        """Let the NAT carry no larger packets from here on; it fragments those that may be."""
+        assert self.nat is not None
+        _ip(*(f"link set {device} mtu {mtu}" for device in ("wan", "lan")), namespace=self.nat)
+
     def _reconnect(self, public: str) -> None:
         # A masquerading NAT drops its mappings when the interface goes down.
         assert self.nat is not None

@@ -90,3 +90,21 @@ def test_a_connection_survives(home: MakeHome, dwellers: Dwellers, who: str, mov
     assert len(pings) == 3000
     print(f"{who}'s {move} moved: echoes go on after {max(pings) / 1000:.1f} s")
     assert max(pings) < MAPPING_SECONDS * 1000
+
+
+@pytest.mark.parametrize("job", ["source", "sink"])
+@pytest.mark.parametrize("mtu", [1300, 1100])
+def test_the_path_becomes_narrower(home: MakeHome, dwellers: Dwellers, job: str, mtu: int) -> None:
+    """In the middle of a transfer, as when a VPN is switched on: it goes on, and what was under way comes in pieces."""
+    house = home("cone")
+    server = dwellers.start(home("open"), "python", "server")
+    client = dwellers.start(house, "python", "client")
+    megabytes = 100
+    client.tell("connect", key=server.ready["publicKey"], job=job, bytes=megabytes * 1_000_000, timeout=90_000)
+    server.expect("connection")
+    time.sleep(0.2)
+    house.narrow(mtu)
+    narrowed = time.monotonic()
+    result = client.expect("result", 95)
+    assert result["ok"], result
+    print(f"{job} through {mtu} bytes: {megabytes} MB, done {time.monotonic() - narrowed:.1f} s after")
