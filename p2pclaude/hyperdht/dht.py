@@ -158,7 +158,10 @@ class HyperDHT:
         await self.node.start()
 
     async def destroy(self, timeout: float = DESTROY_TIMEOUT) -> None:
-        """Take announcements back, break all connections off and leave, within `timeout` seconds."""
+        """Take announcements back within `timeout` seconds, break all connections off and leave.
+
+        Handlers that hang have one more second. Whoever is cancelled meanwhile leaves all the same, at once.
+        """
         if self._destroyed:
             return
         self._destroyed = True
@@ -168,18 +171,27 @@ class HyperDHT:
         except TimeoutError:
             pass  # the nodes that store the announcements will forget them
         finally:
-            self.router.close()
-            self.endpoint.streams.close()
+            await self._leave()
+
+    async def _leave(self) -> None:
+        self.router.close()
+        self.endpoint.streams.close()
+        try:
             await self._end_handlers()
-            await self.node.destroy()
-            self.endpoint.close()
+        finally:
+            try:
+                await self.node.destroy()
+            finally:
+                self.endpoint.close()
 
     async def _end_handlers(self) -> None:
         """Let handlers, whose connections are over, finish; cancel those that wait for something else."""
         handlers = self.handlers - {asyncio.current_task()}
-        if handlers:
-            _, hanging = await asyncio.wait(handlers, timeout=HANDLER_GRACE)
-            for handler in hanging:
+        try:
+            if handlers:
+                await asyncio.wait(handlers, timeout=HANDLER_GRACE)
+        finally:
+            for handler in handlers:
                 handler.cancel()
 
     async def suspend(self) -> None:
@@ -187,9 +199,11 @@ class HyperDHT:
         if self._suspended:
             return
         self._suspended = True
-        await asyncio.gather(*(server.suspend() for server in self.servers))
-        self.endpoint.streams.close()
-        await self.node.suspend()
+        try:
+            await asyncio.gather(*(server.suspend() for server in self.servers))
+        finally:  # also for who is cancelled: `_suspended` says that it is done
+            self.endpoint.streams.close()
+            await self.node.suspend()
 
     async def resume(self) -> None:
         """Come back on the same ports and announce again."""

@@ -324,10 +324,10 @@ class Node:
         for socket in (self.server_socket, self.client_socket):
             if socket is not None:
                 socket.close()
-        await self.bootstrap.close()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
+        await self.bootstrap.close()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _bind(self) -> None:
