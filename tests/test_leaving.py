@@ -2,7 +2,8 @@
 
 import asyncio
 
-from sim import run
+import pytest
+from sim import Dependence, PortChoice, run
 from sim_dht import Swarm, serve, swarm
 
 from p2pclaude.hyperdht.connection import Connection
@@ -52,5 +53,29 @@ def test_suspend_cancelled_in_the_middle_has_suspended_all_the_same() -> None:
             await node.resume()
             async with await client.connect(server.public_key):
                 pass
+
+    run(main(), seed=1)
+
+
+@pytest.mark.parametrize("leave", ["destroy", "suspend"])
+@pytest.mark.parametrize("mapping", [Dependence.ENDPOINT, Dependence.ADDRESS_AND_PORT])
+def test_a_client_that_leaves_as_soon_as_it_is_connected_keeps_no_socket(leave: str, mapping: Dependence) -> None:
+    """What was under way beside the way that won ends too, and counts no longer as a hole punch."""
+
+    async def main() -> None:
+        async with swarm(1, 8) as network:
+            net = network.net
+            node = await network.join(net.nat("5.8.0.1").host("192.168.1.2"))
+            host = net.nat("5.8.0.2", mapping=mapping, ports=PortChoice.RANDOM).host("192.168.2.2")
+            client = await network.join(host)
+            await asyncio.sleep(5)
+            server = await serve(node, node.key_pair)
+            connection = await client.connect(server.public_key)
+            assert connection.how == "punched"
+            await (client.destroy() if leave == "destroy" else client.suspend())
+            await asyncio.sleep(0.1)
+            assert not host.sockets
+            await asyncio.sleep(30)
+            assert client.throttle._active == 0
 
     run(main(), seed=1)

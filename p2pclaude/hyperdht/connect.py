@@ -178,7 +178,7 @@ class Attempt:
         if paths.early is None:
             paths.take(shaken.socket, candidates[0])  # nothing to lose by sending at once
         if shaken.relayed and _is_near(shaken) and await self._opens_within(NEAR_HEAD_START):
-            self._dht.node.spawn(self._settle(None, ()))
+            self._settle(None, ())
             return
         puncher = await self._make_puncher(shaken)
         probes = [asyncio.create_task(self._probe(candidate)) for candidate in candidates if shaken.relayed]
@@ -193,7 +193,7 @@ class Attempt:
             raise
         finally:
             cancel_all(probes)
-        self._dht.node.spawn(self._settle(puncher, efforts))
+        self._settle(puncher, efforts)
 
     async def _opens_within(self, seconds: float) -> bool:
         try:
@@ -290,13 +290,16 @@ class Attempt:
         self._paths.use_relay(link)
         await asyncio.sleep(PATH_TIMEOUT)
 
-    async def _settle(self, puncher: Puncher | None, efforts: Sequence[asyncio.Task[None]]) -> None:
-        try:
-            await self._paths.settle(puncher)
-        finally:
+    def _settle(self, puncher: Puncher | None, efforts: Sequence[asyncio.Task[None]]) -> None:
+        """Let the way settle in the background, and end the efforts then."""
+
+        def end(_: asyncio.Task[None]) -> None:
             cancel_all(efforts)
             if puncher is not None:
                 puncher.close(keep=self._stream.own_socket)
+
+        # A callback: a task that is cancelled before its first turn (the node may leave at once) gets to no `finally`.
+        self._dht.node.spawn(self._paths.settle(puncher)).add_done_callback(end)
 
     def _candidates(self, shaken: Shaken) -> list[Address]:
         """Return the addresses where the server may be reached, the likeliest first."""

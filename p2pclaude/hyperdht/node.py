@@ -450,11 +450,12 @@ class Node:
     def _closest(self, target: bytes) -> list[Address]:
         return [node.address for node in self.table.closest(target)]
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a coroutine in the background until the node ends; its failure is logged."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks[task] = None
         task.add_done_callback(self._finished)
+        return task
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.pop(task, None)
