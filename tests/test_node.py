@@ -435,6 +435,31 @@ def test_the_end_settles_everything_and_leaves_nothing() -> None:
     run(main(), check_timers=True)
 
 
+@pytest.mark.parametrize("action", ["destroy", "suspend"])
+def test_no_name_is_looked_up_behind_the_end(action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The query that waited for the name asks for fallbacks when the lookup is given up."""
+
+    async def main() -> None:
+        host = SimNetwork().host("8.8.8.8")
+        asked: list[str] = []
+
+        async def resolve(name: str) -> str:
+            asked.append(name)
+            await asyncio.Event().wait()
+            return ""
+
+        monkeypatch.setattr(host, "resolve", resolve)
+        node = make_node(host, bootstrap=["slow.name:1"])
+        await node.start()
+        await asyncio.sleep(0.1)
+        assert asked == ["slow.name"]
+        await getattr(node, action)()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        await node.destroy()
+
+    run(main(), check_timers=True)
+
+
 def test_a_listener_that_fails_does_not_stop_the_node(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         node = make_node(SimNetwork().host("8.8.8.8"), ephemeral=False, firewalled=False, host="8.8.8.8")

@@ -117,7 +117,7 @@ class Bootstrap:
             logger.debug("bootstrap node not resolved: %s", type(error).__name__)
 
     async def close(self) -> None:
-        """Give up a lookup under way."""
-        if self._task is not None:
+        """Give up a lookup under way, and those that queries begin because it ended without a result."""
+        while self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait([self._task])
