@@ -13,7 +13,7 @@ from sim_peers import seeds
 from p2pclaude.hyperdht import announcer
 from p2pclaude.hyperdht.announcer import Announcer
 from p2pclaude.hyperdht.dht import HyperDHT
-from p2pclaude.hyperdht.errors import HyperDHTError
+from p2pclaude.hyperdht.errors import Destroyed, HyperDHTError, Suspended
 from p2pclaude.hyperdht.server import Server
 
 
@@ -63,6 +63,29 @@ def test_a_server_closed_while_it_begins_to_listen_is_announced_no_more(delay: f
             await listening
             await asyncio.sleep(60)
             assert announcer_of(server).relays == ()
+
+    run(main(), seed=1)
+
+
+def test_nobody_listens_on_a_node_that_is_not_there() -> None:
+    """Or two tasks would announce after `resume`, of which `close` ends one; and one for ever after `destroy`."""
+
+    async def main() -> None:
+        async with swarm(1, 4) as network:
+            _, _, node = await behind_nat(network, 1)
+            server = node.create_server(echo)
+            await node.suspend()
+            with pytest.raises(Suspended):
+                await server.listen()
+            await node.resume()
+            await server.listen()  # nothing stayed of the first try
+            await server.close()
+            with pytest.raises(RuntimeError, match="closed"):
+                await server.listen()
+            other = node.create_server(echo)
+            await node.destroy()
+            with pytest.raises(Destroyed):
+                await other.listen()
 
     run(main(), seed=1)
 

@@ -95,8 +95,12 @@ class Server:
     async def listen(self, key_pair: KeyPair | None = None) -> None:
         """Answer for a key pair (default: the node's) and announce it; returns after the first announcement.
 
-        Raises ValueError if another server of this node has the key. A failed announcement is retried behind.
+        Raises ValueError if another server of this node has the key; Suspended, Destroyed. A failed announcement is
+        retried behind.
         """
+        self._dht.check_usable()
+        if self.closed:
+            raise RuntimeError("the server is closed")
         if self._key_pair is not None:
             raise RuntimeError("the server listens already")
         key_pair = key_pair or self._dht.key_pair
