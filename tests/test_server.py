@@ -6,7 +6,7 @@ import weakref
 from random import Random
 
 import pytest
-from sim import Host, Packet, SimLoop, run
+from sim import Host, Packet, SimLoop, SimulationError, run
 from sim_dht import DEADLINE, Swarm, ask, echo, serve, swarm
 from sim_peers import seeds
 
@@ -17,6 +17,7 @@ from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
+from p2pclaude.hyperdht.errors import HyperDHTError
 from p2pclaude.hyperdht.handshakes import Handshake, NoisePayload, UdxInfo, encode_handshake, encode_noise_payload
 from p2pclaude.hyperdht.messages import Request, encode_request
 from p2pclaude.hyperdht.noise import NoiseIK
@@ -251,6 +252,66 @@ def test_packets_heard_and_sent_again_open_nothing_where_only_one_key_is_allowed
             again.close()
 
     run(main(), seed=1)
+
+
+@pytest.mark.parametrize("end", ["close", "suspend"])
+def test_who_waits_for_a_turn_when_the_server_ends_does_not_come_in(end: str) -> None:
+    """The turns of a flood of clients come later than the end."""
+
+    async def main() -> None:
+        async with swarm(1, 4) as network:
+            node, _ = await place(network, False)
+            served: list[Connection] = []
+
+            async def handle(connection: Connection) -> None:
+                served.append(connection)
+
+            server = node.create_server(handle)
+            await server.listen()
+            clients = await asyncio.gather(*(network.join(network.net.host(f"5.9.0.{n}")) for n in range(1, 9)))
+            key = server.public_key
+            attempts = [asyncio.create_task(client.connect(key, timeout=5)) for client in clients for _ in range(20)]
+            while len(server._turns) < 50:
+                await asyncio.sleep(0.01)
+            ending = asyncio.create_task(server.close() if end == "close" else node.suspend())
+            await asyncio.sleep(0)
+            if end == "suspend":  # which lets clients in until the announcement is taken back, and breaks them off
+                await ending
+            before = len(served)
+            assert len(server._turns)
+            for _ in range(20):
+                await asyncio.sleep(0.1)
+                assert not server._slots and len(served) == before
+            assert not len(server._turns)
+            await asyncio.gather(ending, *attempts, return_exceptions=True)
+
+    run(main(), seed=1)
+
+
+def test_a_client_that_cannot_be_answered_leaves_nothing_behind() -> None:
+    """The socket to punch from is there already when something else fails."""
+
+    async def main() -> None:
+        async with swarm(1, 8) as network:
+            node, _ = await place(network, True)
+            client = await network.join(network.net.nat("5.8.0.2").host("192.168.2.2"))
+            server = await serve(node, node.key_pair)
+
+            def fail() -> list[str]:
+                raise ZeroDivisionError
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(node.endpoint.network, "interfaces", fail)
+                with pytest.raises(HyperDHTError):
+                    await client.connect(server.public_key, timeout=4)
+            await asyncio.sleep(1)
+            assert is_clean(node)
+            assert not server._slots and not server._hosts and not server._held
+            async with await client.connect(server.public_key):
+                pass
+
+    with pytest.raises(SimulationError, match="answering a handshake failed"):
+        run(main(), seed=1)
 
 
 @pytest.mark.parametrize("how", ["returns", "raises", "hangs"])

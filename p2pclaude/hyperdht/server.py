@@ -180,11 +180,10 @@ class Server:
 
     async def _answer(self, message: Handshake, request: IncomingRequest) -> Answer | None:
         client = message.peer_address or request.source
-        if not await self._turns.wait(client[0]):
+        if not await self._turns.wait(client[0]) or self.closed or self._dht.node.suspended:
             self._answers.delete(message.noise)  # when it comes again there may be room
             return None
         assert self._key_pair is not None
-        assert self._announcer is not None
         noise = NoiseIK.responder(self._key_pair, KeyPair.generate(self._dht.rng))
         try:
             payload = decode_noise_payload(noise.read_message(message.noise))
@@ -197,19 +196,32 @@ class Server:
             return Answer(noise.write_message(encode_noise_payload(self._payload(error))))
         if not self._make_room(client[0]):  # only a client that knows the key may take another's place
             return None
+        return await self._admit(client[0], noise, payload, message, request)
+
+    async def _admit(
+        self, host: str, noise: NoiseIK, payload: NoisePayload, message: Handshake, request: IncomingRequest
+    ) -> Answer | None:
+        """Answer a welcome client, and wait for it in a slot."""
+        assert self._announcer is not None
         try:
             pending = PendingClient(self._dht, self._announcer, self.public_key, noise, self._relay_through)
         except HyperDHTError:
             return None  # too many streams
         slot = next(self._numbers)
-        self._slots[slot], self._hosts[slot] = pending, client[0]
-        self._held[client[0]] += 1
+        self._slots[slot], self._hosts[slot] = pending, host
+        self._held[host] += 1
         try:
-            await pending.prepare(payload, message, request)
-        except OSError:
-            log.warning("no socket for hole punching is to be had")
-        answer = noise.write_message(encode_noise_payload(self._payload(HandshakeError.NONE, pending, slot)))
-        pending.start(payload, message, request)
+            try:
+                await pending.prepare(payload, message, request)
+            except OSError:
+                log.warning("no socket for hole punching is to be had")
+            answer = noise.write_message(encode_noise_payload(self._payload(HandshakeError.NONE, pending, slot)))
+            pending.start(payload, message, request)
+        except BaseException:  # it gets no answer: nothing shall wait for it
+            pending.connection.abort()
+            pending.close()
+            self._release(slot)
+            raise
         self._spawn(self._hand_out(pending, slot))
         return Answer(answer, pending.socket)
 
