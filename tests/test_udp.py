@@ -390,3 +390,17 @@ def test_a_closed_socket_lets_the_loop_sleep(monkeypatch: pytest.MonkeyPatch) ->
         await asyncio.sleep(0.001)
 
     assert slept(closing)
+
+
+def test_without_a_file_to_ask_with_the_host_keeps_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or no handshake were answered, and no tick done, while a hole punch through a random NAT has all the files."""
+
+    def fail() -> list[str]:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    network = udp.UdpNetwork()
+    known = network.interfaces()
+    assert "127.0.0.1" in known
+    monkeypatch.setattr(udp, "host_addresses", fail)
+    assert network.interfaces() == known
+    assert udp.UdpNetwork().interfaces() == []

@@ -231,13 +231,20 @@ def _can_wait_awake() -> bool:
 class UdpNetwork:
     """This host's network."""
 
+    def __init__(self) -> None:
+        self._interfaces: list[str] = []
+
     async def bind(self, host: str, port: int, on_datagrams: Callable[[list[Arrival]], None]) -> UdpSocket:
         """Bind a UDP socket; raises OSError if the address is taken or not ours."""
         return UdpSocket(host, port, on_datagrams)
 
     def interfaces(self) -> list[str]:
-        """Return this host's IPv4 addresses, loopback included."""
-        return host_addresses()
+        """Return this host's IPv4 addresses, loopback included; while it cannot tell, those of the last time."""
+        try:
+            self._interfaces = host_addresses()
+        except OSError:  # to ask takes a file, and a hole punch may have taken all there are
+            pass
+        return list(self._interfaces)
 
     async def resolve(self, host: str) -> str:
         """Return an IPv4 address of a host name; raises OSError if it has none."""
