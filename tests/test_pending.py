@@ -1,6 +1,7 @@
 """A client whose handshake was answered: what it holds while it waits, and that nothing stays when it never comes."""
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 from sim import Dependence, Host, PortChoice, SimNetwork, run
@@ -8,7 +9,9 @@ from sim_dht import Swarm, echo, swarm
 
 from p2pclaude.hyperdht import pending
 from p2pclaude.hyperdht.dht import HyperDHT
-from p2pclaude.hyperdht.errors import HyperDHTError
+from p2pclaude.hyperdht.errors import HolepunchError, HyperDHTError
+from p2pclaude.hyperdht.holepunch import ClientHolepunch
+from p2pclaude.hyperdht.udx.packet import PREFIX
 
 
 def symmetric(net: SimNetwork, number: int) -> Host:
@@ -59,6 +62,37 @@ def test_a_client_that_vanishes_leaves_nothing_behind(kind: str, after: float) -
             async with await client.connect(server.public_key, timeout=40):
                 pass
 
+    run(main(), seed=1)
+
+
+@pytest.mark.parametrize("kind", ["cone", "symmetric"])
+def test_a_client_that_says_again_that_it_punches_gets_no_more_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or anybody could hold hundreds of sockets, and both of the random punches that go on at a time, for good."""
+
+    async def insist(self: ClientHolepunch) -> None:
+        token = await self._probe_rounds()
+        while True:
+            with suppress(HolepunchError):
+                await self._punch_round(token)
+            await asyncio.sleep(5)
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            server_node = await joined(network, (cone if kind == "cone" else symmetric)(network.net, 1))
+            client = await joined(network, cone(network.net, 2))
+            server = server_node.create_server(echo)
+            await server.listen()
+            network.net.intercept = lambda packet: len(packet.data) == 1 or packet.data[:2] == PREFIX  # no path
+            attempt = asyncio.create_task(client.connect(server.public_key, timeout=100))
+            await asyncio.sleep(5)
+            assert len(server_node.endpoint.sockets) == (3 if kind == "cone" else 642)
+            await asyncio.sleep(pending.HANDSHAKE_TIMEOUT + pending.PUNCH_TIMEOUT - 5)
+            assert not attempt.done()
+            assert is_clean(server_node) and not server_node.throttle._active
+            attempt.cancel()
+            await asyncio.wait([attempt])
+
+    monkeypatch.setattr(ClientHolepunch, "run", insist)
     run(main(), seed=1)
 
 

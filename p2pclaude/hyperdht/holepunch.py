@@ -338,9 +338,11 @@ class ServerHolepunch:
         if puncher.remote_punching:
             if not puncher.may_punch():
                 return self._reply(payload, peer, request, HandshakeError.TRY_LATER)
+            begins = not puncher.punching and not puncher.exhausted
             if not puncher.punch():
                 return self._abort()
-            self._on_punch()
+            if begins:  # who says it again gets no more time: sockets, and one of few random punches, are held
+                self._on_punch()
         if puncher.nat.firewall != Firewall.UNKNOWN:
             puncher.nat.freeze()
         return self._reply(payload, peer, request, HandshakeError.NONE)
