@@ -32,6 +32,7 @@ from p2pclaude.hyperdht.relayserver import (
     LinkOpened,
     LinkRefused,
     RelayLimits,
+    _RelayStream,
 )
 from p2pclaude.hyperdht.udx.packet import DATA, HEADER, MAGIC
 
@@ -347,7 +348,7 @@ def packet(stream_id: int, kind: int = DATA, body: bytes = b"x") -> bytes:
 
 
 def test_packets_come_from_the_clients_host_only() -> None:
-    """A stranger who knows a stream's id gets nothing through, and nothing is sent to it."""
+    """A stranger who knows a stream's id gets nothing through, nor does a packet's beginning behind a whole one."""
 
     async def main() -> None:
         async with relay_place(1) as place:
@@ -367,6 +368,12 @@ def test_packets_come_from_the_clients_host_only() -> None:
             await asyncio.sleep(1)
             assert place.relay.stats.bytes == 3 * len(packet(0))
             assert got == []
+            endpoint = place.network.bootstrap.endpoint
+            stream = endpoint.streams.find_id(ids[0])
+            assert isinstance(stream, _RelayStream) and stream.socket is not None and stream.address is not None
+            endpoint._receive(stream.socket, [([packet(ids[0]), packet(ids[0])[:12]], stream.address)])
+            assert place.relay.stats.bytes == 4 * len(packet(0))
+            assert HEADER.size == len(stream.last_word() or b"")
             for client in (one, two):
                 await client.close()
             stranger.close()

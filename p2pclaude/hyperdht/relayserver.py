@@ -22,7 +22,7 @@ from .handshakes import RelayPair, decode_relay_pair, decode_relay_unpair, encod
 from .mux import Channel, Mux
 from .relay import KEEP_ALIVE, MAX_FRAME_BYTES, PAIR, PROTOCOL, UNPAIR
 from .streams import Stream, StreamSet
-from .udx.packet import DESTROY, HEADER, MAGIC, SEQ_MASK, rewrite_stream_id
+from .udx.packet import DESTROY, HEADER, HEADER_BYTES, MAGIC, SEQ_MASK, rewrite_stream_id
 from .udx.stream import UdxStream
 
 if TYPE_CHECKING:
@@ -142,10 +142,12 @@ class _RelayStream(Stream):
         return True
 
     def receive(self, datagrams: Sequence[bytes]) -> None:
-        """Pass packets on to the other end."""
-        self._last = datagrams[-1]
-        if self.link is not None:
-            self.link.relay(self, datagrams)
+        """Pass packets on to the other end; the beginning of one, which may follow whole ones, is none."""
+        packets = [data for data in datagrams if len(data) >= HEADER_BYTES]
+        if packets:
+            self._last = packets[-1]
+            if self.link is not None:
+                self.link.relay(self, packets)
 
     def forward(self, datagrams: Sequence[bytes]) -> None:
         """Send packets to this end's client, or keep a few until its first one shows where it is."""
