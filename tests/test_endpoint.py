@@ -33,6 +33,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.data = b""
+        self.closed = 0
 
     def data_received(self, data: bytes) -> None:
         self.data += data
@@ -40,7 +41,9 @@ class Reader:
     def message_received(self, data: bytes) -> None: ...
     def eof_received(self) -> None: ...
     def drained(self) -> None: ...
-    def stream_closed(self, error: str | None) -> None: ...
+
+    def stream_closed(self, error: str | None) -> None:
+        self.closed += 1
 
 
 def with_endpoint(work: Callable[[Endpoint, Socket], Awaitable[None]]) -> None:
@@ -83,10 +86,6 @@ def test_what_came_together_is_told_apart() -> None:
 class Failing(Reader):
     """Has a bug."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.closed = 0
-
     def data_received(self, data: bytes) -> None:
         raise ZeroDivisionError
 
@@ -124,6 +123,29 @@ def test_a_bug_in_one_handler_stops_no_timer_of_others() -> None:
         assert all(stream.forgotten for stream in streams)
 
     with pytest.raises(SimulationError, match="logged: the handler of a stream failed"):
+        with_endpoint(work)
+
+
+def test_a_bug_in_one_stream_stops_no_timer_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one whose turn comes first fails, whenever it is looked at; even that one ends."""
+
+    def fail(_now: float) -> None:
+        raise ZeroDivisionError
+
+    async def work(endpoint: Endpoint, socket: Socket) -> None:
+        streams = sorted((endpoint.streams.create() for _ in range(3)), key=lambda stream: stream.id)
+        readers = [Reader() for _ in streams]
+        for stream, reader in zip(streams, readers, strict=True):
+            stream.handler = reader
+            stream.connect(socket, 1, WAY)
+            stream.write(b"nobody is there")
+        await asyncio.sleep(0.01)
+        monkeypatch.setattr(streams[0].core, "handle_timer", fail)
+        await asyncio.sleep(60)
+        assert all(stream.forgotten for stream in streams)
+        assert [reader.closed for reader in readers] == [1, 1, 1]
+
+    with pytest.raises(SimulationError, match="logged: the timer of a stream failed"):
         with_endpoint(work)
 
 

@@ -322,10 +322,24 @@ class StreamSet:
             if stream._timer != entry or self._by_id.get(stream.id) is not stream:
                 continue
             stream._timer = None
-            deadline = stream.core.get_timer()
-            if deadline is not None and deadline <= now:
-                stream.handle_timer(now)
-            else:
-                self.schedule(stream)
+            try:
+                self._look_at(stream, now)
+            except Exception:  # a bug in one stream must not stop the timers of all others
+                log.exception("the timer of a stream failed")
+                self._give_up(stream)
         if self._deadlines:
             self._arm()
+
+    def _look_at(self, stream: Stream, now: float) -> None:
+        deadline = stream.core.get_timer()
+        if deadline is not None and deadline <= now:
+            stream.handle_timer(now)
+        else:
+            self.schedule(stream)
+
+    def _give_up(self, stream: Stream) -> None:
+        """Break off a stream whose timer cannot be relied on, so that nobody waits for it."""
+        if stream.core.closed:
+            self.discard(stream)
+        else:
+            stream.destroy()
