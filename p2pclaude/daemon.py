@@ -141,7 +141,7 @@ async def run_daemon(options: DaemonOptions) -> int:
 
 
 def _allow_many_files() -> None:
-    """Raise the soft limit of open files: sessions have pipes, and a hole punch through some NATs takes 480 sockets."""
+    """Raise the soft limit of open files: sessions have pipes, and a hole punch through some NATs takes 640 sockets."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

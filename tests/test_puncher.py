@@ -186,6 +186,22 @@ def test_a_puncher_makes_do_with_the_sockets_it_gets() -> None:
     run(main(), seed=1)
 
 
+def test_without_a_fresh_socket_the_verdict_stands() -> None:
+    async def main() -> None:
+        async def none(_endpoint: Endpoint, _host: str, _port: int) -> Socket:
+            raise OSError(errno.EMFILE, "too many open files")
+
+        async with place(True) as (_, _, puncher):
+            puncher.update_remote(Firewall.RANDOM, (PEER,), False, None)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Endpoint, "bind", none)
+                assert not await puncher.analyse(reopen=True)
+            assert puncher.nat.firewall == Firewall.RANDOM
+            assert puncher._reopening is not None and puncher._reopening.exception() is None  # nobody would see it
+
+    run(main(), seed=1)
+
+
 def test_the_socket_of_the_winning_way_lives_as_long_as_its_stream() -> None:
     async def main() -> None:
         async with place(True) as (_, node, puncher):

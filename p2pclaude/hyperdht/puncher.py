@@ -228,7 +228,10 @@ class Puncher:
         for _ in range(MAX_REOPENS):
             if self._is_stable() or self.closed or self.punching:
                 return
-            socket = await self._bind()
+            try:
+                socket = await self._bind()
+            except OSError:  # too many open files: the one there is will have to do
+                return
             former, self.sockets = self.sockets, [socket]
             for old in former:
                 old.close()
