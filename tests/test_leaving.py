@@ -79,3 +79,32 @@ def test_a_client_that_leaves_as_soon_as_it_is_connected_keeps_no_socket(leave: 
             assert client.throttle._active == 0
 
     run(main(), seed=1)
+
+
+def test_resume_waits_for_a_suspend_under_way() -> None:
+    """As when a machine is woken right after it went to sleep: the node is awake in the end, and announced once."""
+
+    async def main() -> None:
+        async with swarm(1, 4) as network:
+            node, client = await join(network, 1), await join(network, 2)
+            server = await serve(node, node.key_pair)
+            sleeping = asyncio.create_task(node.suspend())
+            await asyncio.sleep(0.01)
+            assert not sleeping.done()
+            await node.resume()
+            assert sleeping.done()
+            async with await client.connect(server.public_key):
+                pass
+            await node.suspend()
+            waking = asyncio.create_task(node.resume())
+            await asyncio.sleep(0)
+            await asyncio.wait_for(node.suspend(), 0.2)  # does not wait for the announcement
+            await waking
+            await node.resume()
+            assert server.relay_addresses
+            assert server._announcer is not None
+            await server.close()
+            await asyncio.sleep(60)
+            assert not server._announcer.relays  # no second announcer goes on
+
+    run(main(), seed=1)

@@ -94,6 +94,7 @@ class HyperDHT:
         """The tasks that serve connections, those of closed servers included."""
         self._relays: OrderedDict[bytes, tuple[Address, ...]] = OrderedDict()
         self._suspended = False
+        self._sleep_lock = asyncio.Lock()  # `suspend` and `resume` come one after the other
         self._destroyed = False
         self.node.on_request = self._handle_request
         self.node.on_network_change.append(self.refresh)
@@ -196,22 +197,25 @@ class HyperDHT:
 
     async def suspend(self) -> None:
         """Go quiet, as before the machine sleeps: announcements are taken back, connections broken off."""
-        if self._suspended:
-            return
-        self._suspended = True
-        try:
-            await asyncio.gather(*(server.suspend() for server in self.servers))
-        finally:  # also for who is cancelled: `_suspended` says that it is done
-            self.endpoint.streams.close()
-            await self.node.suspend()
+        async with self._sleep_lock:
+            if self._suspended:
+                return
+            self._suspended = True
+            try:
+                await asyncio.gather(*(server.suspend() for server in self.servers))
+            finally:  # also for who is cancelled: `_suspended` says that it is done
+                self.endpoint.streams.close()
+                await self.node.suspend()
 
     async def resume(self) -> None:
-        """Come back on the same ports and announce again."""
-        if not self._suspended:
-            return
-        await self.node.resume()
-        self._suspended = False
-        await asyncio.gather(*(server.resume() for server in self.servers))
+        """Come back on the same ports and announce again, once a `suspend` under way is done."""
+        async with self._sleep_lock:
+            if not self._suspended:
+                return
+            await self.node.resume()
+            self._suspended = False
+            announcing = asyncio.gather(*(server.resume() for server in self.servers))
+        await announcing  # which another `suspend` ends
 
     def refresh(self) -> None:
         """Look around anew, as after a change of the network: every server announces again."""
