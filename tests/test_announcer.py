@@ -12,6 +12,7 @@ from sim_peers import seeds
 
 from p2pclaude.hyperdht import announcer
 from p2pclaude.hyperdht.announcer import Announcer
+from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import Destroyed, HyperDHTError, Suspended
 from p2pclaude.hyperdht.server import Server
@@ -50,8 +51,10 @@ async def seconds_until(check: Callable[[], bool], limit: float) -> float:
     return loop.time() - started
 
 
-@pytest.mark.parametrize("delay", [0, 0.05])
+@pytest.mark.parametrize("delay", [0, 0.05, 0.12, 0.13, 0.15])
 def test_a_server_closed_while_it_begins_to_listen_is_announced_no_more(delay: float) -> None:
+    """In the end the nodes near its key have stored it, and their answers are under way."""
+
     async def main() -> None:
         async with swarm(1, 12) as network:
             _, _, node = await behind_nat(network, 1)
@@ -63,6 +66,8 @@ def test_a_server_closed_while_it_begins_to_listen_is_announced_no_more(delay: f
             await listening
             await asyncio.sleep(60)
             assert announcer_of(server).relays == ()
+            now, target = asyncio.get_running_loop().time(), blake2b(server.public_key)
+            assert not any(other.router.get(target, now) for other in network.nodes)
 
     run(main(), seed=1)
 

@@ -47,6 +47,7 @@ class Announcer:
         """The nodes that store the announcement, each with our address as it sees us."""
         self._former: tuple[Address, ...] = ()  # relays of the last cycles: still known to some clients
         self._closest: tuple[Address, ...] = ()
+        self._asked: tuple[Address, ...] = ()  # by the last cycle, which may have been cut short
         self._wanted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._drifts: deque[float] = deque(maxlen=MAX_DRIFTS)
@@ -76,13 +77,14 @@ class Announcer:
         self._wanted.set()
 
     async def stop(self) -> None:
-        """Stop announcing and take back what the relays store."""
+        """Stop announcing and take back what the relays store, those included whose answer is not here yet."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
             self._task = None
-        relays, self.relays = self.relays, ()
-        await asyncio.gather(*(self._unannounce(path.relay_address) for path in relays))
+        told = dict.fromkeys((*(path.relay_address for path in self.relays), *self._asked))
+        self.relays = self._asked = ()
+        await asyncio.gather(*map(self._unannounce, told))
 
     async def _run(self, attempted: asyncio.Event) -> None:
         succeeded = await self._guarded_cycle()
@@ -148,6 +150,7 @@ class Announcer:
         await query.finished()
         replies = [reply for reply in query.closest_replies if reply.token is not None]
         self._closest = tuple(reply.source for reply in replies)
+        self._asked = tuple(reply.source for reply in replies[:RELAYS])
         announced = await asyncio.gather(*(self._announce(reply) for reply in replies[:RELAYS]))
         fresh = tuple(path for path in announced if path is not None)
         self._partial = len(fresh) < min(RELAYS, len(replies))
