@@ -9,6 +9,7 @@ apart by their shape (no `accepted`, no `state`), and following then means askin
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -428,18 +429,24 @@ def _spawn_error(result: Mapping[str, Any], directory: str | None) -> P2PClaudeE
 
 
 _REASONS: tuple[tuple[tuple[str, ...], type[P2PClaudeError]], ...] = (
-    (("too many", "limit", "maximum", "busy", "full", "which is the most", "is stopping", "wait already"), TryAgain),
-    (("outside", "permission", "not allowed", "denied"), Refused),
     (
         ("claude was not found", "claude not found", "a program that", "could not be started", "ended at once"),
-        Unavailable,
+        Unavailable,  # first, because what Claude said of it may follow
     ),
+    (("no space left", "which is the most", "is stopping", "wait already"), TryAgain),
+    (("too many", "limit", "maximum", "busy", "full"), TryAgain),
+    (("outside", "permission", "not allowed", "denied"), Refused),
     (("not exist", "not a directory", "no such", "already", "invalid", "must be", "required", "missing"), DataError),
 )
 
 
+_PATH = re.compile(r"^/.*?(?=: )|(?<=: )/.*$")
+"""A path in a reason, at its beginning or its end: it may hold any word."""
+
+
 def _daemon_error(text: str, reason: str) -> P2PClaudeError:
     """Choose the class, and so the exit status, by the words of a daemon's reason: the contract has no codes."""
-    lower = reason.lower()
+    lower = _PATH.sub("", reason.lower())
     kind = next((kind for words, kind in _REASONS if any(word in lower for word in words)), Refused)
-    return kind(f"{text}: {reason[0].lower()}{reason[1:]}")
+    hint = "nothing was done, it may do later" if kind is TryAgain else None
+    return kind(f"{text}: {reason[0].lower()}{reason[1:]}", hint=hint)

@@ -86,14 +86,20 @@ def test_an_old_daemon_needs_a_directory_and_the_hint_says_so() -> None:
         ("claude ended at once: no login", Unavailable),
         ("64 sessions run already, which is the most that this daemon allows", TryAgain),
         ("the daemon is stopping", TryAgain),
+        ("/home/ann/.p2p-claude/sessions/1: no space left on the disk (make room and try again)", TryAgain),
+        ("Directory does not exist: /srv/full: limits", DataError),
+        ("/srv/busy/claude is not a program that can be run (check --claude)", Unavailable),
+        ("claude ended at once: permission mode is not allowed", Unavailable),
         ("Not a directory: /x", DataError),
         ("Permission denied: /x", Refused),
         ("something new", Refused),
     ],
 )
 def test_reasons_become_classes(reason: str, kind: type[P2PClaudeError]) -> None:
+    """By the words of the reason itself: those of a path, or of what Claude said, count for nothing."""
     error = remote._spawn_error({"type": "error", "errorMessage": reason}, "/x")
     assert type(error) is kind
+    assert (error.hint == "nothing was done, it may do later") is (kind is TryAgain)
     assert str(error).startswith("no session was started: ")
 
 
