@@ -89,12 +89,13 @@ class DHTNode:
         key_pair = _load_key_pair(self._options, self._environ, self._warn) if self._options.relay else None
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         try:
             with with_libraries(self._log):
                 dht = await self._start()
                 await self._live(dht, key_pair)
         finally:
-            for number in _SIGNALS:
+            for number in (*_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
         return 0
 
@@ -108,6 +109,10 @@ class DHTNode:
             return
         self._log(NodeEvent.STOPPING, signal=number.name)
         self.stop()
+
+    def _on_hangup(self) -> None:
+        message = "nothing is opened anew: options and key are those of the start, and the log is standard output"
+        self._log(NodeEvent.SIGNAL_IGNORED, signal="SIGHUP", message=message)
 
     async def _start(self) -> "HyperDHT":
         dht = _make_dht(self._options)

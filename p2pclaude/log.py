@@ -102,6 +102,8 @@ class NodeEvent(StrEnum):
     """Debug: once a minute: nodes, clients, links, bytes (relayed so far)."""
     STOPPING = "node-stopping"
     """A signal came: signal."""
+    SIGNAL_IGNORED = "signal-ignored"
+    """A signal came that changes nothing: signal, message."""
     STOPPED = "node-stopped"
     """The ordered shutdown is over: seconds."""
     WARNING = "warning"

@@ -307,6 +307,15 @@ def test_a_second_signal() -> None:
     assert stopping == ["SIGINT"]
 
 
+def test_a_hangup_ends_nothing_and_is_logged(tmp_path: Path) -> None:
+    """As with the daemon: what rotates logs sends it."""
+    with node(tmp_path) as running:
+        running.process.send_signal(signal.SIGHUP)
+        line = running.expect("signal-ignored")
+        assert (line["signal"], line["level"]) == ("SIGHUP", "info")
+        running.stop()
+
+
 def test_levels_of_events() -> None:
     """What a client brings about is a warning at most; status and details are for who asks."""
     for debug in (False, True):
