@@ -449,7 +449,8 @@ def new_dht(options: DaemonOptions) -> "HyperDHT":
         port = PRIVATE_PORT if options.port is None else options.port
         return HyperDHT.bootstrapper(port, _private_host(options), bind=options.host or "0.0.0.0")
     place: dict[str, Any] = {"host": options.host, "port": options.port, "bootstrap": options.bootstrap or None}
-    return HyperDHT(**{name: value for name, value in place.items() if value is not None})
+    # whoever names a port has let it through a firewall: another one would be of no use
+    return HyperDHT(any_port=not options.port, **{name: value for name, value in place.items() if value is not None})
 
 
 async def start_dht(dht: DHT, options: DaemonOptions) -> None:

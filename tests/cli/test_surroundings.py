@@ -25,6 +25,17 @@ def test_an_address_of_another_host(offline: Shell) -> None:
         assert "--host needs an address of this host" in err
 
 
+def test_a_port_that_was_named_and_is_taken(offline: Shell) -> None:
+    """Another one would be of no use to whoever forwards this one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        options = ["--data-dir", "d", "--bootstrap", "127.0.0.1:9", "--host", "127.0.0.1", "--port", port]
+        err = offline.fail(69, "daemon", *options)
+        assert f"error: port {port} cannot be used: address already in use" in err
+        assert f"error\tnetwork\tport {port} cannot be used" in offline.run("daemon", "--check", *options).out
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8, this is not Linux")
 def test_a_private_daemon_listens_at_its_host_alone(shell: Shell) -> None:
     [reply] = shell.succeed("ping", "@")
