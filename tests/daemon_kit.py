@@ -19,9 +19,10 @@ from p2pclaude.pairing import Pairing, parse_url
 from p2pclaude.processes import Mark, Process
 
 PROGRAM = """
-import asyncio, json, sys
+import asyncio, json, os, sys
 from p2pclaude.daemon import DaemonOptions, run_daemon
-sys.exit(asyncio.run(run_daemon(DaemonOptions(**json.loads(sys.argv[1])))))
+status = asyncio.run(run_daemon(DaemonOptions(**json.loads(sys.argv[1]))))
+os._exit(status)  # each line of the log is flushed; a last flush fails where nobody reads it
 """
 
 
