@@ -432,4 +432,5 @@ def explain(error: Exception) -> P2PClaudeError:
         return TryAgain("the connection to the daemon was lost")
     if isinstance(error, HyperDHTError):
         return Unavailable(f"daemon not reachable: {error}")
-    return Unavailable(f"the network failed: {error}")
+    reason = error.strerror if isinstance(error, OSError) else None
+    return Unavailable(f"the network failed: {(reason or str(error)).lower()}")

@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
 from docopt import DocoptExit, docopt
 
@@ -116,6 +116,8 @@ class Console:
 
     def _print(self, text: str) -> None:
         # stderr may be closed or full too; then there is nobody left to tell
+        if sys.stderr is None:
+            return  # to `print`, None would be stdout
         try:
             print(text, file=sys.stderr, flush=True)
         except (OSError, ValueError):
@@ -390,8 +392,18 @@ def write_lines(lines: Sequence[bytes]) -> None:
     with _writing():
         if sys.stdout is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        sys.stdout.buffer.write(b"\n".join((*lines, b"")))
+        _write_all(sys.stdout.buffer, b"\n".join((*lines, b"")))
         sys.stdout.buffer.flush()
+
+
+def _write_all(stream: BinaryIO, data: bytes) -> None:
+    """Write to the end: with PYTHONUNBUFFERED the stream is raw, and a full disk or a signal has it write a part."""
+    rest = memoryview(data)
+    while rest:
+        written = stream.write(rest)
+        if written is None:  # as a raw stream says that it would block
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        rest = rest[written:]
 
 
 def is_terminal() -> bool:

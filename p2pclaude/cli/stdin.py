@@ -15,14 +15,16 @@ async def read_lines(max_bytes: int) -> AsyncIterator[bytes]:
 
     A line is cut off after `max_bytes` + 1 bytes, for the caller to refuse it. Reading runs ahead by one chunk only.
     The thread that reads is a daemon and holds no lock of `sys.stdin`, so that a tool ends while it waits for a
-    terminal.
+    terminal. Raises OSError when standard input cannot be read: that is no end of it.
     """
     loop = asyncio.get_running_loop()
-    chunks: asyncio.Queue[bytes] = asyncio.Queue()
+    chunks: asyncio.Queue[bytes | OSError] = asyncio.Queue()
     wanted = threading.Semaphore(1)
     threading.Thread(target=_read, args=(loop, chunks, wanted), daemon=True).start()
     pending = b""
     while chunk := await chunks.get():
+        if isinstance(chunk, OSError):
+            raise chunk
         *lines, pending = (pending + chunk).split(b"\n")
         for line in lines:
             yield line[: max_bytes + 1]
@@ -34,15 +36,15 @@ async def read_lines(max_bytes: int) -> AsyncIterator[bytes]:
         yield pending
 
 
-def _read(loop: asyncio.AbstractEventLoop, chunks: asyncio.Queue[bytes], wanted: threading.Semaphore) -> None:
-    """Put a chunk for each one wanted, and an empty one at the end."""
-    chunk = b"?"
-    while chunk:
+def _read(loop: asyncio.AbstractEventLoop, chunks: asyncio.Queue[bytes | OSError], wanted: threading.Semaphore) -> None:
+    """Put a chunk for each one wanted, and an empty one or an error at the end."""
+    chunk: bytes | OSError = b"?"
+    while isinstance(chunk, bytes) and chunk:
         wanted.acquire()
         try:
             chunk = os.read(0, _CHUNK)
-        except OSError:
-            chunk = b""
+        except OSError as error:
+            chunk = error
         try:
             loop.call_soon_threadsafe(chunks.put_nowait, chunk)
         except RuntimeError:

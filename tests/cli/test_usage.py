@@ -1,5 +1,6 @@
 """Command lines: help, version, everything that is wrong with one. Nothing here reaches a network."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -159,6 +160,42 @@ def test_stdin_that_is_closed(offline: Shell) -> None:
     result = subprocess.run(["sh", "-c", line], env=env, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (65, "")
     assert "no message" in result.stderr
+
+
+def test_stdin_that_cannot_be_read(offline: Shell) -> None:
+    with Path(os.devnull).open("wb") as only_written:  # what nohup gives, too
+        for options in ([], ["--lines"]):
+            err = offline.fail(74, "send", *options, "@", stdin=only_written)
+            assert "error: input or output failed: bad file descriptor\n" in err
+
+
+def test_words_for_a_stderr_that_is_closed_are_not_data(offline: Shell) -> None:
+    for words in ("--nonsense", "missing"):
+        line = shlex.join(command("ls", words)) + " 2>&-"
+        env = environment(offline.work / "home")
+        result = subprocess.run(["sh", "-c", line], env=env, stdout=subprocess.PIPE, text=True, timeout=60)
+        assert result.returncode in (64, 65)
+        assert result.stdout == ""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_disk_that_takes_a_part_is_full(tmp_path: Path, unbuffered: str) -> None:
+    script = """
+import os, resource, sys
+from p2pclaude.cli.common import OutputError, write_lines
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+try:
+    write_lines([b"x" * 3000])
+except OutputError as error:
+    print(error, file=sys.stderr, flush=True)
+os._exit(0)
+"""
+    env = environment(tmp_path, {"PYTHONUNBUFFERED": unbuffered})
+    with (tmp_path / "out").open("wb") as out:
+        process = subprocess.run(
+            [sys.executable, "-c", script], env=env, stdout=out, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert process.stderr == "cannot write: file too large\n"
 
 
 @pytest.mark.parametrize("tool", TOOLS)
