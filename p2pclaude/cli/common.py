@@ -248,10 +248,15 @@ def parse_arguments(usage: str, argv: list[str]) -> Arguments | int:
     try:
         parsed = docopt(usage, words, version=f"p2pclaude {__version__}")
     except DocoptExit:
-        raise UsageError(_usage_error(usage, words)) from None
+        error = _usage_error(usage, words)
+        is_text = error.startswith("unknown option") and "TEXT" in short_usage(usage)
+        raise UsageError(error, hint=_DASH_HINT if is_text else None) from None
     except SystemExit:
         return 0
     return {name: _unmark(value) for name, value in parsed.items()}
+
+
+_DASH_HINT = "text that begins with - goes after --, or to standard input"
 
 
 def _unmark(value: object) -> object:
@@ -269,7 +274,11 @@ def _usage_error(usage: str, argv: list[str]) -> str:
         return _option_error(usage, error)
     pattern = re.sub(r"\[.*?\]", "", short_usage(usage).splitlines()[1])
     needed = len(re.findall(r"\b[A-Z]+\b", pattern))
-    return "an argument is missing" if len(arguments) < needed else "too many arguments"
+    if len(arguments) < needed:
+        return "an argument is missing"
+    # docopt takes a negative number for an argument; `tail -5` means it otherwise
+    number = next((word for word in arguments if re.fullmatch(r"-\d+", word)), None)
+    return f"unknown option {number}" if number else "too many arguments"
 
 
 def _option_error(usage: str, error: DocoptExit) -> str:
@@ -283,7 +292,7 @@ def _option_error(usage: str, error: DocoptExit) -> str:
     names = [long or short for short, long in unplaced]
     known = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", usage))
     unknown = next((name for name in names if name not in known), None)
-    return f"unknown option {unknown}" if unknown else f"{names[0] if names else 'an option'} is given twice"
+    return f"unknown option {unknown.rstrip()}" if unknown else f"{names[0] if names else 'an option'} is given twice"
 
 
 def short_usage(usage: str) -> str:
