@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
@@ -12,7 +14,7 @@ from fake_daemon import DATA_KEY, FakeDaemon, MemoryDialer, MemoryStream
 from sim import run
 
 from p2pclaude import remote
-from p2pclaude.client import RECONNECT_DELAYS, Client
+from p2pclaude.client import RECONNECT_DELAYS, Client, explain
 from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable
 from p2pclaude.hyperdht import (
     ConnectionClosed,
@@ -353,3 +355,9 @@ def test_what_is_not_harmless_twice_waits_for_the_connection() -> None:
     for work in works:
         with contextlib.suppress(P2PClaudeError):
             with_client(daemon, work, dialer=Noting(daemon))
+
+
+def test_what_the_system_says_is_said_as_everything_else_is() -> None:
+    """In lower case, without its number."""
+    error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    assert str(explain(error)) == "the network failed: too many open files"

@@ -140,6 +140,10 @@ def run(
     gc.disable()  # while modules load, which makes much and no garbage; `lean.settle` turns it on
     try:
         status = _run(Console(name), usage, parse, execute, sys.argv[1:] if argv is None else list(argv))
+    except KeyboardInterrupt:
+        if argv is None:  # at once: what was under way, such as a loop half made, complains when it is thrown away
+            _die(signal.SIGINT)
+        status = 128 + signal.SIGINT
     finally:
         gc.enable()
     if argv is None and status > MAX_EXIT:
@@ -192,8 +196,6 @@ def _run(
             return console.report(error)
         except P2PClaudeError as error:
             return _flushed(console.report(error))
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except BrokenPipeError:
         _forget_stdout()
         return 0

@@ -66,6 +66,25 @@ def test_ctrl_c_ends_a_loop_of_the_shell_too(shell: Shell) -> None:
         loop.communicate()
 
 
+def test_ctrl_c_before_the_loop_runs_is_quiet(offline: Shell) -> None:
+    script = """
+from p2pclaude.cli import ls
+from p2pclaude.cli.common import run
+
+async def work() -> int:
+    return 0
+
+def execute(options: object, console: object) -> int:
+    begun = work()
+    raise KeyboardInterrupt
+
+run(ls.NAME, ls.USAGE, lambda arguments, console: None, execute)
+"""
+    env = environment(offline.work / "home", {"PYTHONWARNINGS": ""})
+    result = subprocess.run([sys.executable, "-c", script, "url"], env=env, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
+
+
 def test_a_daemon_without_standard_streams(offline: Shell) -> None:
     line = " ".join(map(shlex.quote, command("daemon", "--private", "--data-dir", "d", "--port", str(free_port()))))
     process = subprocess.Popen(
