@@ -67,7 +67,8 @@ class DataDir:
         try:
             return Path(environ.get("HOME") or Path.home()) / ".p2p-claude"
         except RuntimeError:
-            raise UsageError("there is no home directory", hint="name a directory with --data-dir") from None
+            hint = f"name a directory in {ENVIRONMENT_VARIABLE}"  # the node has no --data-dir
+            raise UsageError("there is no home directory", hint=hint) from None
 
     @property
     def keypair_file(self) -> Path:

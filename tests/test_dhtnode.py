@@ -214,6 +214,18 @@ def test_the_key_survives(tmp_path: Path, shell: Shell) -> None:
     assert shell.succeed("node", "--print-key", "--key-file", str(key_file)) == [key]
 
 
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is advised is something that the node knows."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(UsageError, match="there is no home directory") as caught:
+        relay_key(NodeOptions(), environ={})
+    assert caught.value.hint == "name a directory in P2P_CLAUDE_DATA_DIR"
+
+
 def test_a_key_file_open_to_others(tmp_path: Path, shell: Shell) -> None:
     """It is closed, and that is said."""
     path = tmp_path / "key.json"
