@@ -31,7 +31,7 @@ NOW = "now"
 MAX_ATTEMPTS = 3
 """How often a message is handed to a claude that dies before it begins; then its turn counts as cut off."""
 
-_SAYS_NOTHING = frozenset({"system", "control_response"})  # printed before work has begun, or beside it
+_SAYS_NOTHING = ("system", "control_response")  # printed before work has begun, or beside it; a type may be anything
 
 
 @dataclass(slots=True)

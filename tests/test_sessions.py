@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sessions_kit import Place, outputs, prepare, read_all, read_results, run, wait_for_state
+from sessions_kit import Place, outputs, prepare, read_all, read_results, read_until, run, wait_for_state
 
 from p2pclaude import session as session_module
 from p2pclaude import sessions as sessions_module
@@ -316,6 +316,21 @@ def test_long_lines_and_garbage_come_through(place: Place) -> None:
         assert [o["text"] for o in outputs(envelopes, "unparsed")] == ["not json", "\ufffd\ufffd", "[1]"]
 
     run(main())
+
+
+def test_an_object_with_an_odd_type_keeps_neither_session_nor_daemon(place: Place) -> None:
+    odd = {"type": ["assistant"]}
+
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text=f"SAY:{json.dumps(odd)}"))
+            await read_until(table, "s", lambda e: e.get("data") == odd)
+            await table.send("s", "next", priority="now")
+            envelopes = await read_results(table, "s")
+        async with place.table() as table:
+            assert (await read_all(table, "s"))[: len(envelopes)] == envelopes
+
+    run(main(), seconds=10)
 
 
 def test_clear_moves_a_mark_and_deletes_nothing(place: Place) -> None:
