@@ -70,7 +70,8 @@ class Session:
         self.idle_since = 0.0
         """The loop's time at which claude was last done with all that there was."""
         self._turns = 0  # that this process has finished, one way or the other
-        self._orderly = False  # it ended by itself, with nothing left to do
+        self._orderly = False  # it ended with nothing left to do; put to sleep after an error it has status 1 as well
+        self._ending = False  # it is being ended: nothing more is handed to it
         self._news = asyncio.Event()
         self._final: State | None = None  # what to become when the process ends because it was told to
         self._paused = False
@@ -99,7 +100,7 @@ class Session:
     @property
     def is_at_rest(self) -> bool:
         """Tell whether claude has done all that there was to do."""
-        return self.state == State.IDLE and not self.inbox
+        return self.state == State.IDLE and not self.inbox and not self.inbox.handed
 
     @property
     def is_idle(self) -> bool:
@@ -136,10 +137,9 @@ class Session:
         text = "the end of the journal was torn, and cut off: nobody had seen it"
         try:
             journal.append(NOTE, {"event": "cut", "bytes": size, "text": text})
-        except OSError as error:
-            self._log(Event.WARNING, message=f"journal: {error.strerror}", session=self.info.session_id)
-        except DiskFull as error:
-            self._log(Event.WARNING, message=f"journal: {error}", session=self.info.session_id)
+        except (OSError, DiskFull) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            self._log(Event.WARNING, message=f"journal: {reason}", session=self.info.session_id)
 
     def close_journal(self) -> None:
         """Close the journal, if it is open and there is no process; readers open it again."""
@@ -165,7 +165,7 @@ class Session:
         except BaseException:
             self.info.state = before
             raise
-        self._process, self._turns, self._final = process, 0, None
+        self._process, self._turns, self._final, self._ending = process, 0, None, False
         self.info.exit_status = self.info.error = self.info.ended_at = None
         self._pump = asyncio.create_task(self._run(process, journal))
         self._changed()
@@ -235,6 +235,7 @@ class Session:
     async def _end_process(self) -> None:
         if self._process is None or self._pump is None or self._pump.done():
             return
+        self._ending = True
         if await self._process.stop(in_turn=bool(self.inbox.handed)) is None:
             self._log(Event.WARNING, message="claude did not end even when killed", session=self.info.session_id)
         # The pump ends with claude's stdout; what keeps it longer is a full disk.
@@ -343,22 +344,23 @@ class Session:
         finally:
             feeder.cancel()
             status, words = await process.finish(), process.last_words()
-            self._orderly = status == 0 and not self.inbox.handed
+            self._orderly = self._ending or (status == 0 and not self.inbox.handed)
             await self.asking.abandon()
             try:
                 # Whoever is told that the session is over has been shown all that it said.
                 await self.settle_turns(first_line(words) or _describe_exit(status))
             except OSError as failure:
                 error = f"the journal cannot be written: {failure}"
-            await asyncio.to_thread(save_last_words, self.path, words)
-            self._over(status, words, error)
+            finally:  # also when the disk took too long and this is cancelled
+                await asyncio.to_thread(save_last_words, self.path, words)
+                self._over(status, words, error)
 
     async def _feed(self, process: ClaudeProcess, journal: Journal) -> None:
         """Hand claude one message whenever it is idle, so that answers pair with messages, and urgent ones at once."""
         while True:
             await self._news.wait()
             self._news.clear()
-            while (message := self.inbox.next()) is not None:
+            while not self._ending and (message := self.inbox.next()) is not None:
                 fields: dict[str, object] = {"message": message.seq}
                 if self.inbox.handed:
                     fields["steers"] = self.inbox.handed[0].seq
@@ -407,8 +409,7 @@ class Session:
             return
         self._paused = error is not None
         self.info.error = error
-        event = Event.PAUSED if error else Event.UNPAUSED
-        self._log(event, session=self.info.session_id, error=error)
+        self._log(Event.PAUSED if error else Event.UNPAUSED, session=self.info.session_id, error=error)
         self._changed()
 
     def _observe(self, value: dict[str, Any]) -> None:
@@ -438,8 +439,8 @@ class Session:
         self._paused = False
         if self._final is not None:
             self._become(self._final)
-        elif self.inbox and self._turns and error is None:
-            # Each claude that ends here has done away with one message at least, so this comes to an end.
+        elif self.inbox and (self._turns or self._ending) and error is None:
+            # Each claude that ends by itself has done away with one message at least, so this comes to an end.
             self._become(State.STARTING)
             self._on_orphans(self)
         elif self._orderly and error is None and not self.inbox:

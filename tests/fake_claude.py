@@ -2,9 +2,10 @@
 """A stand-in for `claude` that behaves like the CLI in what matters to the daemon, and starts in milliseconds.
 
 Like the real one it prints nothing before the first line of stdin, repeats `system/init` every turn, ends when stdin
-ends, turns SIGINT and an interrupt within a turn into a result, and dies of a line that is neither. FAKE_CLAUDE in the
-environment makes it misbehave from the start; the text of a message makes it do what `TURNS` says. What it was
-started with and what it was told goes to the file that FAKE_CLAUDE_LOG names, one JSON object a line.
+ends (with status 1 after an error), turns SIGINT and an interrupt within a turn into a result, and dies of a line that
+is neither. FAKE_CLAUDE in the environment makes it misbehave from the start; the text of a message makes it do what
+`TURNS` says. What it was started with and what it was told goes to the file that FAKE_CLAUDE_LOG names, one JSON
+object a line.
 """
 
 import json
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 WAITING: list[str] = []  # lines of stdin that came within a turn
+FAILED = False  # the last turn ended with an error of its own
 SESSION = next((a.split("=", 1)[1] for a in sys.argv if a.startswith(("--session-id=", "--resume="))), "none")
 
 
@@ -89,6 +91,7 @@ def lines() -> Iterator[str]:
 
 def turn(text: str) -> None:
     """Answer one message as its first word asks."""
+    global FAILED
     word, _, rest = text.partition(":")
     say(type="system", subtype="init", session_id="cleared" if word == "CLEAR" else SESSION, cwd=os.getcwd())  # noqa: PTH109
     if word == "BIG":
@@ -130,7 +133,8 @@ def turn(text: str) -> None:
     elif word == "FLOOD":
         while True:
             sys.stdout.write('{"type":"assistant","text":"' + "z" * 100_000 + '"}\n')
-    result(f"echo: {text}"[:200], is_error=word == "ERR")
+    FAILED = word == "ERR"
+    result(f"echo: {text}"[:200], is_error=FAILED)
 
 
 def main() -> None:
@@ -158,6 +162,7 @@ def main() -> None:
             sys.exit(0)
     while mode == "deaf":
         time.sleep(1)
+    sys.exit(FAILED)
 
 
 main()

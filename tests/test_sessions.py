@@ -11,7 +11,6 @@ from sessions_kit import Place, outputs, prepare, read_all, read_results, read_u
 
 from p2pclaude import session as session_module
 from p2pclaude import sessions as sessions_module
-from p2pclaude.claude import ClaudeProcess
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, Unavailable
 from p2pclaude.launcher import Spawn
 from p2pclaude.session import Session, State
@@ -189,65 +188,6 @@ def test_bad_permission_mode_and_too_many_sessions(place: Place) -> None:
             await table.stop("a")
             await table.spawn(Spawn(session_id="b", text="x"))
             assert [s["sessionId"] for s in table.listing()] == ["b"]
-
-    run(main())
-
-
-def test_who_is_idle_the_longest_makes_room(place: Place) -> None:
-    async def main() -> None:
-        async with place.table(max_sessions=2) as table:
-            for name in ("a", "b"):
-                await table.spawn(Spawn(session_id=name, text=f"in {name}"))
-                await read_results(table, name)
-            await table.send("a", "a again")
-            await read_results(table, "a", 2)
-            await table.spawn(Spawn(session_id="c", text="in c"))
-            assert {s["sessionId"]: s["state"] for s in table.listing(everything=True)}["b"] == State.DORMANT
-            await read_results(table, "c")
-            # It is back with the next message, and that makes room in turn.
-            await table.send("b", "b again")
-            await read_results(table, "b", 2)
-            assert sorted(s["sessionId"] for s in table.listing()) == ["b", "c"]
-        assert place.messages() == ["in a", "in b", "a again", "in c", "b again"]
-
-    run(main())
-
-
-def test_a_session_with_something_in_the_background_is_left_alone(place: Place) -> None:
-    async def main() -> None:
-        async with place.table(max_sessions=1) as table:
-            await table.spawn(Spawn(session_id="a", text="LEAVE:sleep 60 &"))
-            await read_results(table, "a")
-            with pytest.raises(TryAgain, match="1 sessions run"):
-                await table.spawn(Spawn(session_id="b", text="x"))
-            assert [s["sessionId"] for s in table.listing()] == ["a"]
-
-    run(main())
-
-
-def test_a_message_to_a_session_that_makes_room_runs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop, going = ClaudeProcess.stop, asyncio.Event()
-
-    async def stop_and_tell(process: ClaudeProcess, *, in_turn: bool = False) -> int | None:
-        stopping = asyncio.create_task(stop(process, in_turn=in_turn))
-        while (stdin := process._stdin()) is not None and not stdin.is_closing():
-            await asyncio.sleep(0)
-        going.set()
-        return await stopping
-
-    monkeypatch.setattr(ClaudeProcess, "stop", stop_and_tell)
-
-    async def main() -> None:
-        async with place.table(max_sessions=1) as table:
-            await table.spawn(Spawn(session_id="a", text="first"))
-            await read_results(table, "a")
-            other = asyncio.create_task(table.spawn(Spawn(session_id="b", text="in b")))
-            await going.wait()
-            await table.send("a", "second")
-            await other
-            await read_results(table, "b")
-            assert outputs(await read_results(table, "a", 2), "result")[-1]["result"] == "echo: second"
-        assert sorted(place.messages()) == ["first", "in b", "second"]
 
     run(main())
 
