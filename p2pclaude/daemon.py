@@ -240,7 +240,6 @@ class Daemon:
         url = format_url(_pairing(self._options, identity))
         self._mark = Mark.of_sessions(data_dir.sessions_dir)
         table = self._table = SessionTable(data_dir.sessions_dir, self._settings(), self._log, self._on_change)
-        await table.load()
         service = Service(identity.data_key, Methods(table).call, self._log)
         async with AsyncExitStack() as stack:
             dht = self._make_dht(self._options)
@@ -259,6 +258,7 @@ class Daemon:
                 self._log,
                 refresh_interval=self._options.refresh_interval,
             )
+            await table.load()  # which starts what waits: nothing fails from here on without ending that in order
             stack.push_async_callback(self._take_down, table, service, server)
             listening = asyncio.create_task(server.listen(key_pair))
             stack.callback(listening.cancel)

@@ -265,6 +265,44 @@ def test_a_taken_port_is_said(place: Place) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("what", ["port", "disk"])
+def test_a_daemon_that_cannot_start_runs_nothing_that_waits(place: Place, what: str) -> None:
+    async def leave_a_message(one: Running) -> None:
+        caller = one.caller()
+        await caller.call("spawn-session", {"sessionId": "s", "text": "HOLD:" + str(place.path / "never")})
+        await caller.call("send-message", {"sessionId": "s", "text": "waits"})
+
+    async def fail() -> None:
+        one = Running(place)
+
+        async def start_slowly() -> None:
+            await asyncio.sleep(0.5)
+            if what == "port":
+                raise OSError(98, "Address already in use")
+
+        one.dht.start = start_slowly  # type: ignore[method-assign]
+        if what == "disk":
+            (one.data_dir / "pairing.url").unlink()
+            (one.data_dir / "pairing.url").mkdir()
+        with pytest.raises(P2PClaudeError):
+            await one.started()
+        assert one.daemon._table is not None
+        one.daemon._table.kill()
+        if what == "disk":
+            (one.data_dir / "pairing.url").rmdir()
+
+    async def wait_for_it(one: Running) -> None:
+        caller, answer = one.caller(), {"state": "starting", "messages": []}
+        while "echo: waits" not in str(answer["messages"]):
+            answer = await caller.call("get-output", {"sessionId": "s", "after": 0})
+
+    with_daemon(place, leave_a_message)
+    run(fail())
+    assert len([entry for entry in place.told() if "argv" in entry]) == 1
+    with_daemon(place, wait_for_it)
+    assert place.messages().count("waits") == 1
+
+
 def test_without_claude_it_serves_and_says_so(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(place.path / "none"))
     monkeypatch.setenv("HOME", str(place.path / "none"))
