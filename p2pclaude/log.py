@@ -181,7 +181,7 @@ class _Records(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        where, message = record.name, first_line(record.getMessage())
+        where, message = record.name, first_line(_message(record))
         if record.levelno >= logging.ERROR:
             error = record.exc_info[1] if record.exc_info else None
             name = None if error is None else type(error).__name__
@@ -205,6 +205,15 @@ def with_libraries(log: Log) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         own.setLevel(level)
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        message = record.getMessage()
+    except Exception:  # it does not fit its arguments: whoever logs shall not fail for that
+        return str(record.msg)
+    # asyncio names a callback with its arguments, which may be anything: output of Claude, a packet, a key.
+    return message.partition("(")[0] if message.startswith("Exception in callback ") else message
 
 
 def _places(error: BaseException | None) -> list[str] | None:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,31 @@ def test_a_task_that_failed_unseen_is_logged_without_its_error_text() -> None:
     assert event["message"] == "Task exception was never retrieved"
     assert event["error"] == "ValueError"
     assert "secret" not in stream.getvalue()
+
+
+def test_a_callback_that_failed_is_logged_without_its_arguments() -> None:
+    def fail(*args: object) -> None:
+        raise ValueError("p2pclaude://secret")
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(fail, "secret")
+        loop.call_soon(partial(fail, "secret"), b"secret")
+        await asyncio.sleep(0.01)
+
+    stream = io.StringIO()
+    with with_libraries(Log(stream)):
+        asyncio.run(main())
+    for event in events(stream):
+        assert event["message"].startswith("Exception in callback test_a_callback_that_failed")
+        assert event["trace"][-1].endswith(" fail")
+    assert len(events(stream)) == 2
+    assert "secret" not in stream.getvalue()
+
+
+def test_a_record_that_cannot_be_formatted_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own raises
+    stream = io.StringIO()
+    with with_libraries(Log(stream)):
+        logging.getLogger("library").warning("%d sockets", "three")
+    assert [event["message"] for event in events(stream)] == ["library: %d sockets"]
