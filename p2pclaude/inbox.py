@@ -98,6 +98,12 @@ class Inbox:
         message.attempts += 1
         self.handed.append(message)
 
+    def turn_of(self, message: Message) -> dict[str, object]:
+        """Give the fields of the TURN of a message that was handed, as they are when it is written."""
+        first = self.handed[0] if self.handed else message
+        fields: dict[str, object] = {"message": message.seq}
+        return fields if first is message else fields | {"steers": first.seq}
+
     def observe(self, value: Mapping[str, Any]) -> Message | None:
         """Take an object that Claude printed; give the message that it answers, if it is a `result`."""
         is_answer = self._results.is_answer(value)

@@ -361,13 +361,11 @@ class Session:
             await self._news.wait()
             self._news.clear()
             while not self._ending and (message := self.inbox.next()) is not None:
-                fields: dict[str, object] = {"message": message.seq}
-                if self.inbox.handed:
-                    fields["steers"] = self.inbox.handed[0].seq
                 self.inbox.hand(message)
+                append = partial(lambda one: journal.append(TURN, self.inbox.turn_of(one)), message)
                 try:
                     # The mark is on disk before claude can begin: what may have run is known after any crash.
-                    await self._write_patiently(journal, partial(journal.append, TURN, fields))
+                    await self._write_patiently(journal, append)
                     await journal.synced()
                     process.write(message.data)
                 except ClaudeGone:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 from sessions_kit import Place, outputs, prepare, read_all, read_results, read_until, run, wait_for_state
 
 from p2pclaude import journal as journal_module
+from p2pclaude import session as session_module
 from p2pclaude import sessions as sessions_module
 from p2pclaude.errors import DataError, TryAgain, Unavailable
+from p2pclaude.journalfile import DiskFull, JournalFile
 from p2pclaude.launcher import Spawn
 from p2pclaude.remote import AnswerFinder
 from p2pclaude.sessionfile import State
@@ -294,6 +297,39 @@ def test_steering(place: Place) -> None:
             with pytest.raises(DataError, match="priority"):
                 await table.send("s", "x", priority="later")
         assert [e["message"].get("priority") for e in place.told() if "message" in e] == [None, "now", "now", None]
+
+    run(main())
+
+
+def test_steering_a_turn_that_ends_while_the_disk_is_full_is_a_turn_of_its_own(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "RETRY_SECONDS", 0.01)
+    append, full = JournalFile.append, False
+
+    def append_if_room(file: JournalFile, kind: str, fields: Mapping[str, object]) -> int:
+        if full and kind == "turn":
+            raise DiskFull("no space")
+        return append(file, kind, fields)
+
+    monkeypatch.setattr(JournalFile, "append", append_if_room)
+
+    async def main() -> None:
+        nonlocal full
+        async with place.table() as table:
+            gate = place.path / "gate"
+            await table.spawn(spawn(text=f"HOLD:{gate}"))
+            await read_until(table, "s", lambda e: bool(e["type"] == "session-output"))
+            full = True
+            seq = await table.send("s", "steer", priority="now")
+            await wait_for_state(table, "s", State.PAUSED)
+            gate.touch()
+            await read_results(table, "s")
+            full = False
+            finder = AnswerFinder(seq)
+            envelopes = await read_results(table, "s", 2)
+            answers = [answer for e in envelopes if (answer := finder.feed(e)) is not None]
+            assert [one["result"] for one in answers] == ["echo: steer"]
 
     run(main())
 
