@@ -66,6 +66,11 @@ class Journal:
         """Tell whether somebody waits for a change."""
         return bool(self._waiting)
 
+    @property
+    def is_broken(self) -> bool:
+        """Tell whether the disk has failed: nothing more is taken, and what was shown can be read."""
+        return self._broken is not None
+
     def append_output(self, data: bytes, kind: str = OUTPUT) -> int:
         """Append what Claude printed, one line of JSON, as a `kind`. Gives the seq. Raises DiskFull or OSError."""
         self._check()

@@ -121,11 +121,13 @@ class Session:
         """Give the seq under which a message was accepted before; the journal must be open."""
         return self.inbox.seq_of(message_id)
 
-    async def open_journal(self) -> Journal:
-        """Open the journal unless it is open, and learn from it which messages were accepted and which are not done."""
+    async def open_journal(self, *, anew: bool = False) -> Journal:
+        """Open the journal unless it is open, `anew` also if its disk has failed; learn which messages are not done."""
         async with self._opening:
-            if self.journal is None:
+            if self.journal is None or (anew and self.journal.is_broken):
                 file, inbox, asked = await asyncio.to_thread(_recover, self.path / "journal.jsonl")
+                if self.journal is not None:
+                    self.journal.close()
                 self.journal, self.inbox = Journal(file, self._pause), inbox
                 if file.cut:
                     self._tell_cut(self.journal, file.cut)
@@ -158,7 +160,7 @@ class Session:
         """
         before, self.info.state = self.info.state, State.STARTING
         try:
-            journal = await self.open_journal()
+            journal = await self.open_journal(anew=True)
             await self.settle_turns("claude ended in its turn")
             keep = () if lock is None else (lock,)
             process = await ClaudeProcess.start(launch, mark=Mark.of_session(self.path), keep=keep)

@@ -434,7 +434,9 @@ def test_a_broken_disk_fails_the_session_and_acknowledges_nothing(
             await wait_for_state(table, "s", State.FAILED)
             broken = False
             assert await read_all(table, "s") == before
-        assert place.messages() == ["x"]
+            await table.send("s", "third")  # the disk is well again
+            await read_results(table, "s", 2)
+        assert place.messages() == ["x", "third"]
 
     run(main())
 
