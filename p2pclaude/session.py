@@ -11,7 +11,7 @@ import asyncio
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,8 +164,10 @@ class Session:
             await self.settle_turns("claude ended in its turn")
             keep = () if lock is None else (lock,)
             process = await ClaudeProcess.start(launch, mark=Mark.of_session(self.path), keep=keep)
-        except BaseException:
-            self.info.state = before
+        except BaseException as error:
+            stuck = before not in LIVE and bool(self.inbox)  # what was accepted while it looked alive
+            self.info.error = str(error) if stuck else self.info.error
+            self._set_state(State.FAILED if stuck else State(before))
             raise
         self._process, self._turns, self._final, self._ending = process, 0, None, False
         self.info.exit_status = self.info.error = self.info.ended_at = None
@@ -273,7 +275,9 @@ class Session:
 
     def save_soon(self) -> None:
         """Write `session.json` in the background."""
-        self._soon(self.save())
+        task = asyncio.create_task(self.save())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def remove(self) -> None:
         """Delete the session with all it has said."""
@@ -471,11 +475,6 @@ class Session:
         self.info.last_seq = self.last_seq
         if self.journal is not None:
             self.info.queued = len(self.inbox) + len(self.inbox.handed)
-
-    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def _recover(path: Path) -> tuple[JournalFile, Inbox, History]:

@@ -1,5 +1,6 @@
 """One session's life: stopped, dying, coming back, crashed, damaged, out of room; against a child like claude."""
 
+import asyncio
 import json
 import os
 import uuid
@@ -11,7 +12,8 @@ from sessions_kit import Place, outputs, prepare, read_all, read_results, read_u
 
 from p2pclaude import claude as claude_module
 from p2pclaude import session as session_module
-from p2pclaude.errors import Refused
+from p2pclaude.claude import ClaudeProcess
+from p2pclaude.errors import Refused, Unavailable
 from p2pclaude.journalfile import DiskFull, JournalFile
 from p2pclaude.launcher import Spawn
 from p2pclaude.session import State
@@ -226,3 +228,34 @@ def test_a_spawn_on_a_full_disk_leaves_nothing(place: Place, monkeypatch: pytest
             assert list(place.sessions.iterdir()) == []
 
     run(main())
+
+
+def test_a_message_accepted_while_a_start_fails_is_not_forgotten(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, starting, sent = ClaudeProcess.start, asyncio.Event(), asyncio.Event()
+    reason = "claude could not be started: no such file or directory"
+
+    async def fail_slowly(*_: Any, **__: Any) -> ClaudeProcess:
+        starting.set()
+        await sent.wait()
+        raise Unavailable(reason)
+
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text="first"))
+            await read_results(table, "s")
+        async with place.table() as table:
+            monkeypatch.setattr(ClaudeProcess, "start", fail_slowly)
+            first = asyncio.create_task(table.send("s", "refused"))
+            await starting.wait()
+            seq = await table.send("s", "accepted")
+            sent.set()
+            with pytest.raises(Unavailable):
+                await first
+            output = await table.read("s", after=seq, limit=None, clear=False, wait_ms=0)
+            assert (output.state, output.error) == (State.FAILED, reason)
+        monkeypatch.setattr(ClaudeProcess, "start", start)
+        async with place.table() as table:
+            await read_results(table, "s", after=seq)
+        assert place.messages() == ["first", "accepted"]
+
+    run(main(), seconds=10)
