@@ -112,11 +112,13 @@ class SessionTable:
 
     def _load_damaged(self, path: Path, error: Exception) -> None:
         """Keep a session in sight whose session.json is damaged: what it has said can be read still."""
-        has_journal = (path / "journal.jsonl").exists()
-        what = "a session cannot go on" if has_journal else "a session is left out"
-        self._log(Event.WARNING, message=f"{what}: {error}", session=path.name)
-        if has_journal:
+        try:
             created = int((path / "journal.jsonl").stat().st_mtime * 1000)
+        except OSError:  # there is none, or the directory may not be entered
+            created = None
+        what = "a session is left out" if created is None else "a session cannot go on"
+        self._log(Event.WARNING, message=f"{what}: {error}", session=path.name)
+        if created is not None:
             info = Info(path.name, "", "", created, DEFAULT_PERMISSION_MODE, state=State.FAILED, error=str(error))
             session = self._sessions[path.name] = self._make(path, info)
             session.is_damaged = True

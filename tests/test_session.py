@@ -1,6 +1,7 @@
 """One session's life: stopped, dying, coming back, crashed, damaged, out of room; against a child like claude."""
 
 import asyncio
+import errno
 import json
 import os
 import uuid
@@ -259,3 +260,22 @@ def test_a_message_accepted_while_a_start_fails_is_not_forgotten(place: Place, m
         assert place.messages() == ["first", "accepted"]
 
     run(main(), seconds=10)
+
+
+def test_a_directory_that_may_not_be_entered_is_left_out(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, stat = place.sessions / "theirs", Path.stat
+    theirs.mkdir()
+
+    def refuse(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if path.parent == theirs:  # as one that root has made
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+
+    async def main() -> None:
+        async with place.table() as table:
+            assert table.listing(everything=True) == []
+        assert [line["session"] for line in place.log.events("warning")] == ["theirs"]
+
+    run(main())
