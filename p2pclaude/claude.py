@@ -48,6 +48,7 @@ _HIGH_WATER_AT_THE_END = 64 * 1024 * 1024  # claude drops what is not read withi
 _LAST_WORDS_BYTES = 4096
 _LINGER_SECONDS = 1.0
 _NOT_FOR_CHILDREN = frozenset({"CLAUDECODE", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"})
+_LONGEST_ESCAPE = 6  # bytes of JSON that a character may take
 _SPARE_DEPTH = 400  # of nesting: for the envelope, the page, and a reader that stands deeper in its own calls
 _MESSAGE_NAMESPACE = uuid.UUID("8f1d2c0e-5f0b-4b5e-9a57-0d6f3f1c7f52")
 
@@ -174,7 +175,8 @@ def decode_line(line: bytes) -> tuple[bytes, dict[str, Any]]:
     """Read a line of Claude's stdout; give the JSON to keep, unchanged where it is an object, and the object.
 
     Anything else (a stray print, half a line) is kept as `{"type": "unparsed", "text": …}`, and so is an object nested
-    so deeply that a reader could not open the page that holds it. Never raises.
+    so deeply that a reader could not open the page that holds it. The text is cut where the JSON would be longer than
+    MAX_LINE, which a reader takes at most. Never raises.
     """
     try:
         value = load_json(line)
@@ -183,8 +185,12 @@ def decode_line(line: bytes) -> tuple[bytes, dict[str, Any]]:
             return line.strip(), value
     except WireError:
         pass
-    value = {"type": "unparsed", "text": line.decode("utf-8", "replace")}
-    return dump_json(value), value
+    text = line.decode("utf-8", "replace")
+    data = dump_json({"type": "unparsed", "text": text})
+    if len(data) > MAX_LINE:
+        text = text[: MAX_LINE // _LONGEST_ESCAPE]
+        data = dump_json({"type": "unparsed", "text": text})
+    return data, {"type": "unparsed", "text": text}
 
 
 def _check_depth(line: bytes) -> None:

@@ -131,6 +131,16 @@ def test_every_line_that_is_kept_can_be_read_again_inside_of_a_page() -> None:
 # Its pipes
 
 
+def test_what_json_makes_longer_than_a_line_may_be_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claude_module, "MAX_LINE", 10_000)
+    for bad in (b"\x01", b"\xff", b'"'):
+        data, value = decode_line(bad * 10_000)
+        assert load_json(data) == value
+        assert len(data) < 10_000 + 100
+        assert len(value["text"]) > 1000
+    assert decode_line(b"x" * 9_000)[1]["text"] == "x" * 9_000
+
+
 async def start(tmp_path: Path, script: str) -> ClaudeProcess:
     """Start a Python script in claude's stead."""
     (tmp_path / "script.py").write_text(script)
