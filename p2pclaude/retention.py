@@ -53,7 +53,8 @@ class Retention:
             try:
                 removed = await self._table.remove(session_id)
             except OSError as error:
-                self._log(Event.WARNING, message=f"a session cannot be deleted: {error.strerror}", session=session_id)
+                reason = (error.strerror or str(error)).lower()
+                self._log(Event.WARNING, message=f"a session cannot be deleted: {reason}", session=session_id)
                 continue
             if removed:
                 self._log(Event.REMOVED, session=session_id)

@@ -279,13 +279,13 @@ class Session:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def remove(self) -> None:
-        """Delete the session with all it has said."""
+    async def remove(self, *, ignore_errors: bool = False) -> None:
+        """Delete the session with all it has said. Raises OSError, maybe with some of it deleted."""
         await self.settle_writes()
         if self.journal is not None:
             self.journal.close()
             self.journal = None
-        await asyncio.to_thread(shutil.rmtree, self.path, ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, self.path, ignore_errors=ignore_errors)
 
     async def settle_turns(self, reason: str) -> None:
         """Say of each message that claude was handed and never answered what becomes of it; no claude may run.

@@ -195,7 +195,7 @@ class SessionTable:
                     await session.create()
                 seq = await self._start(session, launch, Event.SPAWNED, spawn)
             except BaseException:
-                await session.remove()
+                await session.remove(ignore_errors=True)
                 del self._sessions[session_id]
                 self._changed()
                 raise
@@ -293,7 +293,11 @@ class SessionTable:
             return False
         async with session.lifecycle:
             del self._sessions[session_id]
-            await session.remove()
+            try:
+                await session.remove()
+            except OSError:
+                self._sessions[session_id] = session
+                raise
         self._changed()
         return True
 
@@ -419,7 +423,7 @@ class SessionTable:
                 await journal.synced(seq)
                 return session, seq
             if journal.last_seq == 0 and not session.is_live:  # a crash cut the first attempt short
-                await session.remove()
+                await session.remove(ignore_errors=True)
                 del self._sessions[session.info.session_id]
         return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sessions_kit import Place, prepare, read_results, run
+from sessions_kit import Place, outputs, prepare, read_all, read_results, run
 from sim.loop import SimLoop
 
 from p2pclaude.launcher import Spawn
@@ -47,6 +47,26 @@ def test_only_ended_sessions_that_are_old_enough_go(place: Place) -> None:
             await table.spawn(Spawn(session_id="old", text="x"))  # the id is free again
             await read_results(table, "old")
         assert [line["session"] for line in place.log.events("session-removed")] == ["old"]
+
+    run(main())
+
+
+def test_what_cannot_be_deleted_is_said_and_stays(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(Spawn(session_id="s", text="x"))
+            await read_results(table, "s")
+            await table.stop("s")
+        ended_at(place, "s", NOW - 9 * DAY_SECONDS)
+        (place.sessions / "s").rename(place.path / "elsewhere")
+        (place.sessions / "s").symlink_to(place.path / "elsewhere")  # which is not followed
+        async with place.table() as table:
+            await Retention(table, 3, place.log, clock=lambda: NOW).remove_old()
+            assert [session["sessionId"] for session in table.listing(everything=True)] == ["s"]
+            assert outputs(await read_all(table, "s"), "result")
+        assert place.log.events("session-removed") == []
+        (warning,) = place.log.events("warning")
+        assert warning["message"].startswith("a session cannot be deleted: cannot call rmtree on a symbolic link")
 
     run(main())
 
