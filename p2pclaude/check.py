@@ -146,7 +146,7 @@ def _space(free: int) -> Finding:
 
 
 def _check_sessions(path: Path) -> list[Finding]:
-    sessions = sorted(path.iterdir()) if path.is_dir() else []
+    sessions = [entry for entry in sorted(path.iterdir()) if entry.is_dir()] if path.is_dir() else []
     damaged = []
     for session in sessions:
         try:
@@ -156,7 +156,7 @@ def _check_sessions(path: Path) -> list[Finding]:
         if not good:
             damaged.append(session.name)
     found = [Finding(Level.OK, "sessions", f"{len(sessions) - len(damaged)} of them can be read")]
-    hint = "they are left out; restore session.json from a backup, or remove the directories"
+    hint = "it cannot go on, but may be read; restore session.json from a backup, or remove the directory"
     return found + [Finding(Level.WARNING, "sessions", f"{name} is damaged", hint) for name in damaged[:5]]
 
 

@@ -94,6 +94,7 @@ def test_keys_modes_and_sessions(place: Place) -> None:
     (data / "sessions" / "broken").mkdir(parents=True)
     (data / "sessions" / "broken" / "session.json").write_text("{")
     (data / "sessions" / "of-another").mkdir()
+    (data / "sessions" / ".DS_Store").write_text("no session")
     found = findings(place)
     assert "0644" in of(found, "data directory").text
     assert [f.text for f in found if f.subject == "sessions"] == [
