@@ -102,7 +102,7 @@ def find_claude(explicit: str | None, environ: Mapping[str, str]) -> Path:
         if place.startswith("~") and not home:
             continue
         candidate = Path(place.replace("~", home or "", 1)) / "claude"
-        if candidate.is_file() and os.access(candidate, os.X_OK):
+        if os.access(candidate, os.X_OK) and candidate.is_file():  # in this order: is_file may raise
             return candidate
     raise Unavailable("claude was not found on PATH or in the usual places", hint=_INSTALL_HINT)
 

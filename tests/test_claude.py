@@ -107,6 +107,16 @@ def test_a_conversation_is_known_by_its_transcript(tmp_path: Path) -> None:
     assert has_conversation("ID", elsewhere) is True
 
 
+def test_a_home_that_may_not_be_entered_holds_no_claude(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: Any) -> os.stat_result:
+        raise PermissionError(13, "Permission denied")  # as under systemd's ProtectHome
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    monkeypatch.setattr(claude_module, "_USUAL_PLACES", ("~/.local/bin",))
+    with pytest.raises(Unavailable, match="not found"):
+        find_claude(None, {"PATH": "", "HOME": str(tmp_path / "home")})
+
+
 def test_objects_stay_as_they_are_and_anything_else_is_kept() -> None:
     line = b' {"a": 1.0, "b":"\\u00e9"}\r'
     assert decode_line(line) == (line.strip(), {"a": 1.0, "b": "é"})
