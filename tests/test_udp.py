@@ -134,6 +134,18 @@ def test_every_datagram_arrives_as_it_was(kind: str) -> None:
     run(work)
 
 
+def test_a_datagram_longer_than_any_of_the_protocol_is_cut(kind: str) -> None:
+    """A persistent node keeps what strangers send it: 65,536 values, and a datagram could bring 64 KiB."""
+
+    async def work(one: Inbox, two: Inbox) -> None:
+        one.socket.send([b"a" * 60_000], two.socket.address, fragment=True)
+        one.socket.send([b"b" * 9000] * 3, two.socket.address)
+        await two.wait(4)
+        assert two.data == [b"a" * 2048] + [b"b" * 2048] * 3
+
+    run(work)
+
+
 def test_sources_are_not_confused(kind: str) -> None:
     async def work(one: Inbox, two: Inbox) -> None:
         others = [Inbox() for _ in range(5)]

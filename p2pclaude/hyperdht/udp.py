@@ -25,7 +25,7 @@ from .endpoint import Arrival
 from .interfaces import host_addresses
 
 BATCH: Final = 128  # datagrams a turn: enough to amortise the turn, few enough to let others run
-RECEIVE_BYTES: Final = 2048  # no datagram of this protocol is larger
+RECEIVE_BYTES: Final = 2048  # no datagram of this protocol is larger; of others the rest is cut off
 TRAIN_BYTES: Final = 65507  # what one IPv4 datagram could hold: the kernel's limit for a train
 TRAIN_DATAGRAMS: Final = 64  # linux/udp.h UDP_MAX_SEGMENTS, before it was raised
 BUFFER_BYTES: Final = 2 << 20
@@ -195,8 +195,9 @@ class UdpSocket:
             if level == _SOL_UDP and kind == _UDP_GRO:
                 size = int.from_bytes(value, sys.byteorder)
                 if 0 < size < len(data):
-                    return [data[start : start + size] for start in range(0, len(data), size)], source
-        return [data], source
+                    kept = min(size, RECEIVE_BYTES)
+                    return [data[start : start + kept] for start in range(0, len(data), size)], source
+        return [data[:RECEIVE_BYTES]], source  # a train's room would hold a whole one of 64 KiB
 
     def close(self) -> None:
         """Stop reading and close; what was not sent yet is lost."""
