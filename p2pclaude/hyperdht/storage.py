@@ -13,9 +13,10 @@ from .constants import MAX_VALUE_BYTES, Command, ErrorCode
 from .crypto import NS_ANNOUNCE, NS_MUTABLE_PUT, NS_UNANNOUNCE, KeyPair, announce_signable, sign, verify
 from .crypto import hash as blake2b
 from .encoding import Address, uint
-from .errors import DecodeError, RemoteError, TooFewNodes
+from .errors import DecodeError, HyperDHTError, RemoteError, TooFewNodes
 from .messages import (
     Announce,
+    MutableGetReply,
     MutablePut,
     Peer,
     decode_lookup_reply,
@@ -29,7 +30,7 @@ from .messages import (
 from .node import Node
 from .persistent import Persistent
 from .query import Query
-from .records import LOOKUP_RECORDS
+from .records import LOOKUP_RECORDS, check_mutable_put
 from .requests import Reply, Value
 
 
@@ -58,20 +59,32 @@ class Storage:
     async def mutable_put(self, key_pair: KeyPair, value: bytes, seq: int) -> None:
         """Store a signed value on the nodes closest to the key.
 
-        Raises ValueError for a value over `MAX_VALUE_BYTES`, RemoteError (SEQ_REUSED, SEQ_TOO_LOW) when every node
-        refused, TooFewNodes when there was none.
+        Raises ValueError for a value over `MAX_VALUE_BYTES`, RemoteError (SEQ_REUSED, SEQ_TOO_LOW) when a node holds a
+        newer record or every node refused, TooFewNodes when there was none.
         """
         _check_size(value)
         target = blake2b(key_pair.public_key)
         signature = sign(key_pair, NS_MUTABLE_PUT + blake2b(encode_mutable_signable(seq, value)))
-        put = encode_mutable_put(MutablePut(key_pair.public_key, seq, value, signature))
+        put = MutablePut(key_pair.public_key, seq, value, signature)
         query = self._node.query(Command.MUTABLE_GET, target, value=uint(0))
         error = ErrorCode.NONE
         if not self._node.ephemeral:
             error = self._own.mutables.put(target, seq, value, signature, _now())
-        await self._store(query, Command.MUTABLE_PUT, target, put)
-        if error != ErrorCode.NONE:
-            raise RemoteError(error)
+        refusers = await self._store(query, Command.MUTABLE_PUT, target, encode_mutable_put(put))
+        # One node that holds a newer record is enough: readers will prefer that.
+        errors = (error, *await asyncio.gather(*(self._conflict_at(refuser, target, put) for refuser in refusers)))
+        if conflict := max(errors):
+            raise RemoteError(conflict)
+
+    async def _conflict_at(self, refuser: Address, target: bytes, put: MutablePut) -> ErrorCode:
+        """Ask a node that refused a record for the one it prefers: its word alone would let it spoil every put."""
+        try:
+            reply = await self._node.rpc.request(refuser, Command.MUTABLE_GET, target=target, value=uint(put.seq))
+        except HyperDHTError:
+            return ErrorCode.NONE
+        found = _valid_mutable(put.public_key, reply)
+        stored = None if found is None else MutableGetReply(*found, b"")
+        return check_mutable_put(stored, put.seq, put.value)
 
     async def mutable_get(self, public_key: bytes, seq: int, latest: bool) -> MutableRecord | None:
         """Return the newest valid record of a key (`latest`), or the first one found; None if there is none."""
@@ -166,26 +179,30 @@ class Storage:
             return_exceptions=True,  # who does not answer now will forget it by itself
         )
 
-    async def _store(self, query: Query, command: Command, target: bytes, value: bytes) -> None:
+    async def _store(self, query: Query, command: Command, target: bytes, value: bytes) -> list[Address]:
+        """Store a value where a walk ends; give the nodes that refused it."""
         try:
-            await self._commit(query, command, target, lambda reply: value)
+            return await self._commit(query, command, target, lambda reply: value)
         except TooFewNodes:
             if self._node.ephemeral:
                 raise
+            return []
 
-    async def _commit(self, query: Query, command: Command, target: bytes, value_of: Callable[[Reply], Value]) -> None:
+    async def _commit(
+        self, query: Query, command: Command, target: bytes, value_of: Callable[[Reply], Value]
+    ) -> list[Address]:
+        refusers: list[Address] = []
+
         async def ask(reply: Reply) -> None:
             answer = await self._node.rpc.request(
                 reply.source, command, target=target, value=value_of(reply), token=reply.token
             )
             if answer.error != ErrorCode.NONE:
+                refusers.append(reply.source)
                 raise RemoteError(answer.error)
 
-        await query.finished()
         await query.commit(ask)
-        for error in query.commit_errors:  # one node that holds a newer record is enough: readers will prefer that
-            if isinstance(error, RemoteError) and error.code in (ErrorCode.SEQ_REUSED, ErrorCode.SEQ_TOO_LOW):
-                raise error
+        return refusers
 
 
 def _now() -> float:

@@ -1,0 +1,52 @@
+"""Puts and announcements where a node near the target does not mean well."""
+
+import pytest
+from sim import run
+from sim_dht import swarm
+
+from p2pclaude.hyperdht.constants import Command, ErrorCode
+from p2pclaude.hyperdht.errors import RemoteError
+from p2pclaude.hyperdht.records import MutableStore
+from p2pclaude.hyperdht.requests import IncomingRequest
+
+
+def test_a_node_that_refuses_everything_spoils_no_put() -> None:
+    """Its word that it holds a newer record counts when it shows one."""
+
+    async def main() -> None:
+        async with swarm(1, 10) as network:
+            liar, reader = network.nodes[3:5]
+            writer = await network.join(network.net.host("5.2.0.1"))
+            honest, refused = liar.node.on_request, set()
+
+            def lie(request: IncomingRequest) -> bool:
+                if request.token is None:
+                    return honest(request)
+                refused.add(request.command)
+                request.error(ErrorCode.SEQ_TOO_LOW)
+                return True
+
+            liar.node.on_request = lie
+            for seq in (1, 2):
+                await writer.mutable_put(writer.key_pair, b"record", seq)
+                assert await reader.mutable_get(writer.key_pair.public_key) == (seq, b"record")
+            assert await reader.immutable_get(await writer.immutable_put(b"value")) == b"value"
+            await writer.announce(bytes(32))
+            assert refused == {Command.MUTABLE_PUT, Command.IMMUTABLE_PUT, Command.ANNOUNCE}
+
+    run(main(), seed=1)
+
+
+def test_one_node_that_holds_a_newer_record_is_enough_to_refuse_a_put() -> None:
+    async def main() -> None:
+        async with swarm(1, 10) as network:
+            writer = await network.join(network.net.host("5.2.0.1"))
+            await writer.mutable_put(writer.key_pair, b"newer", 2)
+            for node in [*network.nodes[1:], network.bootstrap]:
+                node._persistent.mutables = MutableStore()
+            for seq, code in ((1, ErrorCode.SEQ_TOO_LOW), (2, ErrorCode.SEQ_REUSED)):
+                with pytest.raises(RemoteError) as caught:
+                    await writer.mutable_put(writer.key_pair, b"other", seq)
+                assert caught.value.code == code
+
+    run(main(), seed=1)
