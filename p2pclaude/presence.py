@@ -92,6 +92,7 @@ class Presence:
         self._news.set()  # what an earlier run left in the DHT is out of date
         self._stored: object = None
         self._seq = 0
+        self._knows_last = False
         self._looked_at = asyncio.get_running_loop().time()
 
     def changed(self) -> None:
@@ -117,16 +118,21 @@ class Presence:
             return
         self._seq = max(await self._last_seq() + 1, _now_ms())
         value = encode_record(self._data_key, record)
-        await self._node.mutable_put(self._key_pair, value, self._seq)
+        self._knows_last = True
+        try:
+            await self._node.mutable_put(self._key_pair, value, self._seq)
+        except Exception:
+            self._knows_last = False  # perhaps refused
+            raise
         self._stored = record["sessions"]
         self._log(Event.RECORD_STORED, seq=self._seq, sessions=len(record["sessions"]))
 
     async def _last_seq(self) -> int:
         """Give the number to go beyond; that of an earlier run may be ahead of a clock that was set back."""
-        if self._seq:
+        if self._knows_last:
             return self._seq
         found = await self._node.mutable_get(self._key_pair.public_key)
-        return 0 if found is None else found.seq
+        return self._seq if found is None else max(self._seq, found.seq)
 
     async def _refresh_regularly(self) -> None:
         while True:

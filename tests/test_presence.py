@@ -10,7 +10,7 @@ from fake_dht import FakeDHT, FakeServer
 from sessions_kit import KeptLog
 from sim import run
 
-from p2pclaude.hyperdht import KeyPair
+from p2pclaude.hyperdht import KeyPair, TooFewNodes
 from p2pclaude.presence import REPUBLISH_SECONDS, RETRY_SECONDS, Presence, encode_record
 from p2pclaude.record import decode_record
 from p2pclaude.wire import seal, unseal
@@ -150,6 +150,22 @@ def test_a_clock_that_was_set_back_makes_no_older_record() -> None:
         one.presence.changed()
         await asyncio.sleep(1)
         assert [seq for seq, _ in one.dht.records] == [ahead, ahead + 1, ahead + 2]
+
+    on_bench(work)
+
+
+def test_after_a_failure_it_looks_again_for_the_number_to_go_beyond() -> None:
+    """A machine without a clock of its own boots in the past, and its network comes later."""
+    ahead = time.time_ns() // 1_000_000 + 10**10
+
+    async def work(one: Bench) -> None:
+        one.dht.put_error = TooFewNodes("no DHT node answered")
+        await asyncio.sleep(5)  # nothing found in a network that is not there, and nothing stored
+        assert one.log.events("record-failed")
+        one.dht.put_error = None
+        one.dht.records.append((ahead, seal(KEY, sessions(1)).encode()))
+        await asyncio.sleep(RETRY_SECONDS + 1)
+        assert [seq for seq, _ in one.dht.records] == [ahead, ahead + 1]
 
     on_bench(work)
 
