@@ -217,6 +217,31 @@ def test_a_refused_token_is_replaced_once_with_its_value() -> None:
     run(main())
 
 
+def test_a_token_refused_while_a_resend_waits_for_room_is_replaced_once() -> None:
+    """What is left of the former attempt in the queue is no second one."""
+
+    async def main() -> None:
+        net = SimNetwork(link=Link(latency=(0.35, 0.35)))
+        heard: list[bytes | None] = []
+
+        def answer(request: IncomingRequest) -> None:
+            net.internet.link = Link(latency=(0.01, 0.01))
+            heard.append(request.value)
+            request.reply()
+
+        ask, serve = await pair(net, answer)
+        call = ask.rpc.start(serve.address, 4, token=b"\x01" * 32, value=lambda token: token, timeout=0.6)
+        crowd = [ask.rpc.start(("9.9.9.9", 9), 3, timeout=60, retries=0) for _ in range(100)]
+        assert (await call.future).error == ErrorCode.NONE
+        assert ask.rpc.stats.token_retries == 1
+        await asyncio.sleep(5)
+        assert heard == [serve.rpc.issue_token(ask.address[0])]
+        for other in crowd:
+            other.cancel()
+
+    run(main())
+
+
 def test_a_value_that_cannot_be_made_for_the_new_token_is_the_callers_error() -> None:
     def sign(token: bytes) -> bytes:
         if token != b"\x01" * 32:

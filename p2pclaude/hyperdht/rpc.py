@@ -303,7 +303,7 @@ class Rpc:
     def _drain(self) -> None:
         while self._queue and not self._window.full:
             call = self._queue.popleft()
-            if call in self._calls:
+            if call in self._calls and call.timer is None:  # with a timer it was sent since, for a new token
                 self._send(call)
 
     # being asked and answered
