@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from dht_nodes import PORT, Peer, make_node
+from dht_nodes import PORT, Peer, address_of, dht, make_node
 from sim import SimNetwork, run
 
 from p2pclaude.hyperdht.constants import ErrorCode, InternalCommand
@@ -104,6 +104,24 @@ def test_delayed_pings_come_late_and_their_number_is_bounded() -> None:
         assert not node._internal._delayed
 
     run(main(), check_timers=False)
+
+
+def test_a_delayed_ping_without_an_answer_costs_no_node_its_place() -> None:
+    """It asks how long a NAT keeps a mapping: silence is an answer, and says nothing about the node."""
+
+    async def main() -> None:
+        async with dht(SimNetwork(), 3) as nodes:
+            asking, other = nodes[1:]
+            other._internal._handlers[InternalCommand.DELAYED_PING] = lambda request: None
+            assert other.id is not None and other.id in asking.table
+            delayed = asyncio.create_task(asking.delayed_ping(address_of(other), 1.0))
+            await asyncio.sleep(1)
+            await asking.ping(address_of(nodes[0]))
+            with pytest.raises(Timeout):
+                await delayed
+            assert other.id in asking.table
+
+    run(main())
 
 
 def test_down_hints_make_it_look_within_limits() -> None:

@@ -222,8 +222,11 @@ class Upkeep:
             self.tick += 1
 
     def on_timeout(self, call: OutgoingRequest) -> None:
-        """Forget a node that never answered a ping or lookup of ours; relayed commands say nothing about it."""
-        if call.internal and call.command != InternalCommand.PING_NAT:
+        """Forget a node that never answered a ping or lookup of ours; relayed commands say nothing about it.
+
+        Nor do the two that ask what a NAT lets in.
+        """
+        if call.internal and call.command not in (InternalCommand.PING_NAT, InternalCommand.DELAYED_PING):
             self.forget(call)
 
 
