@@ -1,7 +1,7 @@
 """Whether the network answers at all (ring 1): online, degraded, offline.
 
-`node` reports its counters once a tick (5 s); the announcer waits while the node is offline. One bad tick says
-little, so a verdict takes several. Source of the thresholds: dht-rpc lib/health.js.
+`node` reports its counters once a tick (5 s) and says what the verdict is. One bad tick says little, so a verdict takes
+several. Source of the thresholds: dht-rpc lib/health.js.
 """
 
 from collections import deque
