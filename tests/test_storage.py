@@ -5,6 +5,7 @@ from sim import run
 from sim_dht import swarm
 
 from p2pclaude.hyperdht.constants import Command, ErrorCode
+from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.errors import RemoteError
 from p2pclaude.hyperdht.records import MutableStore
 from p2pclaude.hyperdht.requests import IncomingRequest
@@ -48,5 +49,24 @@ def test_one_node_that_holds_a_newer_record_is_enough_to_refuse_a_put() -> None:
                 with pytest.raises(RemoteError) as caught:
                     await writer.mutable_put(writer.key_pair, b"other", seq)
                 assert caught.value.code == code
+
+    run(main(), seed=1)
+
+
+def test_what_the_node_itself_stores_is_unannounced_too() -> None:
+    """Another of the key's holders may have announced it here; a walk does not ask the node that walks."""
+
+    async def main() -> None:
+        async with swarm(1, 5) as network:
+            topic, key_pair = bytes(32), KeyPair.from_seed(bytes(32))
+
+            async def found() -> list[bytes]:
+                return [peer.public_key async for result in reader.lookup(topic) for peer in result.peers]
+
+            announcer, other, reader = network.nodes[:3]
+            await announcer.announce(topic, key_pair)
+            assert key_pair.public_key in await found()
+            await other.unannounce(topic, key_pair)
+            assert await found() == []
 
     run(main(), seed=1)

@@ -136,10 +136,14 @@ class Persistent:
         message = decode_announce(request.value or b"")
         if message.peer is None or not self._is_signed(request, target, message, message.peer, NS_UNANNOUNCE, now):
             return
-        if hash(message.peer.public_key) == target:
-            self._router.remove(target)
-        self.records.remove(target, message.peer.public_key)
+        self.forget(target, message.peer.public_key)
         _acknowledge(request)
+
+    def forget(self, target: bytes, public_key: bytes) -> None:
+        """Forget who announced itself under a target with that key."""
+        if hash(public_key) == target:
+            self._router.remove(target)
+        self.records.remove(target, public_key)
 
     def _is_signed(
         self, request: IncomingRequest, target: bytes, message: Announce, peer: Peer, namespace: bytes, now: float

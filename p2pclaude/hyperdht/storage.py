@@ -158,7 +158,8 @@ class Storage:
         await self._commit(self._node.query(Command.LOOKUP, target), Command.ANNOUNCE, target, signed)
 
     async def unannounce(self, target: bytes, key_pair: KeyPair) -> None:
-        """Take an announcement back from every node on the way to the topic that shows it."""
+        """Take an announcement back from every node on the way to the topic that shows it, and from this one."""
+        self._own.forget(target, key_pair.public_key)
         peer = Peer(key_pair.public_key)
         holders = [
             reply
