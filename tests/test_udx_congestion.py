@@ -1,5 +1,6 @@
 """Congestion control and pacing on a simulated bottleneck, in virtual time."""
 
+import math
 import random
 
 import pytest
@@ -97,6 +98,30 @@ def test_an_application_that_sends_little_measures_nothing() -> None:
         pair.a.stream.write(b"tick")
         pair.run(seconds=0.1)
     assert pair.a.stream.sender.congestion.bandwidth > bandwidth / 2
+
+
+class OnMilliseconds(UdxStream):
+    """A stream on an event loop whose timers come late, up to a millisecond."""
+
+    def get_timer(self) -> float | None:
+        timer = super().get_timer()
+        return None if timer is None else math.ceil(timer * 1000) / 1000 + 0.0003
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_message_that_just_filled_a_burst_is_no_measure_of_the_next(seed: int) -> None:
+    rng = random.Random(seed)
+    pair = Pair(seed, a=OnMilliseconds(1), a_to_b=Link(delay=0.025, rate=1e6), b_to_a=Link(delay=0.025))
+    stream = pair.a.stream
+    stream.write(noise(3_000_000))
+    assert pair.run(lambda: not stream.buffered and not stream.unacked)
+    bandwidth = stream.sender.congestion.bandwidth
+    assert bandwidth == pytest.approx(1e6, rel=0.1)
+    for _ in range(100):
+        stream.write(bytes(rng.choice([100, 100, 300, rng.randint(2000, 10_000), rng.randint(2000, 60_000)])))
+        assert pair.run(lambda: not stream.buffered and not stream.unacked)
+        pair.run(seconds=0.1)
+        assert stream.sender.congestion.bandwidth > bandwidth / 2
 
 
 def test_delivery_rate_ignores_compressed_acknowledgements() -> None:

@@ -63,6 +63,7 @@ class Sender:
         self._rate = DeliveryRate()
         self._pacer = Pacer()
         self._order = 0
+        self._ran_dry = False  # all that there was to send had left
         self._probe_count = 0  # probe timeouts since the last progress
         self._probes_due = 0
         self._last_sent_at = 0.0
@@ -297,6 +298,8 @@ class Sender:
         congestion = self.congestion
         budget = self._pacer.budget(now, congestion.pacing_rate, congestion.quantum)
         allowance = min(congestion.window - self.in_flight, budget)
+        if self._ran_dry and allowance > 0:
+            self._rate.mark_app_limited(self.in_flight)
         burst = Burst(burst_header, self._rate.start_flight(now, self.in_flight))
         before = self.stats.bytes
         if self._probes_due:
@@ -446,8 +449,7 @@ class Sender:
             self._paced_until = self._pacer.ready_at(congestion.pacing_rate, congestion.quantum)
         elif more and allowance > 0 and self.queued and self._window_room() >= self.search.mtu:
             self._paced_until = now  # the burst's limit of packets was reached
-        if allowance > 0 and not more:
-            self._rate.mark_app_limited(self.in_flight)
+        self._ran_dry = not more
         self.window_probe.watch(window_closed, self.rtt.probe_timeout(0), now)
 
     # -- timers
