@@ -3,8 +3,8 @@
 import pytest
 from udx_pair import Link, Pair, noise
 
-from p2pclaude.hyperdht.udx.packet import DATA, DESTROY, END, HEADER, HEARTBEAT, SACK, encode_sack
-from p2pclaude.hyperdht.udx.stream import Closed, UdxStream
+from p2pclaude.hyperdht.udx.packet import DATA, DESTROY, END, HEADER, HEARTBEAT, MAGIC, SACK, encode_sack
+from p2pclaude.hyperdht.udx.stream import Closed, DataReceived, EndReceived, UdxStream
 
 NEAR_WRAP = 0xFFFFFFFF - 40
 
@@ -457,6 +457,25 @@ def test_retransmissions_keep_number_and_payload() -> None:
         if kind_of(data) & DATA:
             payload = data[20 + data[3] :]
             assert payloads.setdefault(seq_of(data), payload) == payload
+
+
+def test_repairs_that_were_not_needed_leave_nothing_behind() -> None:
+    """A peer that heard no acknowledgement sends all of it again, also what waits behind the gap."""
+    sender, receiver = UdxStream(1), UdxStream(2)
+    sender.connect(2, 1.0)
+    receiver.connect(1, 1.0)
+    sender.write(noise(8 * 1152))
+    flight = sender.datagrams_to_send(1.0)
+    receiver.receive_datagrams(flight[1:6], 1.1)
+    assert receiver.receiver.holds_early
+    receiver.receive_datagrams(flight[:3], 1.2)  # it fills the gap, but not all of what waits came again
+    receiver.receive_datagrams(flight[6:], 1.3)
+    assert b"".join(e.data for e in iter(receiver.next_event, None) if isinstance(e, DataReceived)) == noise(8 * 1152)
+    assert not receiver.receiver.holds_early
+    assert not receiver.receiver.sack_ranges
+    receiver.consume(8 * 1152)
+    receiver.receive_datagrams([HEADER.pack(MAGIC, DATA, 0, 2, 0, 8, 0) + b"unread"], 1.4)
+    assert receiver.receiver.advertise() == 4 * 1024 * 1024 - 6
 
 
 def test_a_probe_repeats_what_the_reader_waits_for_before_other_repairs() -> None:

@@ -62,9 +62,13 @@ class Receiver:
 
     def add_in_order(self, payloads: list[bytes], size: int) -> None:
         """Take the payloads of consecutive DATA packets that start at `next_seq`; the caller kept to `room`."""
+        first, self.next_seq = self.next_seq, self.next_seq + len(payloads)
         self.chunks += payloads
-        self.next_seq += len(payloads)
         self.unread += size
+        if self._early:  # what waited behind the gap may have come once more, as a repair that was not needed
+            for seq in range(first, self.next_seq):
+                self._early_bytes -= len(self._early.pop(seq, b""))
+            self.sack_ranges.discard_below(self.next_seq)
 
     def drain(self) -> None:
         """Move what the gap held back and is now in order."""
