@@ -137,6 +137,17 @@ def test_a_late_sack_does_not_hide_what_a_newer_one_said() -> None:
     assert held(stream)[:2] == (8, [12, 13, 14])
 
 
+@pytest.mark.parametrize("ack", [4, 8])
+@pytest.mark.parametrize("kind", [0, DATA])
+def test_what_has_no_ranges_does_not_hide_what_a_sack_before_it_said(kind: int, ack: int) -> None:
+    """A peer that answers sends a packet of DATA behind its acknowledgements; a bare one may be late."""
+    stream = sender()
+    said = sack(stream, FIRST + 8, 1 << 20, [(FIRST + 12, FIRST + 15)])
+    header = HEADER.pack(MAGIC, kind, 0, stream.local_id, 1 << 20, FIRST & SEQ_MASK, (FIRST + ack) & SEQ_MASK)
+    stream.receive_datagrams([said, header + b"answer" if kind else header], 9.0)
+    assert held(stream)[:2] == (8, [12, 13, 14])
+
+
 def sack(stream: UdxStream, ack: int, window: int, ranges: list[tuple[int, int]]) -> bytes:
     """Return an acknowledgement with ranges for that stream."""
     header = HEADER.pack(MAGIC, SACK, 0, stream.local_id, window, FIRST & SEQ_MASK, ack & SEQ_MASK)

@@ -221,6 +221,7 @@ class UdxStream:
         run_bytes = 0
         expected, last_ack, last_window, room = self._usual()
         latest: _Ack | None = None  # the last acknowledgement of a run that says something new
+        ranged = False  # it has ranges, which a packet without any does not say again
         next_seq, unacked = self._sender.next_seq, self._sender.next_seq - self._sender.acked_below
         for data in datagrams:
             size = len(data)
@@ -233,7 +234,7 @@ class UdxStream:
                 continue
             if seq == expected and kind == DATA and not offset and run_bytes + size <= room:
                 known = ack == last_ack and window == last_window
-                if known or (next_seq - ack) & SEQ_MASK <= unacked:
+                if known or (not ranged and (next_seq - ack) & SEQ_MASK <= unacked):
                     if not known:
                         unacked = (next_seq - ack) & SEQ_MASK
                         latest = data, kind, window, seq, ack
@@ -242,15 +243,16 @@ class UdxStream:
                     run_bytes += size - HEADER_BYTES
                     expected = (seq + 1) & SEQ_MASK
                     continue
-            bare = (kind == 0 and size == HEADER_BYTES) or (kind == SACK and not offset)
+            bare = (kind == 0 and size == HEADER_BYTES and not ranged) or (kind == SACK and not offset)
             if bare and seq == expected and (next_seq - ack) & SEQ_MASK <= unacked:
                 unacked = (next_seq - ack) & SEQ_MASK
                 latest = data, kind, window, seq, ack
+                ranged = kind == SACK
                 self.stats.packets += 1
                 self.stats.bytes += size
                 continue
             self._settle(run, run_bytes, latest, now)
-            run, run_bytes, latest = [], 0, None
+            run, run_bytes, latest, ranged = [], 0, None, False
             self.stats.packets += 1
             self.stats.bytes += size
             self._receive_packet(data, kind, offset, window, seq, ack, now)
