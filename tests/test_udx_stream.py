@@ -244,6 +244,21 @@ def test_destroy_before_connect_is_silent() -> None:
     assert stream.datagrams_to_send(0.0) == []
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_what_comes_before_a_destroy_is_read(together: bool) -> None:
+    stream = UdxStream(1)
+    stream.connect(2, 1.0)
+    kinds = [(DATA, b"the last "), (DATA, b"words"), (END, b""), (DESTROY, b"")]
+    packets = [HEADER.pack(MAGIC, kind, 0, 1, 1 << 20, seq, 0) + data for seq, (kind, data) in enumerate(kinds)]
+    events = []
+    for batch in [packets] if together else [[packet] for packet in packets]:
+        stream.receive_datagrams(batch, 1.1)
+        events += list(iter(stream.next_event, None))
+    assert b"".join(event.data for event in events if isinstance(event, DataReceived)) == b"the last words"
+    assert events[-2:] == [EndReceived(), Closed("ECONNRESET")]
+    assert stream.finished
+
+
 def test_an_old_destroy_is_ignored() -> None:
     pair = Pair()
     pair.a.stream.write(b"x")

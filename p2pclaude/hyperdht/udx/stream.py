@@ -306,7 +306,9 @@ class UdxStream:
             if not self._receiver.receive(seq, data[start:], bool(kind & END)):
                 self.stats.dropped += 1
         if kind & DESTROY and seq >= self._receiver.next_seq:
-            self._close(ECONNRESET)
+            self._finish_batch(now)  # what came in order before it is the reader's
+            if not self.closed:
+                self._close(ECONNRESET)
             self.finished = True
             return
         if kind & MESSAGE:
