@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from udx_pair import Link, Pair, noise
 
 from p2pclaude.hyperdht.udx.packet import DATA, DESTROY, END, HEADER, HEARTBEAT, MAGIC, MESSAGE, SACK, encode_sack
+from p2pclaude.hyperdht.udx.sender import MAX_PACKETS_UNDER_WAY
 from p2pclaude.hyperdht.udx.stream import Closed, DataReceived, EndReceived, UdxStream
 
 U32 = st.integers(0, 0xFFFFFFFF)
@@ -179,6 +180,29 @@ def test_messages_from_the_peer_cost_one_event_each() -> None:
     stream = connected()
     stream.receive_datagrams([pack(MESSAGE, 0, 0, bytes(1400))] * 10, 1.0)
     assert sum(1 for _ in iter(stream.next_event, None)) == 10
+
+
+def test_a_peer_that_holds_all_but_the_first_packet_keeps_nobody_busy() -> None:
+    """No more packets may be under way at once: there is nothing to wake up for until the first has arrived."""
+    stream = connected()
+    now, wakes = 1.0, 0
+    while not stream.closed and stream.sender.next_seq < MAX_PACKETS_UNDER_WAY:
+        for _ in range(100):
+            stream.write(b"x")
+            stream.datagrams_to_send(now)  # a packet for each byte
+            now += 0.0001
+        held = encode_sack([(1, stream.sender.next_seq)])
+        stream.receive_datagrams([pack(SACK, 0, 0, held, window=1 << 24)], now)
+    stream.write(bytes(5000))
+    end = now + 0.05
+    while now < end:
+        stream.datagrams_to_send(now)
+        timer = stream.get_timer()
+        assert timer is not None
+        now = max(now + 0.0001, timer)
+        stream.handle_timer(now)
+        wakes += 1
+    assert wakes < 20
 
 
 def test_padding_longer_than_the_packet_is_bad() -> None:
