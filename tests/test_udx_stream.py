@@ -334,6 +334,26 @@ def test_a_dead_path_is_noticed() -> None:
     assert 11 < pair.now - began < 14
 
 
+def test_a_dead_path_is_noticed_although_the_application_goes_on_writing() -> None:
+    """A timer that comes late finds that something has just left; that must not put off for ever what it is for."""
+    pair = Pair()
+    pair.a.stream.write(noise(3_000_000))
+    assert pair.run(lambda: pair.a.stream.unacked == 0 and not pair.a.stream.buffered)
+    stream, began = pair.a.stream, pair.now
+    for turn in range(300):
+        now = began + turn * 0.05
+        stream.write(b"output")
+        stream.datagrams_to_send(now)
+        timer = stream.get_timer()
+        if timer is not None and timer < now + 0.04:
+            stream.handle_timer(now + 0.04)
+            stream.datagrams_to_send(now + 0.04)
+        if stream.closed:
+            break
+    assert stream.closed
+    assert 11 < now - began < 14
+
+
 def test_a_path_that_never_worked_is_noticed() -> None:
     pair = Pair(a_to_b=Link(loss=1.0))
     began = pair.now

@@ -469,7 +469,9 @@ class Sender:
             return None
         give_up_at = self._progress_at + GIVE_UP_S
         probe_at = max(self._last_sent_at, self._progress_at) + self.rtt.probe_timeout(self._probe_count)
-        return give_up_at if self._last_sent_at < give_up_at < probe_at else probe_at
+        # With no room it may be time to give up, and still too early, for there are answers.
+        awaited = self._last_sent_at < give_up_at or self.peer_window >= self.search.mtu
+        return give_up_at if awaited and give_up_at < probe_at else probe_at
 
     def _alive_at(self, last_heard: float) -> float:
         """Return the last sign of a path that works; mere answers count while the peer has no room for data."""
