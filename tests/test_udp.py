@@ -55,6 +55,7 @@ class Refusing:
 
     def __init__(self, inner: Any, trains: int = 0) -> None:
         self.inner, self.trains = inner, trains
+        self.largest = 0  # datagrams over this size are too large, and trains of others are not refused
         self.full: set[int] = set()  # numbers of calls that find the kernel's buffer full
         self.calls: list[int] = []  # datagrams of each call that went through
         self.got: list[int] = []  # bytes of each call that brought some
@@ -70,6 +71,8 @@ class Refusing:
         self.calls.append(count)
 
     def sendto(self, data: bytes, to: Address) -> int:
+        if 0 < self.largest < len(data):
+            raise OSError(errno.EMSGSIZE, "too large")
         self._pass(1)
         sent: int = self.inner.sendto(data, to)
         return sent
@@ -80,7 +83,7 @@ class Refusing:
         return got
 
     def sendmsg(self, datagrams: list[bytes], ancillary: Any, flags: int, to: Address) -> int:
-        if self.trains:
+        if self.trains and len(datagrams[0]) > self.largest:
             raise OSError(self.trains, "no trains here")
         self._pass(len(datagrams))
         sent: int = self.inner.sendmsg(datagrams, ancillary, flags, to)
@@ -196,6 +199,23 @@ def test_what_an_interface_refuses_leaves_one_by_one(error: int) -> None:
         await two.wait(2 * len(sent))
         assert two.data == sent * 2
         assert refusing.calls == [1] * 102
+
+    run(work)
+
+
+@has_trains
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EMSGSIZE])
+def test_what_is_too_large_for_the_interface_is_lost_alone(error: int) -> None:
+    """A probe of the path's MTU, and what follows it: the errors are those of older kernels and of newer ones."""
+
+    async def work(one: Inbox, two: Inbox) -> None:
+        refusing = refuse(one.socket, trains=error)
+        refusing.largest = FULL
+        sent = numbered([FULL + 100] + [FULL] * 20 + [3])
+        for _ in range(2):
+            one.socket.send(sent, two.socket.address)
+        await two.wait(2 * (len(sent) - 1))
+        assert two.data == sent[1:] * 2 and refusing.calls == [21] * 2
 
     run(work)
 

@@ -42,7 +42,7 @@ _UDP_SEGMENT: Final = 103  # linux/udp.h
 _UDP_GRO: Final = 104
 _SEGMENT_SIZE: Final = struct.Struct("=H")
 _ANCILLARY_BYTES: Final = 32  # room for one message with an int
-_REFUSALS: Final = {errno.EIO, errno.EINVAL, errno.ENOPROTOOPT, errno.EOPNOTSUPP}
+_REFUSALS: Final = {errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.ENOPROTOOPT, errno.EOPNOTSUPP}
 
 
 class UdpSocket:
@@ -104,11 +104,14 @@ class UdpSocket:
     def _hand_over(self, datagrams: Sequence[bytes], to: Address) -> int:
         """Give datagrams to the kernel; return how many are gone, fewer than all when its buffer is full."""
         gone, count = 0, len(datagrams)
+        refused = -1  # the first datagram of a train that was refused
         while gone < count:
-            end = _train_end(datagrams, gone) if count - gone > 1 and self._sends_trains else gone + 1
+            trains = self._sends_trains and gone != refused and count - gone > 1
+            end = _train_end(datagrams, gone) if trains else gone + 1
             try:
                 if end - gone == 1:
                     self._socket.sendto(datagrams[gone], to)
+                    self._sends_trains &= gone != refused  # it was not too large: go on one by one
                 else:
                     size = _SEGMENT_SIZE.pack(len(datagrams[gone]))
                     self._socket.sendmsg(datagrams[gone:end], [(_SOL_UDP, _UDP_SEGMENT, size)], 0, to)
@@ -116,7 +119,7 @@ class UdpSocket:
                 return gone
             except OSError as error:
                 if end - gone > 1 and error.errno in _REFUSALS:
-                    self._sends_trains = False  # nothing of it left: go on one by one
+                    refused = gone  # nothing of it left
                     continue
                 # No route, too large, refused by a firewall: lost, as on any wire.
             gone = end
