@@ -163,6 +163,34 @@ def test_nothing_comes_after_the_end() -> None:
     assert events_of(stream) == [DataReceived(b"the end"), EndReceived()]
 
 
+def test_repairs_that_were_not_needed_leave_nothing_behind() -> None:
+    """A peer that heard no acknowledgement sends all of it again, also what waits behind the gap."""
+    stream = connected()
+    packets = [pack(DATA, seq, 0, b"%d" % seq) for seq in range(9)]
+    stream.receive_datagrams(packets[1:6], 1.1)
+    assert stream.receiver.holds_early
+    stream.receive_datagrams(packets[:3], 1.2)  # it fills the gap, but not all of what waits came again
+    stream.receive_datagrams(packets[6:8], 1.3)
+    assert events_of(stream) == [DataReceived(b"012345"), DataReceived(b"67")]
+    assert not stream.receiver.holds_early
+    assert not stream.receiver.sack_ranges
+    stream.consume(8)
+    stream.receive_datagrams(packets[8:], 1.4)
+    assert stream.receiver.advertise() == 4 * 1024 * 1024 - 1
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_comes_before_a_destroy_is_read(together: bool) -> None:
+    stream = connected()
+    packets = [pack(DATA, 0, 0, b"last "), pack(DATA, 1, 0, b"words"), pack(END, 2), pack(DESTROY, 3)]
+    for batch in [packets] if together else [[packet] for packet in packets]:
+        stream.receive_datagrams(batch, 1.1)
+    *data, end, closed = events_of(stream)
+    assert b"".join(event.data for event in data if isinstance(event, DataReceived)) == b"last words"
+    assert (end, closed) == (EndReceived(), Closed("ECONNRESET"))
+    assert stream.finished
+
+
 def test_an_end_before_data_that_is_here_is_a_lie() -> None:
     stream = connected()
     stream.receive_datagrams([pack(DATA, 2, 0, b"c"), pack(END, 1), pack(DATA, 0, 0, b"a")], 1.0)

@@ -444,12 +444,12 @@ class Sender:
         """Note why nothing more leaves: pacing (END waits for it too), a window, or no data."""
         more = bool(self._lost or self.queued or self._end_due)
         window_closed = self.queued > 0 and not self._packets and self.peer_window <= 0
+        full = self.next_seq >= self.acked_below + MAX_PACKETS_UNDER_WAY
         if more and budget <= 0 and not window_closed:
             congestion = self.congestion
             self._paced_until = self._pacer.ready_at(congestion.pacing_rate, congestion.quantum)
-        elif allowance > 0 and self.queued and self._window_room() >= self.search.mtu:
-            if self.next_seq < self.acked_below + MAX_PACKETS_UNDER_WAY:
-                self._paced_until = now  # the burst's limit of packets was reached
+        elif allowance > 0 and self.queued and not full and self._window_room() >= self.search.mtu:
+            self._paced_until = now  # the burst's limit of packets was reached
         self._ran_dry = not more
         self.window_probe.watch(window_closed, self.rtt.probe_timeout(0), now)
 
