@@ -20,7 +20,7 @@ from .streams import Stream
 
 READ_BYTES: Final = 65536
 READ_HIGH_WATER: Final = 1 << 20  # unread plaintext above which the peer's window is no longer opened
-WRITE_HIGH_WATER: Final = 1 << 20  # bytes not acknowledged above which write() waits
+WRITE_HIGH_WATER: Final = 1 << 20  # bytes not sent yet above which write() waits
 WRITE_CHUNK: Final = 256 << 10  # sealed at a time, so that a large write neither doubles in memory nor holds the loop
 CLOSE_TIMEOUT: Final = 6.0  # an end is sent eight times meanwhile
 CLOSE_INTERVAL: Final = 0.5  # between looks at what was acknowledged
