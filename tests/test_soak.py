@@ -141,3 +141,10 @@ def test_progress_names_the_seed_to_go_on_with(capsys: pytest.CaptureFixture[str
 def test_sizes_are_read() -> None:
     assert [parse_size(text) for text in ("1", "5GB", "1TB", "0.5MB")] == [1, 5 * 10**9, 10**12, 500_000]
     assert set(UNITS) == {"", "KB", "MB", "GB", "TB"}
+
+
+def test_a_repeat_that_is_lost_before_anybody_watches_is_the_roads_fault() -> None:
+    """In this scenario what the reader waits for is lost once more a millisecond before its wait is a long one."""
+    result = run_seed(1029088)
+    assert not result.failure
+    assert result.size > 10_000_000

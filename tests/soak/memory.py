@@ -240,6 +240,7 @@ class End:
                 return
             self._wait = _Wait(self)
             self.look_at = inf
+            self._hindered_at = max(self._hindered_at, self._sent_at())
         limit = 2 * self._rto
         ignorant = self.road.deliveries == self._answered_before and now - self.peer.road.carried_at < limit
         if ignorant or self._wait.lost_again:
@@ -248,6 +249,11 @@ class End:
             self._hindered_at = now
         else:
             self._note_wait(now - max(self._waiting_since, self._hindered_at))
+
+    def _sent_at(self) -> float:
+        """Return when what the reader waits for left last: nobody has watched yet whether it got lost on the way."""
+        packet = self.peer.stream.sender._packets.get(self.stream.receiver.next_seq)
+        return 0.0 if packet is None else packet.flight.sent_at
 
     def _note_wait(self, seconds: float) -> None:
         """Take a wait, over or not, that nothing hindered."""
