@@ -285,6 +285,8 @@ class Client:
         self._ids = itertools.count(1)
         self._connecting = asyncio.Lock()
         self._reached = False
+        self.was_connected = False
+        """Whether a connection was open at any time: only then a request may have been sent."""
 
     async def connect(self) -> Stream:
         """Return the open connection, opening it if there is none.
@@ -367,6 +369,7 @@ class Client:
                     await self._channel.close()
                     self._channel = None
                 self._channel = _Channel(await self._dial(early_data), self._data_key, early_id)
+                self.was_connected = True
             return self._channel
 
     async def _dial(self, early_data: bytes) -> Stream:

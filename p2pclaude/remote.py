@@ -131,12 +131,16 @@ async def _submit(client: Client, method: str, params: Mapping[str, object], *, 
     """Make a call that must not take effect twice: repeated only with a daemon that knows `messageId`."""
     try:
         return _object(await client.call(method, params))
-    except TryAgain as error:
-        if not persist:
+    except (Unavailable, TryAgain) as error:
+        if not persist or not client.was_connected:
             raise
-        if "version" not in _object(await client.persist("ping", {})):
-            raise error from None
-        return _object(await client.persist(method, params))
+        try:
+            knows_ids = "version" in _object(await client.persist("ping", {}))
+        except (Unavailable, TryAgain):
+            raise error from None  # what became of the message counts, not of the question
+        if not knows_ids:
+            raise
+    return _object(await client.persist(method, params))
 
 
 async def read_output(

@@ -12,6 +12,7 @@ from test_client import with_client
 from p2pclaude import remote
 from p2pclaude.client import Client
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, Unavailable
+from p2pclaude.hyperdht import PeerNotFound, Timeout, TooFewNodes
 from p2pclaude.record import decode_record
 from p2pclaude.wire import OUTPUT, seal
 
@@ -204,6 +205,43 @@ def test_a_send_to_an_old_daemon_is_never_repeated() -> None:
     with pytest.raises(TryAgain):
         with_client(daemon, work)
     assert [method for method, _ in daemon.requests].count("send-message") == 1
+
+
+def test_a_message_goes_out_when_the_daemon_is_back() -> None:
+    """As in a chat whose connection is lost between two messages: nothing was sent yet, and the daemon is known."""
+    daemon = daemon_with()
+    dialer = MemoryDialer(daemon)
+
+    async def work(client: Client) -> remote.Accepted:
+        await client.call("ping")
+        daemon.cut()
+        await asyncio.sleep(1)
+        dialer.failures = [TooFewNodes("x"), PeerNotFound("x"), Timeout("x")]
+        return await remote.send(client, "s", text="x", message_id="m", persist=True)
+
+    assert with_client(daemon, work, dialer=dialer).seq == 1
+
+
+@pytest.mark.parametrize("failure", [Timeout("x"), PeerNotFound("x")])
+def test_a_daemon_that_was_never_reached_is_dialed_once(failure: Exception) -> None:
+    daemon = FakeDaemon()
+    dialer = MemoryDialer(daemon, *[failure] * 9)
+    with pytest.raises(P2PClaudeError):
+        with_client(daemon, lambda c: remote.spawn(c, text="x", message_id="m", persist=True), dialer=dialer)
+    assert len(dialer.dials) == 1
+
+
+def test_a_message_that_may_have_arrived_is_not_said_to_have_found_nobody() -> None:
+    daemon = FakeDaemon()
+    dialer = MemoryDialer(daemon)
+
+    async def vanish(method: str, params: dict[str, Any]) -> None:
+        dialer.failures = [PeerNotFound("x")] * 20
+        daemon.cut()
+
+    daemon.before_answer = vanish
+    with pytest.raises(TryAgain, match="connection to the daemon was lost"):
+        with_client(daemon, lambda c: remote.spawn(c, text="x", message_id="m", persist=True), dialer=dialer)
 
 
 @BOTH
