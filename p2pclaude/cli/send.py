@@ -250,7 +250,8 @@ async def _deliver(client: Client, options: Options, session: str | None, text: 
             persist=persist,
         )
     except TryAgain as error:
-        error.hint = error.hint or "the message may have arrived all the same, p2pclaude-ls and p2pclaude-tail tell"
+        if client.was_connected:
+            error.hint = error.hint or "the message may have arrived all the same, p2pclaude-ls and p2pclaude-tail tell"
         raise
     if options.ask and not accepted.asks:
         console.hint("this daemon cannot ask, the session does without what needs permission")

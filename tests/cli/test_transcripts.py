@@ -310,6 +310,7 @@ def test_a_timeout(offline: Shell) -> None:
     started = time.monotonic()
     assert "timed out" in offline.fail(75, "ls", "--dht", "-t", "0.5", "@")
     assert time.monotonic() - started < 5
+    assert "arrived" not in offline.fail(75, "send", "-t", "0.1", "@", "x")  # nothing was sent
 
 
 def test_a_wrong_key(shell: Shell, tmp_path: Path) -> None:
