@@ -82,9 +82,9 @@ class Session:
     @property
     def state(self) -> State:
         """Give the state as others see it."""
-        if self._paused:
-            return State.PAUSED
         stored = State(self.info.state)
+        if stored in LIVE and self._paused:  # without a process there is nobody who waits for room
+            return State.PAUSED
         return State.WAITING if stored in LIVE and any(self.asking.pending) else stored
 
     @property

@@ -12,6 +12,7 @@ import pytest
 from sessions_kit import Place, outputs, prepare, read_all, read_results, read_until, run, wait_for_state
 
 from p2pclaude import claude as claude_module
+from p2pclaude import journal as journal_module
 from p2pclaude import session as session_module
 from p2pclaude.claude import ClaudeProcess
 from p2pclaude.errors import Refused, Unavailable
@@ -211,6 +212,38 @@ def test_a_full_disk_pauses_the_session_and_loses_nothing(place: Place, monkeypa
             assert [e["seq"] for e in envelopes] == list(range(1, len(envelopes) + 1))
         assert place.log.events("session-paused")
         assert place.log.events("session-continued")
+
+    run(main())
+
+
+def test_a_full_disk_pauses_no_session_without_a_process(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The note on a torn journal waits for room; a message that comes meanwhile has claude started, and runs."""
+    monkeypatch.setattr(journal_module, "RETRY_SECONDS", 0.01)
+    sync, full, whole = os.fdatasync, True, 0
+
+    def fdatasync(descriptor: int) -> None:
+        if full and os.fstat(descriptor).st_size > whole:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    async def main() -> None:
+        nonlocal full, whole
+        async with place.table() as table:
+            await table.spawn(spawn(text="first"))
+            await read_results(table, "s")
+        with (place.sessions / "s" / "journal.jsonl").open("ab") as journal:
+            whole = journal.tell()
+            journal.write(b"torn")
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        async with place.table() as table:
+            await read_all(table, "s")
+            while not place.log.events("session-paused"):
+                await asyncio.sleep(0.01)
+            sending = asyncio.create_task(table.send("s", "second"))
+            await wait_for_state(table, "s", State.PAUSED)
+            full = False
+            await read_results(table, "s", after=await sending)
+        assert place.messages() == ["first", "second"]
 
     run(main())
 
