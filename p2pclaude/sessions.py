@@ -151,9 +151,14 @@ class SessionTable:
     def _revive_soon(self, session: Session) -> None:
         """Start a session again that has messages to run, as soon as possible."""
         session_id = session.info.session_id
-        if session_id not in self._reviving and not self._closing:
+        before = self._reviving.get(session_id)
+        if (before is None or before.done()) and not self._closing:
             task = self._reviving[session_id] = asyncio.create_task(self._revive(session))
-            task.add_done_callback(lambda _: self._reviving.pop(session_id))
+            task.add_done_callback(lambda task: self._forget_revival(session_id, task))
+
+    def _forget_revival(self, session_id: str, task: asyncio.Task[None]) -> None:
+        if self._reviving.get(session_id) is task:  # it may have died again since
+            del self._reviving[session_id]
 
     async def _revive(self, session: Session) -> None:
         while True:

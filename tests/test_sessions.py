@@ -4,6 +4,7 @@ import asyncio
 import json
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -381,5 +382,34 @@ def test_nothing_starts_while_the_table_closes(place: Place) -> None:
             with pytest.raises(P2PClaudeError, match="stopping"):
                 await table.spawn(Spawn(session_id="late"))
             assert [s["sessionId"] for s in table.listing(everything=True)] == ["s"]
+
+    run(main())
+
+
+def test_a_claude_that_dies_when_its_session_was_just_revived_is_revived_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the task that revived it is forgotten: its waiting messages would wait until the next daemon."""
+
+    async def main() -> None:
+        session: Any = SimpleNamespace(info=SimpleNamespace(session_id="s"), lifecycle=asyncio.Lock(), is_orphaned=True)
+        resumed: list[str] = []
+
+        def die() -> None:
+            session.is_orphaned = True
+            table._revive_soon(session)
+
+        async def resume(one: Session) -> None:
+            session.is_orphaned = False
+            resumed.append(one.info.session_id)
+            if len(resumed) == 1:
+                asyncio.get_running_loop().call_soon(die)
+
+        async with place.table() as table:
+            monkeypatch.setattr(table, "_resume", resume)
+            table._revive_soon(session)
+            await asyncio.sleep(0.05)
+            assert resumed == ["s", "s"]
+            assert not table._reviving
 
     run(main())
