@@ -158,7 +158,7 @@ def _contains(path: Path, wanted: bytes) -> bool:
 def user_message(text: str, message_id: str, priority: str | None = None) -> dict[str, Any]:
     """Give the stream-json object for a message of the user; with priority "now" it ends a running turn.
 
-    Claude ignores a `uuid` that it has seen, so the same message id always gives the same one.
+    Claude ignores a `uuid` that it has seen, so the same message id always gives the same one, and no other id does.
     """
     message = {"type": "user", "message": {"role": "user", "content": text}, "uuid": _uuid_of(message_id)}
     return message if priority is None else message | {"priority": priority}
@@ -166,9 +166,11 @@ def user_message(text: str, message_id: str, priority: str | None = None) -> dic
 
 def _uuid_of(message_id: str) -> str:
     try:
-        return str(uuid.UUID(message_id))
+        if str(uuid.UUID(message_id)) == message_id:  # there are other spellings, which are other ids
+            return message_id
     except ValueError:
-        return str(uuid.uuid5(_MESSAGE_NAMESPACE, message_id.encode("utf-8", "replace").decode()))
+        pass
+    return str(uuid.uuid5(_MESSAGE_NAMESPACE, message_id.encode("utf-8", "replace").decode()))
 
 
 def decode_line(line: bytes) -> tuple[bytes, dict[str, Any]]:

@@ -91,6 +91,8 @@ def test_a_message_id_always_gives_the_same_uuid() -> None:
     assert user_message("x", known)["uuid"] == known
     assert user_message("x", "m1")["uuid"] == user_message("y", "m1")["uuid"] != user_message("x", "m2")["uuid"]
     uuid.UUID(user_message("x", "\ud800 any text")["uuid"])
+    # Claude ignores a uuid that comes again, but this is another message.
+    assert user_message("x", known.upper())["uuid"] != known
     assert user_message("hé", known)["message"] == {"role": "user", "content": "hé"}
 
 
