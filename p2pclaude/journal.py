@@ -132,7 +132,7 @@ class Journal:
         self._waiting.clear()
 
     def close(self) -> None:
-        """Close the file, if need be after the sync that runs; the journal is of no use afterwards."""
+        """Close the file, if need be after the syncs that are waited for; the journal is of no use afterwards."""
         self._closed = True
         if self._sync is None:
             self._file.close()
@@ -148,7 +148,7 @@ class Journal:
 
     async def _sync_all(self) -> None:
         try:
-            while self._file.last_seq < self._file.written and not self._closed:
+            while self._file.last_seq < self._file.written and (self._unsynced or not self._closed):
                 await self._sync_some()
         except OSError as error:
             self._broken = error
@@ -191,3 +191,5 @@ class Journal:
                 continue
             self._on_trouble(None)
             return
+        if self._unsynced:  # nobody waits for room any more, and so nobody for a sync
+            raise error

@@ -1,6 +1,7 @@
 """The journal on the loop: shown when synced, many appends a sync, syncs that fail, readers that wait for nobody."""
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -178,6 +179,25 @@ def test_closing_waits_for_the_sync_that_runs(path: Path, monkeypatch: pytest.Mo
         again = await Journal.open(path)
         assert again.last_seq == 1
         again.close()
+
+    run(main)
+
+
+def test_closing_leaves_nobody_waiting_for_a_sync(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+
+    async def main() -> None:
+        for errors in ([], [errno.ENOSPC] * 9):
+            journal = await Journal.open(path)
+            disk.seconds, disk.errors = 0.02, errors
+            journal.append_output(b"{}")
+            await asyncio.sleep(0.005)
+            waiting = asyncio.create_task(journal.synced(journal.append_output(b"{}")))
+            await asyncio.sleep(0)
+            journal.close()
+            with pytest.raises(OSError, match="the disk") if errors else contextlib.nullcontext():
+                await waiting
+            assert journal._file._file == -1
 
     run(main)
 
