@@ -129,7 +129,9 @@ class DataDir:
                     self._create_missing_keys()
             return self._read_identity()
         except FileNotFoundError:
-            raise self._missing(self.encryption_key_file) from None
+            # A key pair that is a link to nowhere is neither there nor made.
+            there = self.keypair_file.exists()
+            raise self._missing(self.encryption_key_file if there else self.keypair_file) from None
 
     def rotate_data_key(self) -> None:
         """Make a new data key, so that no URL handed out before opens anything; call it with the lock held.

@@ -45,6 +45,12 @@ def test_the_typescript_systems_directory_is_used_as_it_is(theirs: DataDir) -> N
     assert {entry.name: entry.read_bytes() for entry in theirs.path.iterdir()} == before
 
 
+def test_a_key_pair_that_leads_nowhere_is_said_to_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "dht-keypair.json").symlink_to("/nowhere/dht-keypair.json")  # as to a disk that is not mounted
+    with pytest.raises(DataError, match=r"dht-keypair.json is missing"):
+        DataDir(tmp_path).load_or_create_identity()
+
+
 def test_a_key_without_a_date_still_has_the_same_one_at_every_start(theirs: DataDir) -> None:
     theirs.encryption_key_file.write_text(json.dumps({"key": KEY["key"]}))
     first = theirs.load_or_create_identity()
