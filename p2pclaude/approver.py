@@ -28,6 +28,10 @@ class AlreadyAnswered(P2PClaudeError):
         self.behavior = behavior
 
 
+class ClaudeEnded(Unavailable):
+    """The claude that asked has ended: nobody needs the answer any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pending:
     """The requests that wait; `omitted` did not fit the answer. `over`: the session has ended and asks no more."""
@@ -81,7 +85,7 @@ async def follow_requests(client: Client, session: str | None) -> AsyncGenerator
 async def answer_request(client: Client, request_id: str, session: str | None, answer: Mapping[str, object]) -> None:
     """Answer a request (`behavior` and what goes with it), over as many connections as it takes.
 
-    Raises AlreadyAnswered, NoSession, or another P2PClaudeError that says why not.
+    Raises AlreadyAnswered, NoSession, ClaudeEnded, or another P2PClaudeError that says why not.
     """
     # The id makes a repeated answer harmless, so that a lost connection leaves nobody in doubt.
     params: dict[str, object] = {**answer, "requestId": request_id, "answerId": str(uuid4())}
@@ -99,7 +103,7 @@ async def answer_request(client: Client, request_id: str, session: str | None, a
         raise no_request(request_id)
     if error == SESSION_NOT_FOUND and session is not None:
         raise no_session(session)
-    kind = Unavailable if "has ended" in error else DataError if "must be" in error else Refused
+    kind = ClaudeEnded if "has ended" in error else DataError if "must be" in error else Refused
     raise kind(f"the answer was not taken: {error[0].lower()}{error[1:]}")
 
 

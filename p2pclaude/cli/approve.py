@@ -209,14 +209,17 @@ async def _ask_filter(options: Options, console: Console, request: Request) -> M
 
 
 async def _give(client: Client, console: Console, request: Request, answer: Mapping[str, object]) -> None:
-    from p2pclaude.approver import AlreadyAnswered, answer_request
+    from p2pclaude.approver import AlreadyAnswered, ClaudeEnded, answer_request
     from p2pclaude.errors import NoSession
     from p2pclaude.wire import dump_json
 
     try:
         await answer_request(client, request["requestId"], request["sessionId"], answer)
-    except (AlreadyAnswered, NoSession) as error:
+    except (AlreadyAnswered, NoSession, ClaudeEnded) as error:
         console.note(str(error))
+        return
+    except DataError as error:
+        console.error(f"{error}, request {request['requestId']} is left to others")
         return
     shown = {name: request[name] for name in ("sessionId", "requestId", "toolName")}
     write_line(dump_json({**shown, **answer}))

@@ -1,6 +1,7 @@
 """The commands before daemons that behave otherwise than ours: the TypeScript one, a stranger, one that vanishes."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,3 +131,24 @@ def test_waiting_outlives_a_lost_connection(tmp_path: Path) -> None:
         assert (waiting.returncode, out) == (0, b"late\n")
         assert b"trying again in 1 s" in err
         assert [method for method, _ in daemon.requests].count("spawn-session") == 1
+
+
+def test_a_filter_outlives_a_claude_that_has_ended_and_an_answer_that_is_too_long(tmp_path: Path) -> None:
+    """Neither is the other sessions' business."""
+    daemon = FakeDaemon()
+    answer = daemon._answer_permission
+
+    async def answer_once(params: dict[str, Any]) -> object:
+        ended = params["requestId"] == "first"
+        return {"success": False, "error": "claude has ended"} if ended else await answer(params)
+
+    daemon._answer_permission = answer_once  # type: ignore[method-assign]
+    names = ("first", "second", "third")
+    daemon.pending = [{"sessionId": name, "requestId": name, "toolName": "Bash", "input": {}} for name in names]
+    long = "head -c 4000000 /dev/zero | tr '\\0' '\\1'; exit 1"
+    script = f"case $P2P_CLAUDE_REQUEST_ID in second) {long};; third) sleep 1;; esac"
+    with serving(daemon, tmp_path) as (shell, _):
+        result = shell.run("approve", "--filter", script, "@")
+    assert [json.loads(line)["requestId"] for line in result.lines()] == ["third"]
+    error = "the request is longer than 8 MiB, request second is left to others"
+    assert (result.status, result.err) == (0, f"p2pclaude-approve: error: {error}\n")
