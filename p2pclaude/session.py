@@ -337,9 +337,7 @@ class Session:
         try:
             async for line in process:
                 data, value = decode_line(line)
-                kind = REPLAY if Results.is_replay(value) else OUTPUT
-                await self._write_patiently(journal, partial(journal.append_output, data, kind))
-                self._observe(value)
+                await self._write_patiently(journal, partial(self._take, journal, data, value))
                 await self.asking.receive(value, len(data), process.write)
             if not process.has_exited:
                 # Without its stdout nobody could see what it does.
@@ -416,7 +414,9 @@ class Session:
         self._log(Event.PAUSED if error else Event.UNPAUSED, session=self.info.session_id, error=error)
         self._changed()
 
-    def _observe(self, value: dict[str, Any]) -> None:
+    def _take(self, journal: Journal, data: bytes, value: dict[str, Any]) -> int:
+        # In one step: the mark of a turn may come next, and says what has no result by then.
+        taken = journal.append_output(data, REPLAY if Results.is_replay(value) else OUTPUT)
         kind = value.get("type")
         if kind == "system" and value.get("subtype") == "init":
             self._follow(value.get("session_id"))
@@ -431,6 +431,7 @@ class Session:
             self._news.set()
             if not self.inbox.handed and not self.inbox:
                 self._set_state(State.IDLE)
+        return taken
 
     def _follow(self, claude_id: object) -> None:
         # `/clear` makes Claude go on under another id, and that is the one to resume.

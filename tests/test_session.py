@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from p2pclaude.claude import ClaudeProcess
 from p2pclaude.errors import Refused, Unavailable
 from p2pclaude.journalfile import DiskFull, JournalFile
 from p2pclaude.launcher import Spawn
+from p2pclaude.remote import AnswerFinder
 from p2pclaude.session import State
 from p2pclaude.wire import dump_json
 
@@ -245,6 +247,45 @@ def test_a_full_disk_pauses_no_session_without_a_process(place: Place, monkeypat
             await read_results(table, "s", after=await sending)
         assert place.messages() == ["first", "second"]
 
+    run(main())
+
+
+def test_a_result_that_waited_for_room_is_known_before_the_next_turn_is_marked(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the disk syncs it: a message that came during that turn steers it no more."""
+    monkeypatch.setattr(session_module, "RETRY_SECONDS", 0.01)
+    write, sync, refused = JournalFile._write, os.fdatasync, set[bytes]()
+
+    def write_if_room(file: JournalFile, data: bytes, start: int) -> None:
+        if any(word in data for word in refused):
+            raise DiskFull("no space")
+        write(file, data, start)
+        if b'"result"' in data:
+            refused.clear()
+
+    def sync_slowly(descriptor: int) -> None:
+        time.sleep(0.1)
+        sync(descriptor)
+
+    async def main() -> None:
+        async with place.table() as table:
+            gate = place.path / "gate"
+            await table.spawn(spawn(text=f"HOLD:{gate}"))
+            await read_until(table, "s", lambda e: bool(e["type"] == "session-output"))
+            refused.update((b'"type":"turn"', b'"result"'))
+            seq = await table.send("s", "steer", priority="now")
+            await wait_for_state(table, "s", State.PAUSED)
+            gate.touch()
+            await asyncio.sleep(0.2)
+            monkeypatch.setattr(os, "fdatasync", sync_slowly)
+            refused.remove(b'"result"')
+            finder = AnswerFinder(seq)
+            envelopes = await read_results(table, "s", 2)
+            answers = [answer for e in envelopes if (answer := finder.feed(e)) is not None]
+            assert [one["result"] for one in answers] == ["echo: steer"]
+
+    monkeypatch.setattr(JournalFile, "_write", write_if_room)
     run(main())
 
 
