@@ -150,8 +150,9 @@ class Recovery:
             self._turns = [*(self._turns if value.get("steers") is not None else []), (seq, message)]
         elif kind == TURN_CUT and isinstance(message, int):
             self._turns = [turn for turn in self._turns if turn[1] != message]
+            known = message in self._attempts or message in self._waiting  # without a TURN, if that found no room
             self._waiting.pop(message, None)
-            if value.get("again") is True and message in self._attempts:
+            if value.get("again") is True and known:
                 self._waiting = {message: None} | self._waiting
 
     def finish(self, read: Callable[[int], bytes], last_seq: int) -> Inbox:

@@ -131,6 +131,9 @@ def cut(seq: int, *, again: bool) -> Mapping[str, Any]:
         ((sent("a"), sent("b"), turn(1), cut(1, again=True)), [], [1, 2]),
         ((sent("a"), turn(1), cut(1, again=True), turn(1)), [(1, False, 2)], []),
         ((sent("a"), turn(1), cut(1, again=True), turn(1), said(RESULT)), [], []),
+        # claude died while there was no room for the turn's mark
+        ((sent("a"), sent("b"), cut(1, again=True)), [], [1, 2]),
+        ((sent("a"), sent("b"), cut(1, again=False)), [], [2]),
         # b was handed during the turn of a
         ((sent("a"), turn(1), sent("b"), turn(3, steers=1)), [(1, False, 1), (3, False, 1)], []),
         ((sent("a"), turn(1), sent("b"), turn(3, steers=1), said(ASSISTANT)), [(1, True, 1), (3, False, 1)], []),

@@ -289,6 +289,34 @@ def test_a_result_that_waited_for_room_is_known_before_the_next_turn_is_marked(
     run(main())
 
 
+def test_a_message_that_was_never_marked_as_handed_survives_claude_and_daemon(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, full = JournalFile._write, True
+
+    def write_but_turns(file: JournalFile, data: bytes, start: int) -> None:
+        if full and b'"type":"turn"' in data:
+            raise DiskFull("no space")
+        write(file, data, start)
+
+    async def main() -> None:
+        nonlocal full
+        async with place.table() as table:
+            session, _ = await table.spawn(spawn(text="first"))
+            await wait_for_state(table, "s", State.IDLE)
+            monkeypatch.setattr(JournalFile, "_write", write_but_turns)
+            seq = await table.send("s", "second")
+            await wait_for_state(table, "s", State.PAUSED)
+            session.kill()
+            await read_until(table, "s", lambda e: bool(e["type"] == "turn-cut"), after=seq)
+        full = False
+        async with place.table() as table:
+            await read_results(table, "s", after=seq)
+        assert place.messages() == ["first", "second"]
+
+    run(main(), seconds=10)
+
+
 def test_a_spawn_on_a_full_disk_leaves_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(journal: JournalFile, data: bytes, start: int) -> None:
         raise DiskFull("no space left on the disk")
