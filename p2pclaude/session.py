@@ -161,6 +161,8 @@ class Session:
         before, self.info.state = self.info.state, State.STARTING
         try:
             journal = await self.open_journal(anew=True)
+            if before not in LIVE:  # the next daemon shall look for what is accepted from here on
+                await self.save()
             await self.settle_turns("claude ended in its turn")
             keep = () if lock is None else (lock,)
             process = await ClaudeProcess.start(launch, mark=Mark.of_session(self.path), keep=keep)
@@ -417,8 +419,7 @@ class Session:
     def _take(self, journal: Journal, data: bytes, value: dict[str, Any]) -> int:
         # In one step: the mark of a turn may come next, and says what has no result by then.
         taken = journal.append_output(data, REPLAY if Results.is_replay(value) else OUTPUT)
-        kind = value.get("type")
-        if kind == "system" and value.get("subtype") == "init":
+        if (kind := value.get("type")) == "system" and value.get("subtype") == "init":
             self._follow(value.get("session_id"))
             if self.info.state == State.IDLE:  # a turn that Claude begins by itself
                 self._set_state(State.RUNNING)
@@ -440,8 +441,7 @@ class Session:
             self.save_soon()
 
     def _over(self, status: int | None, last_words: str, error: str | None) -> None:
-        self.info.exit_status = status
-        self._paused = False
+        self.info.exit_status, self._paused = status, False
         if self._final is not None:
             self._become(self._final)
         elif self.inbox and (self._turns or self._ending) and error is None:

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import os
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -357,6 +358,37 @@ def test_a_message_accepted_while_a_start_fails_is_not_forgotten(place: Place, m
             output = await table.read("s", after=seq, limit=None, clear=False, wait_ms=0)
             assert (output.state, output.error) == (State.FAILED, reason)
         monkeypatch.setattr(ClaudeProcess, "start", start)
+        async with place.table() as table:
+            await read_results(table, "s", after=seq)
+        assert place.messages() == ["first", "accepted"]
+
+    run(main(), seconds=10)
+
+
+def test_a_message_accepted_while_claude_is_started_survives_a_crash(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, starting, crashed = ClaudeProcess.start, asyncio.Event(), asyncio.Event()
+
+    async def fail_slowly(*_: Any, **__: Any) -> ClaudeProcess:
+        starting.set()
+        await crashed.wait()
+        raise Unavailable("it is too late")
+
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text="first"))
+            await read_results(table, "s")
+        async with place.table() as table:
+            monkeypatch.setattr(ClaudeProcess, "start", fail_slowly)
+            first = asyncio.create_task(table.send("s", "never accepted"))
+            await starting.wait()
+            seq = await table.send("s", "accepted")
+            shutil.copytree(place.sessions, place.path / "crashed")
+            crashed.set()
+            await asyncio.gather(first, return_exceptions=True)
+        monkeypatch.setattr(ClaudeProcess, "start", start)
+        place.sessions = place.path / "crashed"
         async with place.table() as table:
             await read_results(table, "s", after=seq)
         assert place.messages() == ["first", "accepted"]
