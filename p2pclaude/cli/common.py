@@ -61,6 +61,7 @@ default in the user's cache directory; nowhere if it is set and empty.
 _URL_HINT = "give the pairing URL itself, or the path of a file that holds it"
 
 _CONTROL = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)))
+_CONTROL_IN_JSON = re.compile(rb"\x7f|\xc2[\x80-\x9f]")  # what JSON holds unescaped, as UTF-8
 _CONTROL_IN_TEXT = dict.fromkeys(_CONTROL.keys() - {0x09, 0x0A})
 
 
@@ -397,13 +398,19 @@ def write_line(line: str | bytes) -> None:
 
 
 def write_lines(lines: Sequence[bytes]) -> None:
-    """Write lines of data that are there at once to stdout, and flush it."""
+    """Write lines of data that are there at once to stdout, and flush it.
+
+    On a terminal they are free of characters that it would obey: text has none, and in JSON they are escaped.
+    """
     if not lines:
         return
     with _writing():
         if sys.stdout is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        _write_all(sys.stdout.buffer, b"\n".join((*lines, b"")))
+        data = b"\n".join((*lines, b""))
+        if is_terminal():
+            data = _CONTROL_IN_JSON.sub(lambda found: b"\\u%04x" % ord(found[0].decode()), data)
+        _write_all(sys.stdout.buffer, data)
         sys.stdout.buffer.flush()
 
 

@@ -437,6 +437,16 @@ def on_terminal(shell: Shell, tool: str, *arguments: str, typed: tuple[bytes, by
     return shown.decode().replace("\r\n", "\n")
 
 
+def test_json_on_a_terminal_holds_nothing_that_it_would_obey(shell: Shell) -> None:
+    """JSON itself escapes neither DEL nor the controls beyond ASCII, and a terminal takes U+009B for ESC [."""
+    text = "rm -rf ~\x9b2K\x9b1Gls\x7f"
+    [session] = shell.succeed("send", "@", text)
+    shown = on_terminal(shell, "tail", "--meta", "@", session)
+    assert r"rm -rf ~\u009b2K\u009b1Gls\u007f" in shown
+    assert not {"\x9b", "\x7f"} & set(shown)
+    assert text in "\n".join(shell.succeed("tail", "--meta", "@", session))
+
+
 def test_a_message_typed_on_a_terminal(shell: Shell) -> None:
     shown = on_terminal(shell, "send", "-w", "@", typed=(b"ctrl-d", b"typed\n\x04"))
     assert "echo: typed" in shown
