@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -157,7 +158,8 @@ async def start(tmp_path: Path, script: str) -> ClaudeProcess:
     """Start a Python script in claude's stead."""
     (tmp_path / "script.py").write_text(script)
     path = tmp_path / "child"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {tmp_path / "script.py"} "$@"\n')
+    command = shlex.join([sys.executable, "-S", "-E", str(tmp_path / "script.py")])
+    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     path.chmod(0o755)
     return await ClaudeProcess.start(Launch(path, tmp_path, "plan", "ID"))
 

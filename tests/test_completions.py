@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import shlex
 import shutil
 import subprocess
 import time
@@ -108,7 +109,7 @@ class Zsh:
             os.chdir(place)
             environment = {**os.environ, "COMPLETIONS": str(COMPLETIONS / "zsh"), "MATCHES": str(self.matches)}
             os.execve(path, [path, "-f", "-i"], environment)
-        self._send(f"source {setup}\n", "<listening>")
+        self._send(f"source {shlex.quote(str(setup))}\n", "<listening>")
 
     def ask(self, words: Sequence[str]) -> set[str]:
         """Type a command line and a tab; return what zsh offers."""

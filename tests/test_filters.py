@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ def test_a_filter_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_a_filter_that_hangs_is_ended_with_what_it_started(command: str, tmp_path: Path) -> None:
     started = time.monotonic()
-    verdict = decide(f"echo $$ >{tmp_path}/pid; {command}", timeout=0.5)
+    verdict = decide(f"echo $$ >{quote(str(tmp_path))}/pid; {command}", timeout=0.5)
     assert verdict == Verdict(None, "was not done within 0.5 s")
     assert time.monotonic() - started < 8
     pid = int((tmp_path / "pid").read_text())
@@ -116,7 +117,7 @@ def test_a_filter_that_hangs_is_ended_with_what_it_started(command: str, tmp_pat
 def test_what_a_filter_leaves_behind_does_not_hold_it_up(tmp_path: Path) -> None:
     """A process in the background that keeps stdout open: the filter's own end counts."""
     started = time.monotonic()
-    verdict = decide(f'sleep 30 & echo $! >{tmp_path}/pid; echo \'{{"command": "ls"}}\'')
+    verdict = decide(f'sleep 30 & echo $! >{quote(str(tmp_path))}/pid; echo \'{{"command": "ls"}}\'')
     assert verdict == Verdict({"behavior": "allow", "updatedInput": {"command": "ls"}})
     assert time.monotonic() - started < 8
     os.kill(int((tmp_path / "pid").read_text()), 9)
@@ -125,7 +126,7 @@ def test_what_a_filter_leaves_behind_does_not_hold_it_up(tmp_path: Path) -> None
 def test_a_cancelled_filter_is_ended(tmp_path: Path) -> None:
     async def main() -> int:
         pid = tmp_path / "pid"
-        task = asyncio.create_task(run_filter(f"echo $$ >{pid}; sleep 60", REQUEST, 60))
+        task = asyncio.create_task(run_filter(f"echo $$ >{quote(str(pid))}; sleep 60", REQUEST, 60))
         while not (pid.exists() and pid.read_text()):
             await asyncio.sleep(0.02)
         task.cancel()

@@ -268,8 +268,9 @@ def test_a_filter_that_does_not_decide_leaves_the_request_with_a_word(shell: She
 def test_filters_chain(shell: Shell) -> None:
     """What the first leaves the second decides; each looks at a request once."""
     seen = shell.work / "seen"
-    first = shell.start("approve", "-f", "--filter", f"cat >>{seen}; exit 75", "@")
-    second = shell.start("approve", "-f", "--filter", f"until grep -qs . {seen}; do sleep 0.1; done; exit 0", "@")
+    path = shlex.quote(str(seen))
+    first = shell.start("approve", "-f", "--filter", f"cat >>{path}; exit 75", "@")
+    second = shell.start("approve", "-f", "--filter", f"until grep -qs . {path}; do sleep 0.1; done; exit 0", "@")
     time.sleep(1.0)
     session = ask_only(shell, "ASK:ls")
     [decided] = lines_of(second, 1)
@@ -298,7 +299,7 @@ def test_two_approvers_race_and_one_wins(shell: Shell) -> None:
 
 def test_a_filter_is_ended_when_its_request_is_gone(shell: Shell) -> None:
     pid = shell.work / "pid"
-    deciding = shell.start("approve", "-v", "-f", "--filter", f"echo $$ >{pid}; sleep 600", "@")
+    deciding = shell.start("approve", "-v", "-f", "--filter", f"echo $$ >{shlex.quote(str(pid))}; sleep 600", "@")
     session = ask_only(shell, "ASK:ls")
     eventually(lambda: pid.exists() and bool(pid.read_text().strip()))
     request = request_of(shell, session)
@@ -319,7 +320,7 @@ def is_running(pid: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_filters_too(shell: Shell, number: signal.Signals) -> None:
     pid = shell.work / f"pid-{number}"
-    deciding = shell.start("approve", "-f", "--filter", f"echo $$ >{pid}; sleep 600", "@")
+    deciding = shell.start("approve", "-f", "--filter", f"echo $$ >{shlex.quote(str(pid))}; sleep 600", "@")
     request = ask(shell)
     eventually(lambda: pid.exists() and bool(pid.read_text().strip()))
     assert finish(deciding, number) == ""
@@ -330,7 +331,7 @@ def test_a_signal_ends_the_filters_too(shell: Shell, number: signal.Signals) -> 
 
 def test_an_approver_that_dies_in_mid_answer_leaves_the_request(shell: Shell) -> None:
     pid, over = shell.work / "dying", shell.work / "over"
-    filter_ = f"echo $$ >{pid}; until test -e {over}; do sleep 0.1; done; exit 0"
+    filter_ = f"echo $$ >{shlex.quote(str(pid))}; until test -e {shlex.quote(str(over))}; do sleep 0.1; done; exit 0"
     deciding = shell.start("approve", "-f", "--filter", filter_, "@")
     request = ask(shell)
     eventually(lambda: pid.exists() and bool(pid.read_text().strip()))
