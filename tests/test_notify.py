@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,12 +49,12 @@ class Manager:
 
 
 @pytest.fixture(params=["path", "abstract"])
-def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]:
-    """Give a manager that listens."""
-    address = str(tmp_path / "notify") if request.param == "path" else f"@p2pclaude-test-{os.getpid()}"
-    one = Manager(address)
-    yield one
-    one.socket.close()
+def manager(request: pytest.FixtureRequest) -> Iterator[Manager]:
+    """Give a manager that listens; its path is short, for the kernel takes 107 bytes, wherever the clone lies."""
+    with tempfile.TemporaryDirectory(prefix="notify-", dir="/tmp") as directory:
+        one = Manager(f"{directory}/socket" if request.param == "path" else f"@p2pclaude-test-{os.getpid()}")
+        yield one
+        one.socket.close()
 
 
 def test_what_is_sent(manager: Manager) -> None:
