@@ -32,7 +32,7 @@ from p2pclaude.processes import (
     send_signal,
 )
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc, which only Linux has")
 
 # What runs and how it hides; each prints the pid of the process that is to be ended. MARKED is inherited, BARE is not.
 MARKED = {

@@ -27,7 +27,7 @@ from p2pclaude.launcher import Spawn
 from p2pclaude.processes import Mark, descendants, processes
 from p2pclaude.session import State
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc, which only Linux has")
 
 # What hides in a session of its own, without the mark, and from the signals that may be ignored.
 LEAVES = "setsid -f sleep 1000; env -i sleep 1000 & setsid -f sh -c 'trap \"\" INT TERM HUP; while :; do sleep 1; done'"
