@@ -17,6 +17,8 @@ from p2pclaude.cli import daemon
 from p2pclaude.cli.common import Console, parse_arguments
 from p2pclaude.daemon import SHUTDOWN_SECONDS
 from p2pclaude.hyperdht import relayserver, server
+from p2pclaude.methods import Methods
+from p2pclaude.sessions import SessionTable
 
 MAN = ROOT / "man"
 PAGES = sorted(MAN.iterdir())
@@ -115,13 +117,17 @@ def test_permission_modes() -> None:
 
 
 def test_exit_statuses() -> None:
-    """Each status that a usage text names stands in the page, and so does each error's of errors.py."""
+    """Each status that a usage text names stands in the page, and those of errors.py in the page of a tool."""
+    everywhere: set[str] = set()
     for tool in TOOLS:
         listed = set(re.findall(r"^\.It (\d+)$", section(page(f"p2pclaude-{tool}.1"), "EXIT STATUS"), re.M))
         usage = (ROOT / "p2pclaude" / "cli" / f"{tool}.py").read_text(encoding="utf-8")
         named = re.search(r"^Exit status: (.*?)\n\n|^Exit status: (.*?)\"\"\"", usage, re.M | re.S)
         assert named, tool
-        assert set(re.findall(r"\b(\d+) ", named[0])) <= listed, tool
+        assert set(re.findall(r"\b(\d+)\s", named[0])) <= listed, tool
+        everywhere |= listed
+    errors = (ROOT / "p2pclaude" / "errors.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"exit_status = (\d+)", errors)) <= everywhere
 
 
 def enum_members(path: str, name: str) -> dict[str, str]:
@@ -253,11 +259,8 @@ def test_methods() -> None:
     """The protocol's page describes each method of the wire contract, and the envelopes' types."""
     text = page("p2pclaude.7")
     methods = set(re.findall(r"^\.It Cm ([a-z-]+)(?: Pq \+)?$", section(text, "METHODS"), re.M))
-    assert methods == {
-        "spawn-session", "send-message", "get-output", "stop-session", "interrupt-session", "list-permissions",
-        "answer-permission", "list-sessions", "get-session-state", "ping",
-    }  # fmt: skip
-    for kind in [value for name, value in vars(wire).items() if name in ENVELOPES]:
+    assert methods == set(Methods(SessionTable.__new__(SessionTable))._methods)
+    for kind in [getattr(wire, name) for name in sorted(ENVELOPES)]:
         assert re.search(rf"^\.It Ql {kind}\b", text, re.M), kind
 
 
