@@ -261,9 +261,9 @@ def decode_ps(text: str) -> tuple[Table, Marks]:
     """Read what `ps` prints: a line is pid, ppid, state, five words of the start, the command with its environment."""
     table: Table = {}
     marks: Marks = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):  # arguments may hold whatever else Unicode calls the end of a line
         words = line.split()
-        if len(words) < 3 + _LSTART_WORDS or not (words[0].isdigit() and words[1].isdigit()):
+        if len(words) < 3 + _LSTART_WORDS or not (_is_number(words[0]) and _is_number(words[1])):
             continue
         pid = int(words[0])
         table[pid] = Process(pid, int(words[1]), " ".join(words[3 : 3 + _LSTART_WORDS]), words[2].startswith("Z"))
@@ -273,9 +273,13 @@ def decode_ps(text: str) -> tuple[Table, Marks]:
     return table, marks
 
 
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdigit() and len(word) < 20
+
+
 def _run_ps(*more: str) -> tuple[Table, Marks]:
-    done = subprocess.run([*_PS, *more], capture_output=True, text=True, errors="replace", check=False)
-    return decode_ps(done.stdout)
+    done = subprocess.run([*_PS, *more], capture_output=True, check=False)
+    return decode_ps(done.stdout.decode("utf-8", "replace"))
 
 
 # Both

@@ -1,5 +1,6 @@
 """A short fuzzing of every target, with random mutations and, where atheris is installed, guided by coverage."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from fuzz import engine, guided
 from fuzz.engine import Result
 from fuzz.target import Script, Target
 from fuzz.targets import TARGETS
+
+import p2pclaude
 
 RUN = Path(__file__).with_name("fuzz") / "run"
 SEED = 1
@@ -24,6 +27,16 @@ def test_corpus_and_random_mutations(name: str) -> None:
 def test_every_corpus_directory_has_its_target() -> None:
     assert {path.name for path in engine.CORPUS.iterdir()} <= set(TARGETS)
     assert sum(path.stat().st_size for path in engine.CORPUS.rglob("*")) < 1_000_000
+
+
+def test_every_decoder_is_fuzzed() -> None:
+    """As README.md says."""
+    package = Path(p2pclaude.__file__).parent
+    sources = [path.read_text(encoding="utf-8") for path in package.rglob("*.py") if path.parent.name != "cli"]
+    decoders = {name for source in sources for name in re.findall(r"^def (decode_\w+)\(", source, re.M)}
+    assert len(decoders) > 20
+    harness = "".join(path.read_text(encoding="utf-8") for path in RUN.parent.glob("*.py"))
+    assert {name for name in decoders if not re.search(rf"\b{name}\b", harness)} == set()
 
 
 def test_guided_by_coverage() -> None:

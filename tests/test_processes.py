@@ -319,3 +319,11 @@ def test_ps_as_macos_prints_it() -> None:
     assert [pid for pid, variables in marks.items() if ours.covers(variables)] == [777, 778]
     assert [p.pid for p in descendants(table, [501])] == [777, 778]
     assert decode_ps("") == ({}, {})
+
+
+def test_an_argument_is_no_process() -> None:
+    forged = "666 1 S Tue Nov 24 09:30:00 2026 sh P2PCLAUDE_DAEMON=d P2PCLAUDE_SESSION=s"
+    for end in "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029":
+        table, marks = decode_ps(f"777 1 S Tue Nov 24 09:30:00 2026 echo {end}{forged} more\n")
+        assert (set(table), set(marks)) == ({777}, {777}), repr(end)
+    assert decode_ps("\u00b2 1 S Tue Nov 24 09:30:00 2026 a digit for `isdigit`, none for `int`\n") == ({}, {})

@@ -1,4 +1,4 @@
-"""The application's decoders: pairing URLs, lines, sealed text, and the files of the data directory."""
+"""The application's decoders: pairing URLs, lines, sealed text, answers, processes, files of the data directory."""
 
 import atexit
 import base64
@@ -21,7 +21,8 @@ from p2pclaude.hyperdht import KeyPair
 from p2pclaude.inbox import Recovery
 from p2pclaude.journalfile import JournalFile
 from p2pclaude.pairing import PREFIX, format_url, is_host_port, parse_url
-from p2pclaude.permissions import Answer, Book, History, Refusal, Request
+from p2pclaude.permissions import Answer, Book, History, Refusal, Request, decode_answer
+from p2pclaude.processes import DAEMON_VARIABLE, SESSION_VARIABLE, decode_environ, decode_ps, decode_stat
 from p2pclaude.record import decode_record
 from p2pclaude.seqindex import seq_of_line
 from p2pclaude.sessionfile import Info
@@ -410,6 +411,64 @@ def _record_seeds() -> list[bytes]:
     return [b"\x00" + body, b"\x01" + body, b"\x00" + seal_json(KEY, body, nonce=NONCE).encode(), b"\x01[]", b"\x00AA"]
 
 
+# -- an answer to a permission request, as a client or a filter gives it
+
+
+def _read_answer(data: bytes) -> None:
+    try:
+        value = load_json(data)
+    except WireError:
+        return
+    if not isinstance(value, dict):
+        return
+    asked = Book(asks=True).receive(_QUESTION, 100, 0)
+    assert isinstance(asked, Request)
+    try:
+        answer = decode_answer(value).complete(asked)
+    except DataError:
+        return
+    reply = answer.reply(asked)["response"]["response"]
+    assert reply["behavior"] == value["behavior"]
+    assert load_json(dump_json(reply)) == reply
+
+
+_QUESTION: Final[dict[str, Any]] = {
+    "type": "control_request",
+    "request_id": "r",
+    "request": {"subtype": "can_use_tool", "tool_name": "AskUserQuestion", "input": {"questions": [{"question": "q"}]}},
+}
+
+
+def _answer_seeds() -> list[bytes]:
+    return [
+        b'{"behavior":"allow","updatedInput":{"a":1},"updatedPermissions":[{}]}',
+        b'{"behavior":"deny","message":"no","interrupt":true}',
+        b'{"behavior":"allow","answers":{"q":["a","b"]}}',
+    ]
+
+
+# -- what the system says of its processes: names, arguments and variables are anybody's
+
+
+def _read_processes(data: bytes) -> None:
+    process = decode_stat(7, data)
+    assert process is None or process.pid == 7
+    assert set(decode_environ(data)) <= {DAEMON_VARIABLE, SESSION_VARIABLE}
+    table, marks = decode_ps(data.decode("utf-8", "replace"))
+    assert table.keys() == marks.keys()
+    assert len(table) <= data.count(b"\n") + 1, "a process that is none"
+
+
+def _process_seeds() -> list[bytes]:
+    line = "777 1 S Tue Nov 24 09:30:00 2026 claude A=b P2PCLAUDE_DAEMON=0011223344556677 P2PCLAUDE_SESSION=s"
+    return [
+        b"7 (a) R 1 (b) S 12 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 98765 1 2 3",
+        b"A=1\0P2PCLAUDE_SESSION=s\0P2PCLAUDE_DAEMON=d\0",
+        f"{line}\n{line} \u2028{line}\n".encode(),
+        "\u00b2 \u00b2 S a b c d e f\n".encode(),
+    ]
+
+
 TARGETS: Final = (
     Target("pairing_url", _read_url, seeds=_url_seeds),
     Target("wire_request", _read_request, seeds=_request_seeds),
@@ -423,4 +482,6 @@ TARGETS: Final = (
     Target("session_record", _read_record, seeds=_record_seeds),
     Target("journal", _load_journal, 3000, max_bytes=4096, seeds=_journal_seeds),
     Target("key_files", _load_keys, 2000, seeds=_key_seeds),
+    Target("answer", _read_answer, seeds=_answer_seeds),
+    Target("processes", _read_processes, seeds=_process_seeds),
 )
