@@ -410,3 +410,48 @@ def test_garbage_and_strangers_packets_change_nothing() -> None:
         _close(left, right)
 
     run(main(), seed=1)
+
+
+def test_unordered_messages_go_both_ways_and_the_newest_are_kept() -> None:
+    """What does not decrypt is none, and costs the stream nothing."""
+
+    async def main() -> None:
+        left, right = await connect_ends(SimNetwork(1))
+        await asyncio.gather(left.connection.wait_opened(), right.connection.wait_opened())
+        for one, other in ((left, right), (right, left)):
+            one.connection.send_message(b"hello")
+            one.stream.send_message(b"")
+            one.stream.send_message(b"not sealed by anybody who knows the key")
+            await asyncio.sleep(1)
+            assert [other.connection.receive_message() for _ in range(2)] == [b"hello", None]
+            for number in range(300):
+                one.connection.send_message(b"%d" % number)
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(1)
+            kept = list(iter(other.connection.receive_message, None))
+            assert sorted(kept, key=int) == [b"%d" % number for number in range(44, 300)]
+        left.connection.abort()
+        await asyncio.sleep(1)
+        with pytest.raises(ConnectionClosed):
+            left.connection.send_message(b"late")
+
+    run(main(), seed=1)
+
+
+def test_frames_keep_their_borders() -> None:
+    async def main() -> None:
+        left, right = await connect_ends(SimNetwork(1))
+        sizes = [1, 70_000, 3, 1_000_000, 20]
+        sending = asyncio.create_task(_write_frames(left, sizes))
+        assert [len(await right.connection.read_frame()) for _ in sizes] == sizes
+        await sending
+        assert await right.connection.read_frame() == b""
+        right.connection.abort()
+
+    run(main(), seed=1)
+
+
+async def _write_frames(end: End, sizes: list[int]) -> None:
+    for size in sizes:
+        await end.connection.write_frame(bytes(size))
+    await end.connection.write_eof()
