@@ -126,7 +126,8 @@ def test_a_bug_in_one_handler_stops_no_timer_of_others() -> None:
         with_endpoint(work)
 
 
-def test_a_bug_in_one_stream_stops_no_timer_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", [("handle_timer",), ("handle_timer", "datagrams_to_send")])
+def test_a_bug_in_one_stream_stops_no_timer_of_others(monkeypatch: pytest.MonkeyPatch, broken: tuple[str, ...]) -> None:
     """The one whose turn comes first fails, whenever it is looked at; even that one ends."""
 
     def fail(_now: float) -> None:
@@ -140,7 +141,8 @@ def test_a_bug_in_one_stream_stops_no_timer_of_others(monkeypatch: pytest.Monkey
             stream.connect(socket, 1, WAY)
             stream.write(b"nobody is there")
         await asyncio.sleep(0.01)
-        monkeypatch.setattr(streams[0].core, "handle_timer", fail)
+        for name in broken:
+            monkeypatch.setattr(streams[0].core, name, fail)
         await asyncio.sleep(60)
         assert all(stream.forgotten for stream in streams)
         assert [reader.closed for reader in readers] == [1, 1, 1]

@@ -339,7 +339,11 @@ class StreamSet:
 
     def _give_up(self, stream: Stream) -> None:
         """Break off a stream whose timer cannot be relied on, so that nobody waits for it."""
-        if stream.core.closed:
-            self.discard(stream)
-        else:
-            stream.destroy()
+        try:
+            if not stream.core.closed:
+                stream.destroy()
+                return
+        except Exception:  # nor can the rest of it
+            log.exception("a stream that failed cannot be broken off")
+            stream._dispatch()  # its reader learns it all the same
+        self.discard(stream)
