@@ -7,6 +7,7 @@ import selectors
 import socket
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -337,25 +338,33 @@ class Watched(selectors.DefaultSelector):
         self.patience.append(timeout)
         return super().select(timeout)
 
+    def slept(self) -> bool:
+        return any(timeout != 0 for timeout in self.patience)
 
-def slept(work: Callable[[Inbox, Inbox], Awaitable[None]]) -> bool:
-    """Run a test's coroutine with two sockets; tell whether the event loop ever went to sleep meanwhile."""
+
+def slept(work: Callable[[Inbox, Inbox], Awaitable[None]], patience_s: float = 0.0) -> bool:
+    """Run a test's coroutine with two sockets; tell whether the event loop went to sleep, if need be in some more time.
+
+    A timer that is due by the time the loop looks puts nobody to sleep, so on a busy machine one is not enough.
+    """
     selector = Watched()
 
-    async def main() -> list[float | None]:
+    async def main() -> bool:
         one, two = Inbox(), Inbox()
         try:
             await asyncio.sleep(0)
             selector.patience.clear()
             await work(one, two)
-            return list(selector.patience)
+            until = time.monotonic() + patience_s
+            while not selector.slept() and time.monotonic() < until:
+                await asyncio.sleep(0.001)
+            return selector.slept()
         finally:
             one.socket.close()
             two.socket.close()
 
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
-        patience = runner.run(main())
-    return any(timeout != 0 for timeout in patience)
+        return runner.run(main())
 
 
 @pytest.fixture
@@ -385,9 +394,8 @@ def test_nobody_stays_awake_after_the_answer(monkeypatch: pytest.MonkeyPatch) ->
         one.socket.stay_awake(5.0)
         two.socket.send([b"here"], one.socket.address)
         await one.wait(1)
-        await asyncio.sleep(0.001)
 
-    assert slept(answered_twice)
+    assert slept(answered_twice, patience_s=4.0)
 
 
 @pytest.mark.usefixtures("two_processors")
@@ -403,13 +411,13 @@ def test_nobody_stays_awake_for_long() -> None:
 
 
 def test_with_one_processor_the_peer_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udp, "MAX_AWAKE_S", 5.0)
     monkeypatch.setattr(udp, "_can_wait_awake", lambda: False)
 
     async def waiting(one: Inbox, two: Inbox) -> None:
-        one.socket.stay_awake(1.0)
-        await asyncio.sleep(0.001)
+        one.socket.stay_awake(5.0)
 
-    assert slept(waiting)
+    assert slept(waiting, patience_s=4.0)
 
 
 @pytest.mark.usefixtures("two_processors")
@@ -419,9 +427,8 @@ def test_a_closed_socket_lets_the_loop_sleep(monkeypatch: pytest.MonkeyPatch) ->
     async def closing(one: Inbox, two: Inbox) -> None:
         one.socket.stay_awake(5.0)
         one.socket.close()
-        await asyncio.sleep(0.001)
 
-    assert slept(closing)
+    assert slept(closing, patience_s=4.0)
 
 
 def test_without_a_file_to_ask_with_the_host_keeps_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
