@@ -170,13 +170,14 @@ async def read_output(
 async def follow(client: Client, session: str, *, after: int = 0, states: bool = False) -> AsyncGenerator[Page, None]:
     """Yield a session's output from a sequence number on until it ends, over as many connections as it takes.
 
-    With `states` there is a page, maybe an empty one, as soon as the session's state has changed. Nothing comes twice
-    and, with a daemon that has a journal, nothing is lost. A dormant session may come back, so its empty pages go on.
-    Raises NoSession.
+    With `states` there is a page, maybe an empty one, at once and as soon as the session's state has changed. Nothing
+    comes twice and, with a daemon that has a journal, nothing is lost. A dormant session may come back, so its empty
+    pages go on. Raises NoSession.
     """
     known: str | None = None
     while True:
-        page = await read_output(client, session, after=after, wait=LONG_POLL_SECONDS, state=known)
+        wait = 0.0 if states and known is None else LONG_POLL_SECONDS
+        page = await read_output(client, session, after=after, wait=wait, state=known)
         known = page.state if states else None
         if page.next is None:
             break

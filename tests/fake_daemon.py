@@ -254,7 +254,8 @@ class FakeDaemon:
         after = min(after, len(session.journal))
 
         def is_ready() -> bool:
-            return len(session.journal) > after or session.state in ("ended", "failed", "dormant")
+            changed = session.state != params.get("state", session.state)
+            return changed or len(session.journal) > after or session.state in ("ended", "failed", "dormant")
 
         if params.get("waitMs") and limit:
             with contextlib.suppress(TimeoutError):

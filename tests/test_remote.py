@@ -295,6 +295,25 @@ def test_an_unknown_session_is_an_error_at_once(old: bool, read: Any) -> None:
         with_client(FakeDaemon(old=old), lambda c: collect(c, read=read))
 
 
+def test_states_come_at_once_when_nothing_is_printed() -> None:
+    """The state that the session is in as well as each that it gets into; the daemon holds no question for them."""
+    daemon = daemon_with()
+
+    async def work(client: Client) -> list[tuple[float, str | None]]:
+        clock, seen = asyncio.get_running_loop().time, []
+        began = clock()
+        async with aclosing(remote.follow(client, "s", states=True)) as pages:
+            async for page in pages:
+                seen.append((round(clock() - began), page.state))
+                if page.state == "idle":
+                    asyncio.get_running_loop().call_later(3, asyncio.create_task, daemon.end("s", "busy"))
+                elif page.state == "busy":
+                    asyncio.get_running_loop().call_later(4, asyncio.create_task, daemon.end("s"))
+        return seen
+
+    assert with_client(daemon, work) == [(0, "idle"), (3, "busy"), (7, "ended")]
+
+
 @BOTH
 def test_following_ends_with_the_session(old: bool) -> None:
     daemon = daemon_with(old=old, outputs=3)
