@@ -300,8 +300,8 @@ def test_states_come_at_once_when_nothing_is_printed() -> None:
     daemon = daemon_with()
 
     async def work(client: Client) -> list[tuple[float, str | None]]:
-        clock, seen = asyncio.get_running_loop().time, []
-        began = clock()
+        clock = asyncio.get_running_loop().time
+        began, seen = clock(), list[tuple[float, str | None]]()
         async with aclosing(remote.follow(client, "s", states=True)) as pages:
             async for page in pages:
                 seen.append((round(clock() - began), page.state))

@@ -260,3 +260,72 @@ def test_conclusions_wait_for_a_single_packet_only(size: int, known: bool) -> No
     assert (a.srtt is not None) is known
     a.get_timer()
     assert a.srtt == pytest.approx(0.02)
+
+
+def said_again(*batches: list[int]) -> list[float]:
+    """Let batches of these packets of five arrive; return when their last acknowledgement leaves again, from then on."""
+    a, b = UdxStream(1), UdxStream(2)
+    a.connect(2, 0.0)
+    b.connect(1, 0.0)
+    a.write(bytes(5 * 1100))
+    packets = a.datagrams_to_send(0.0)
+    assert len(packets) == 5
+    for number, batch in enumerate(batches):
+        b.receive_datagrams([packets[seq] for seq in batch], 1.0 + number / 100)
+        said = b.datagrams_to_send(1.0 + number / 100)
+        assert len(said) == 1
+    began, times = 1.0 + (len(batches) - 1) / 100, []
+    while (timer := b.get_timer()) is not None:
+        b.handle_timer(timer)
+        assert b.datagrams_to_send(timer) == said
+        times.append(round(timer - began, 3))
+    return times
+
+
+AGAIN = [0.2, 0.6, 1.4, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("batches", "times"),
+    [
+        ([[0, 1]], []),  # nothing is missing
+        ([[0, 2, 3]], AGAIN),  # the peer has something to repeat
+        ([[0, 2], [3]], AGAIN),  # and again from the beginning
+        ([[0, 2], [1]], []),
+        ([[0, 2], [1, 4]], AGAIN),
+        ([[0, 1], [0]], AGAIN),  # it has not heard that this came
+        ([[0, 1], [0], [2]], []),  # it has
+    ],
+)
+def test_an_acknowledgement_that_was_lost_perhaps_is_said_again(batches: list[list[int]], times: list[float]) -> None:
+    assert said_again(*batches) == times
+
+
+def test_a_lost_acknowledgement_costs_a_peer_that_waits_for_its_time_out_little() -> None:
+    """As libudx does: it repeats at once what it learns is missing, and else nothing for a second."""
+    peer, stream = UdxStream(1), UdxStream(2)
+    peer.connect(2, 0.0)
+    stream.connect(1, 0.0)
+    peer.write(bytes(5 * 1100))
+    packets = peer.datagrams_to_send(0.0)
+    stream.receive_datagrams([packets[0], *packets[2:]], 0.02)
+    [lost] = stream.datagrams_to_send(0.02)
+    timer = stream.get_timer()
+    assert timer is not None and timer < 0.3
+    stream.handle_timer(timer)
+    [again] = stream.datagrams_to_send(timer)
+    assert again == lost
+    peer.receive_datagrams([again], timer + 0.02)
+    assert [packet for packet in peer.datagrams_to_send(timer + 0.02) if packet == packets[1]]
+
+
+@pytest.mark.parametrize(("delay", "expected"), [(0.001, 0.05), (0.1, 0.4)])
+def test_how_long_a_packet_is_waited_for_goes_by_the_round_trip(delay: float, expected: float) -> None:
+    pair = Pair(a_to_b=Link(delay=delay), b_to_a=Link(delay=delay))
+    stream = pair.b.stream
+    stream.write(b"something to measure it by")
+    assert pair.run(lambda: stream.srtt is not None and stream.unacked == 0)
+    header = HEADER.pack(MAGIC, DATA, 0, stream.local_id, 1 << 20, 1, 1)  # 0 did not come
+    stream.receive_datagrams([header + b"x"], pair.now)
+    stream.datagrams_to_send(pair.now)
+    assert stream.get_timer() == pytest.approx(pair.now + expected, rel=0.01)

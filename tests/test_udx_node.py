@@ -37,7 +37,8 @@ def test_receives_from_node(size: int, loss: float, reordering: float) -> None:
     with NodeDriver({"size": size}, seed=5, loss=loss, reordering=reordering) as driver:
         driver.stream.end()
         began = time.monotonic()
-        driver.run(lambda: driver.closed is not None and driver.said("close") is not None)
+        # A Node whose repeat is lost waits for a second, then two, then four: seldom, but not for ever.
+        driver.run(lambda: driver.closed is not None and driver.said("close") is not None, seconds=80)
         print(f"{size / (time.monotonic() - began) / 1e6:.0f} MB/s at loss {loss}")
         sent = driver.said("sent")
         assert sent is not None

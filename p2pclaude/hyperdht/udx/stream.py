@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
+from .ackrepeat import AckRepeat
 from .burst import BurstHeader
 from .events import Closed, DataReceived, Drained, EndReceived, Event, MessageReceived
 from .mtu import BASE_MTU
@@ -85,6 +86,8 @@ class UdxStream:
         self._messages: deque[bytes] = deque()
         self._drain_wanted = False
         self._ack_due = False  # also set before the peer is known: it leaves on connect
+        self._ack_repeat = AckRepeat()
+        self._came_twice = False  # in this batch
         self._end_told = False
         self._last_heard = 0.0
         self._last_ack = -1  # wire ack and window of the packet that was processed last:
@@ -303,6 +306,7 @@ class UdxStream:
             return
         if kind & (DATA | END):
             self._ack_due = True
+            self._came_twice |= seq < self._receiver.next_seq
             if not self._receiver.receive(seq, data[start:], bool(kind & END)):
                 self.stats.dropped += 1
         if kind & DESTROY and seq >= self._receiver.next_seq:
@@ -343,6 +347,12 @@ class UdxStream:
         if receiver.ended and not self._end_told:
             self._end_told = self._sender.peer_ended = True
             self._events.append(EndReceived())
+        if self._ack_due:
+            if receiver.holds_early or self._came_twice:
+                self._came_twice = False
+                self._ack_repeat.begin(self.srtt, now)
+            else:
+                self._ack_repeat.stop()
         self._sender.finish_acks(now)
         if self._end_told and self._sender.end_acked:
             self._close(None)
@@ -428,7 +438,10 @@ class UdxStream:
             return None
         if self.closed:
             return self._destroy_times[0] if self._destroy_times else self._finish_at
-        return self._sender.get_timer() if self.connected else None
+        if not self.connected:
+            return None
+        timer, again = self._sender.get_timer(), self._ack_repeat.at
+        return timer if again is None or (timer is not None and timer < again) else again
 
     def handle_timer(self, now: float) -> None:
         """Act on what is due at `now`; then call `datagrams_to_send`."""
@@ -438,6 +451,7 @@ class UdxStream:
             return
         if not self.connected:
             return
+        self._ack_due |= self._ack_repeat.handle_timer(now)
         sender = self._sender
         sender.handle_timer(now, self._last_heard)
         if not sender.give_up:
