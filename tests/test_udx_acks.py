@@ -263,7 +263,7 @@ def test_conclusions_wait_for_a_single_packet_only(size: int, known: bool) -> No
 
 
 def said_again(*batches: list[int]) -> list[float]:
-    """Let batches of these packets of five arrive; return when their last acknowledgement leaves again, from then on."""
+    """Let batches of these packets of five arrive; return after how long their last acknowledgement leaves again."""
     a, b = UdxStream(1), UdxStream(2)
     a.connect(2, 0.0)
     b.connect(1, 0.0)
