@@ -8,13 +8,19 @@ import os
 import re
 import signal
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+HERE = Path(__file__).parent
+
 # How fast a machine makes up inputs says nothing about the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+# Whole files go to workers; those that take the longest go first, so that none of them runs alone in the end.
+LONGEST = ("nat/test_nat_pairs", "cli/test_transcripts", "test_soak_connects", "test_soak_crash", "test_strangers")
 
 TEST_SECONDS = 100  # a test that waits for what never comes must not hold up the others
 
@@ -25,6 +31,16 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, then the directories of real processes, then the rest."""
+
+    def rank(item: pytest.Item) -> int:
+        path = item.path.relative_to(HERE).with_suffix("").as_posix()
+        return LONGEST.index(path) if path in LONGEST else len(LONGEST) + ("/" not in path)
+
+    items.sort(key=rank)
 
 
 def is_forbidden(reason: str) -> bool:

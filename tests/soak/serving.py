@@ -1,4 +1,6 @@
-"""The server under test, a process of its own that speaks JSON lines: config {bootstrap}.
+"""The server under test, a process of its own that speaks JSON lines: config {bootstrap, linger: seconds or null}.
+
+Closed streams linger for so long, by default as always.
 
 A connection's first byte says what it is for: `e` everything comes back, `d` everything is read, `p` data pours until
 the client leaves. Events: ready {publicKey, port}. Commands: stats {collect: first the garbage} -> stats
@@ -16,6 +18,7 @@ from typing import Final
 from interop.python.control import Command, config, emit, resident_bytes, serve_commands
 
 from p2pclaude.hyperdht import Connection, HyperDHT
+from p2pclaude.hyperdht.udx import stream
 
 BLOCK: Final = bytes(1 << 16)
 
@@ -55,6 +58,8 @@ async def serve(connection: Connection) -> None:
 async def main() -> None:
     """Listen, report, obey."""
     logging.basicConfig(stream=sys.stderr)
+    if config.get("linger") is not None:
+        stream.LINGER_S = config["linger"]  # type: ignore[misc]
     async with HyperDHT(bootstrap=config["bootstrap"], host="127.0.0.1") as dht:
         server = dht.create_server(serve)
         await server.listen()

@@ -63,8 +63,11 @@ async def pour(command: Command, dht: HyperDHT) -> None:
     async with await dht.connect(bytes.fromhex(command["key"])) as connection:
         await connection.write(b"p")
         emit("pouring")
-        while data := await connection.read():
-            Received.size += len(data)
+        try:
+            while data := await connection.read():
+                Received.size += len(data)
+        finally:
+            connection.abort()  # the server never ends by itself
 
 
 async def drain(command: Command, dht: HyperDHT) -> None:
