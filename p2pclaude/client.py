@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable, WireError
 from p2pclaude.hintcache import MAX_ADDRESSES, HintCache, Hints
 from p2pclaude.hyperdht import (
+    DecodeError,
     HolepunchError,
     HyperDHT,
     HyperDHTError,
@@ -423,6 +424,8 @@ def _refusal(error: str) -> P2PClaudeError:
 
 def explain(error: Exception) -> P2PClaudeError:
     """Say what a failure of the network means to the caller."""
+    if isinstance(error, DecodeError):  # what the network brings is dropped, so it is our own input
+        return DataError("the pairing URL holds no usable public key", hint="copy it again, the whole of it")
     if isinstance(error, PeerNotFound):
         return Unavailable("daemon not found", hint="is p2pclaude-daemon running there, with this pairing URL?")
     if isinstance(error, TooFewNodes):

@@ -18,6 +18,7 @@ from p2pclaude.client import RECONNECT_DELAYS, Client, explain
 from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable
 from p2pclaude.hyperdht import (
     ConnectionClosed,
+    DecodeError,
     HandshakeFailed,
     HolepunchError,
     HyperDHTError,
@@ -100,6 +101,7 @@ def test_an_ok_without_result_is_an_empty_object() -> None:
     [
         (PeerNotFound("x"), Unavailable, 69),
         (TooFewNodes("x"), Unavailable, 69),
+        (DecodeError("x"), DataError, 65),
         (PeerConnectionFailed("x"), Unavailable, 69),
         (HolepunchError("x"), Unavailable, 69),
         (HandshakeFailed("x"), Unavailable, 69),

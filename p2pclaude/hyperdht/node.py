@@ -10,7 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 from .bootstrap import Bootstrap, is_ipv4
 from .constants import ID_BYTES, ErrorCode, InternalCommand
@@ -19,9 +19,9 @@ from .endpoint import Endpoint, Socket
 from .errors import Destroyed, HyperDHTError, Suspended
 from .health import HealthMonitor
 from .internal import MAX_PING_DELAY_MS, InternalCommands
-from .query import CONCURRENCY, QUERY_RETRIES, Query
+from .query import Query, QueryOptions
 from .reachability import Reachability
-from .requests import DEFAULT_RETRIES, IncomingRequest, OutgoingRequest, Reply, Value
+from .requests import DEFAULT_RETRIES, IncomingRequest, OutgoingRequest, Reply, RequestOptions
 from .routing import RoutingTable, node_id
 from .rpc import Rpc
 from .upkeep import Upkeep, is_usable
@@ -178,26 +178,13 @@ class Node:
 
     # asking
 
-    async def request(
-        self,
-        to: Address,
-        command: int,
-        *,
-        target: bytes | None = None,
-        value: Value = None,
-        token: bytes | None = None,
-        socket: Socket | None = None,
-        retries: int = DEFAULT_RETRIES,
-        timeout: float | None = None,
-    ) -> Reply:
+    async def request(self, to: Address, command: int, **options: Unpack[RequestOptions]) -> Reply:
         """Ask one node, as `Rpc.request`."""
-        return await self.rpc.request(
-            to, command, target=target, value=value, token=token, socket=socket, retries=retries, timeout=timeout
-        )
+        return await self.rpc.request(to, command, **options)
 
-    async def ping(self, to: Address, *, socket: Socket | None = None, retries: int = DEFAULT_RETRIES) -> Reply:
+    async def ping(self, to: Address, *, retries: int = DEFAULT_RETRIES) -> Reply:
         """Ask a node for nothing but an answer."""
-        return await self.rpc.request(to, InternalCommand.PING, internal=True, socket=socket, retries=retries)
+        return await self.rpc.request(to, InternalCommand.PING, internal=True, retries=retries)
 
     async def delayed_ping(self, to: Address, delay: float) -> Reply:
         """Ask a node to answer after `delay` seconds (at most 10): does a NAT keep its mapping that long?"""
@@ -207,32 +194,10 @@ class Node:
         value = delay_ms.to_bytes(4, "little")
         return await self.rpc.request(to, InternalCommand.DELAYED_PING, internal=True, value=value, timeout=delay + 1.0)
 
-    def query(
-        self,
-        command: int,
-        target: bytes,
-        *,
-        value: bytes | None = None,
-        nodes: Sequence[Address] | None = None,
-        internal: bool = False,
-        concurrency: int = CONCURRENCY,
-        retries: int = QUERY_RETRIES,
-    ) -> Query:
-        """Return a walk towards `target`; it starts from the bootstrap nodes if need be, and waits for nothing.
-
-        `nodes` are asked first, such as `closest_nodes` of an earlier walk.
-        """
+    def query(self, command: int, target: bytes, **options: Unpack[QueryOptions]) -> Query:
+        """Return a walk towards `target`; it starts from the bootstrap nodes if need be, and waits for nothing."""
         self._refresh_ticks = REFRESH_TICKS
-        return Query(
-            self,
-            command,
-            target,
-            value=value,
-            nodes=nodes,
-            internal=internal,
-            concurrency=concurrency,
-            retries=retries,
-        )
+        return Query(self, command, target, **options)
 
     def find_node(self, target: bytes) -> Query:
         """Return a walk to the nodes closest to `target`."""

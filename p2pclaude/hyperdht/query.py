@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from heapq import heappop, heappush
 from operator import itemgetter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from .constants import ErrorCode, K
 from .encoding import Address
@@ -33,6 +33,20 @@ QUERY_RETRIES: Final = 5
 STRAGGLER_SENDS: Final = 3  # unanswered sends after which a node no longer holds up the end,
 FULL_STRAGGLER_SENDS: Final = 2  # or that many once there is a full result
 MAX_VISITS: Final = 512
+
+
+class QueryOptions(TypedDict, total=False):
+    """What may be said of a walk beside its command and its target.
+
+    `nodes` are asked first, such as `closest_nodes` of an earlier walk. `value` goes along, to `concurrency` nodes at a
+    time, each of them asked 1 + `retries` times.
+    """
+
+    value: bytes | None
+    nodes: Sequence[Address] | None
+    internal: bool
+    concurrency: int
+    retries: int
 
 
 class Query:

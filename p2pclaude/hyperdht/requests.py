@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict
 
 from .constants import Command, ErrorCode
 from .encoding import Address
@@ -24,6 +24,23 @@ RELAYED_RETRIES: Final = 6  # on the way client, relay, server and back a packet
 
 Value = bytes | Callable[[bytes], bytes] | None
 """A request's value; a function makes it of the token the request carries (signatures cover tokens)."""
+
+
+class RequestOptions(TypedDict, total=False):
+    """What may be said of a request beside its receiver and its command.
+
+    `timeout` is in seconds for each of the 1 + `retries` sends (default: learnt); pass one when the answer takes longer
+    than the node's round trip (handshakes and hole punching are known to). `socket` is where it leaves (default: the
+    node's). A refused `token` is replaced by the one that came with the refusal, once.
+    """
+
+    internal: bool
+    target: bytes | None
+    value: Value
+    token: bytes | None
+    socket: Socket | None
+    retries: int
+    timeout: float | None
 
 
 def checked_id(claimed: bytes | None, source: Address) -> bytes | None:
@@ -143,18 +160,31 @@ class OutgoingRequest:
         "value",
     )
 
-    def __init__(self, rpc: Rpc, to: Address, command: int, value: Value, token: bytes | None) -> None:
+    def __init__(
+        self,
+        rpc: Rpc,
+        to: Address,
+        command: int,
+        *,
+        internal: bool = False,
+        target: bytes | None = None,
+        value: Value = None,
+        token: bytes | None = None,
+        socket: Socket | None = None,
+        retries: int = DEFAULT_RETRIES,
+        timeout: float | None = None,
+    ) -> None:
         self._rpc = rpc
         self._value = value
         self.to = to
         self.command = command
         self.future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self.on_resend: Callable[[OutgoingRequest], None] | None = None
-        self.internal = False
-        self.target: bytes | None = None
-        self.socket: Socket | None = None
-        self.retries = DEFAULT_RETRIES
-        self.timeout: float | None = None
+        self.internal = internal
+        self.target = target
+        self.socket = socket
+        self.retries = retries
+        self.timeout = timeout
         self.timer: asyncio.TimerHandle | None = None
         self.tid: int | None = None
         self.sends = 0

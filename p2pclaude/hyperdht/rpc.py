@@ -12,7 +12,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Unpack
 
 from .constants import ErrorCode, InternalCommand
 from .encoding import Address
@@ -20,7 +20,7 @@ from .endpoint import Endpoint, Socket
 from .errors import DecodeError, HyperDHTError, Timeout
 from .messages import Request, Response, decode_message
 from .records import TokenJar
-from .requests import DEFAULT_RETRIES, IncomingRequest, OutgoingRequest, Reply, Value, checked_id
+from .requests import IncomingRequest, OutgoingRequest, Reply, RequestOptions, checked_id
 from .timeouts import LAST_TIMEOUT, AdaptiveTimeouts
 from .window import SLOT_SECONDS, CongestionWindow
 
@@ -125,37 +125,13 @@ class Rpc:
 
     # asking
 
-    async def request(
-        self,
-        to: Address,
-        command: int,
-        *,
-        internal: bool = False,
-        target: bytes | None = None,
-        value: Value = None,
-        token: bytes | None = None,
-        socket: Socket | None = None,
-        retries: int = DEFAULT_RETRIES,
-        timeout: float | None = None,
-    ) -> Reply:
+    async def request(self, to: Address, command: int, **options: Unpack[RequestOptions]) -> Reply:
         """Ask a node and return its reply, whose `error` may be set.
 
-        `timeout` is in seconds for each of the 1 + `retries` sends (default: learnt); pass one when the answer takes
-        longer than the node's round trip (handshakes and hole punching are known to). The reply must come from `to`,
-        on any of our sockets. A refused token is replaced by the one that came with the refusal, once: `value` may be
-        a function of the token. Raises Timeout, Suspended or Destroyed. A cancelled task's request is forgotten.
+        The reply must come from `to`, on any of our sockets. Raises Timeout, Suspended or Destroyed. A cancelled
+        task's request is forgotten.
         """
-        call = self.start(
-            to,
-            command,
-            internal=internal,
-            target=target,
-            value=value,
-            token=token,
-            socket=socket,
-            retries=retries,
-            timeout=timeout,
-        )
+        call = self.start(to, command, **options)
         try:
             return await call.future
         finally:
@@ -166,21 +142,14 @@ class Rpc:
         to: Address,
         command: int,
         *,
-        internal: bool = False,
-        target: bytes | None = None,
-        value: Value = None,
-        token: bytes | None = None,
-        socket: Socket | None = None,
-        retries: int = DEFAULT_RETRIES,
-        timeout: float | None = None,
         on_resend: Callable[[OutgoingRequest], None] | None = None,
+        **options: Unpack[RequestOptions],
     ) -> OutgoingRequest:
         """Begin what `request` awaits. Raises Suspended or Destroyed at once; all else comes through the future."""
         if self._closed is not None:
             raise self._closed()
-        call = OutgoingRequest(self, to, command, value, token)
-        call.internal, call.target, call.socket = internal, target, socket
-        call.retries, call.timeout, call.on_resend = retries, timeout, on_resend
+        call = OutgoingRequest(self, to, command, **options)
+        call.on_resend = on_resend
         self._calls[call] = None
         try:
             self._submit(call)

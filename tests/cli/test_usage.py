@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from cli.harness import ROOT, TOOLS, Shell, command, environment
 
+from p2pclaude.pairing import Pairing, format_url
+
 CLIENTS = tuple(tool for tool in TOOLS if tool not in ("daemon", "node"))
 SESSION_TOOLS = {"tail": ["s"], "stop": ["s"]}
 
@@ -129,6 +131,13 @@ def test_a_wrong_bootstrap_in_the_environment_is_named(offline: Shell) -> None:
 def test_a_malformed_url(offline: Shell, tool: str, url: str) -> None:
     words = [url if word == "@" else word for word in plain(tool)]
     assert "pairing URL" in offline.fail(65, tool, *words)
+
+
+def test_a_url_whose_public_key_is_none(offline: Shell) -> None:
+    """Thirty-two bytes that are no point of the curve: whoever reads that has to copy the URL again."""
+    url = format_url(Pairing(b"\x07" * 32, bytes(32), {"bootstrap": ["127.0.0.1:1"]}))
+    err = offline.fail(65, "ls", url)
+    assert "error: the pairing URL holds no usable public key\n" in err
 
 
 def test_a_pairing_file(offline: Shell) -> None:
