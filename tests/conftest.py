@@ -4,6 +4,7 @@
 accepted when its reason contains one of them.
 """
 
+import gc
 import os
 import re
 import signal
@@ -21,6 +22,8 @@ settings.load_profile("any machine")
 
 # Whole files go to workers; those that take the longest go first, so that none of them runs alone in the end.
 LONGEST = ("nat/test_nat_pairs", "cli/test_transcripts", "test_soak_connects", "test_soak_crash", "test_strangers")
+
+begun: set[Path] = set()  # the files of which a test has run
 
 TEST_SECONDS = 100  # a test that waits for what never comes must not hold up the others
 
@@ -41,6 +44,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(path) if path in LONGEST else len(LONGEST) + ("/" not in path)
 
     items.sort(key=rank)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let the garbage collector look at no object of earlier files again: each simulation ends with a collection."""
+    if item.path not in begun:
+        begun.add(item.path)
+        gc.collect()
+        gc.freeze()
 
 
 def is_forbidden(reason: str) -> bool:
