@@ -2,6 +2,8 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from sim import run
@@ -88,6 +90,17 @@ async def hand(place: Place, node: HyperDHT) -> Hand:
 async def hands(place: Place) -> tuple[Hand, Hand]:
     first, second = await place.clients()
     return await hand(place, first), await hand(place, second)
+
+
+@asynccontextmanager
+async def echoing(place: Place) -> AsyncIterator[Connection]:
+    """Give a connection through the relay whose other end echoes."""
+    initiator, responder = await place.linked()
+    serving = asyncio.create_task(echo(responder.connection))
+    yield initiator.connection
+    await initiator.connection.close()
+    await serving
+    await responder.connection.close()
 
 
 def names(place: Place) -> Counter[str]:
@@ -229,15 +242,10 @@ def test_a_link_holds_its_connections() -> None:
     """A client whose link is in use, or only there, is not idle."""
 
     async def main() -> None:
-        async with relay_place(1) as place:
-            initiator, responder = await place.linked()
-            serving = asyncio.create_task(echo(responder.connection))
+        async with relay_place(1) as place, echoing(place) as connection:
             for _ in range(3):
                 await asyncio.sleep(60)
-                assert await ask(initiator.connection, b"still") == b"still"
-            await initiator.connection.close()
-            await serving
-            await responder.connection.close()
+                assert await ask(connection, b"still") == b"still"
 
     run(main(), seed=1)
 
@@ -249,9 +257,7 @@ def test_hostile_messages() -> None:
     """Nothing a client says harms another one's link or stays behind; malformed messages break it off."""
 
     async def main() -> None:
-        async with relay_place(1) as place:
-            initiator, responder = await place.linked()
-            serving = asyncio.create_task(echo(responder.connection))
+        async with relay_place(1) as place, echoing(place) as connection:
             node = await place.network.join(place.symmetric(3))
             for kind, payload in (
                 (PAIR, b""),
@@ -274,11 +280,8 @@ def test_hostile_messages() -> None:
             client.pair(TOKEN)
             await asyncio.sleep(LINGER_SECONDS + 1)
             assert (place.relay.waiting, place.relay.links) == (0, 1)
-            assert await ask(initiator.connection, b"unharmed") == b"unharmed"
+            assert await ask(connection, b"unharmed") == b"unharmed"
             await client.close()
-            await initiator.connection.close()
-            await serving
-            await responder.connection.close()
 
     run(main(), seed=1)
 
