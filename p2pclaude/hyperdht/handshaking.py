@@ -40,6 +40,7 @@ HINT_GRACE: Final = 1.0  # seconds for a remembered node to answer when the sear
 HANDSHAKES: Final = 3  # through all relays, while answers get lost
 LOOKUPS: Final = 3  # while answers get lost
 ENOUGH_RELAYS: Final = 3  # as many as a server has
+ENOUGH_SILENCE: Final = 2  # walks that nobody answered, times the nodes asked: then there is no network
 
 
 class Shaken(NamedTuple):
@@ -66,6 +67,7 @@ class RelaySearch:
         self._target = target
         self._found: set[Address] = set()
         self._lookups = 1
+        self._silence = 0
         self._query = self._look_up()
 
     @property
@@ -91,7 +93,11 @@ class RelaySearch:
                 if reply.value is not None and reply.error == 0 and reply.source not in self._found:
                     self._found.add(reply.source)
                     return reply.source
-            if not self._query.resends or len(self._found) >= ENOUGH_RELAYS or self._lookups == LOOKUPS:
+            if not self._query.was_answered:
+                self._silence += self._query.errors
+            if not self._query.resends or len(self._found) >= ENOUGH_RELAYS:
+                return None
+            if self._lookups == LOOKUPS or self._silence >= ENOUGH_SILENCE:
                 return None
             self._lookups += 1
             self._query = self._look_up()
