@@ -62,6 +62,30 @@ def test_a_close_with_the_usual_patience_is_clean_on_both_sides(first: int) -> N
     run(main(), seed=first, cpu_limit=300)
 
 
+@pytest.mark.parametrize("how", ["fails", "takes too long"])
+def test_a_body_that_does_not_come_to_its_end_breaks_the_connection_off(how: str) -> None:
+    """At once, and so that the peer does not take half for the whole."""
+
+    async def main() -> None:
+        client, server = await connect_ends(SimNetwork(1, Link(latency=(0.05, 0.05))))
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(ZeroDivisionError if how == "fails" else TimeoutError):
+            async with asyncio.timeout(1), client.connection:
+                await client.connection.write(b"the first half")
+                await asyncio.sleep(0.5)
+                if how == "fails":
+                    raise ZeroDivisionError
+                await client.connection.read()
+        assert asyncio.get_running_loop().time() - began < 1.01
+        assert await server.connection.read() == b"the first half"
+        with pytest.raises(ConnectionClosed):
+            await server.connection.read()
+        await asyncio.sleep(30)
+        _forget(client, server)
+
+    run(main(), seed=1)
+
+
 @pytest.mark.parametrize("seed", seeds(5))
 def test_a_dead_idle_peer_is_noticed_within_fifteen_seconds(seed: int) -> None:
     async def main() -> float:

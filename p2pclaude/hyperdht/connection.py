@@ -82,8 +82,12 @@ class Connection:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.close()
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close; break off where the body failed: at once, and the peer shall not take half for the whole."""
+        if kind is None:
+            await self.close()
+        else:
+            self.abort()
 
     @property
     def remote_address(self) -> Address | None:
