@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from reachability import live
 from sim import Host, Nat, run
-from sim_dht import Swarm, ask, echo, eventually, serve, swarm
+from sim_dht import BOOTSTRAP, Swarm, ask, echo, eventually, serve, swarm
 from sim_peers import seeds
 
 from p2pclaude.hyperdht import announcer
@@ -51,6 +51,18 @@ async def seconds_until(check: Callable[[], bool], limit: float) -> float:
     return loop.time() - started
 
 
+def holders(network: Swarm, server: Server) -> int:
+    """Return how many nodes have stored the announcement."""
+    now, target = asyncio.get_running_loop().time(), blake2b(server.public_key)
+    return sum(other.router.get(target, now) is not None for other in network.nodes)
+
+
+def forget(network: Swarm, server: Server) -> None:
+    """Let all nodes forget the announcement, as time does."""
+    for other in network.nodes:
+        other.router.remove(blake2b(server.public_key))
+
+
 @pytest.mark.parametrize("delay", [0, 0.05, 0.12, 0.13, 0.15])
 def test_a_server_closed_while_it_begins_to_listen_is_announced_no_more(delay: float) -> None:
     """In the end the nodes near its key have stored it, and their answers are under way."""
@@ -66,8 +78,7 @@ def test_a_server_closed_while_it_begins_to_listen_is_announced_no_more(delay: f
             await listening
             await asyncio.sleep(60)
             assert announcer_of(server).relays == ()
-            now, target = asyncio.get_running_loop().time(), blake2b(server.public_key)
-            assert not any(other.router.get(target, now) for other in network.nodes)
+            assert holders(network, server) == 0
 
     run(main(), seed=1)
 
@@ -174,6 +185,30 @@ def test_failed_announcements_are_tried_again_with_growing_pauses() -> None:
                 back = asyncio.get_running_loop().time()
                 await seconds_until(lambda: len(server.relay_addresses) > 0, announcer.LAST_RETRY + 5)
                 assert asyncio.get_running_loop().time() - back <= announcer.LAST_RETRY + 5
+
+    run(main(), seed=1)
+
+
+@pytest.mark.parametrize("offline", ["from the start", "later"])
+def test_an_open_server_is_announced_soon_after_its_network_is_back(offline: str) -> None:
+    """That it needs no relay does not mean that anybody finds it."""
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            host, address = network.net.host("5.7.7.7"), ("5.7.7.7", 49737)
+            node = HyperDHT(
+                bootstrap=[BOOTSTRAP], public_address=address, network=host, rng=network.net.random("open node")
+            )
+            network.joined.append(node)
+            host.up = offline == "later"
+            await node.start()
+            server = await serve(node, node.key_pair)
+            assert holders(network, server) == (3 if host.up else 0)
+            host.up = False
+            await asyncio.sleep(announcer.FORGOTTEN_AFTER + 50)
+            forget(network, server)
+            host.up = True
+            await seconds_until(lambda: holders(network, server) == 3, announcer.LAST_RETRY + 5)
 
     run(main(), seed=1)
 

@@ -159,8 +159,9 @@ class Announcer:
         self._former = (*gone, *self._former)[: 2 * RELAYS]
         self.relays = relays
         await asyncio.gather(*(self._unannounce(address) for address in gone))
-        # Without another node there is nobody to announce to; whoever asks us directly is answered all the same.
-        return bool(fresh) or not self._node.firewalled
+        # In a network of our own there is nobody to announce to; whoever asks us directly is answered all the same.
+        is_in_vain = len(self._node.bootstrap) > 0 and not query.was_answered
+        return bool(fresh) or not (self._node.firewalled or is_in_vain)
 
     def _with_silent_ones(self, fresh: tuple[RelayedPath, ...]) -> tuple[RelayedPath, ...]:
         """Return these relays, and former ones in the place of those that are missing.
