@@ -213,6 +213,46 @@ def test_an_open_server_is_announced_soon_after_its_network_is_back(offline: str
     run(main(), seed=1)
 
 
+def test_after_a_sleep_the_announcement_is_made_anew() -> None:
+    """The nodes that stored it are there and see us where we were, but it has grown too old meanwhile."""
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            _, _, node = await behind_nat(network, 1)
+            slept = 0.0
+            node.node._slept = lambda: slept
+            server = await serve(node, node.key_pair)
+            await asyncio.sleep(10)
+            forget(network, server)
+            slept = 3600.0
+            await seconds_until(lambda: holders(network, server) == 3, 10)
+
+    run(main(), seed=1)
+
+
+def test_after_resume_it_is_announced_once() -> None:
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            _, _, node = await behind_nat(network, 1)
+            server = await serve(node, node.key_pair)
+            await node.suspend()
+            cycles, cycle = 0, Announcer._cycle
+
+            async def count(self: Announcer) -> bool:
+                nonlocal cycles
+                cycles += 1
+                return await cycle(self)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Announcer, "_cycle", count)
+                await node.resume()
+                await asyncio.sleep(announcer.PARTIAL_INTERVAL - 5)
+            assert cycles == 1
+            assert holders(network, server) == 3
+
+    run(main(), seed=1)
+
+
 def test_a_cycle_that_hangs_is_ended_by_the_watchdog() -> None:
     async def main() -> None:
         async with swarm(1, 12) as network:

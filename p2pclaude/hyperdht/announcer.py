@@ -87,6 +87,7 @@ class Announcer:
         await asyncio.gather(*map(self._unannounce, told))
 
     async def _run(self, attempted: asyncio.Event) -> None:
+        self._wanted.clear()
         succeeded = await self._guarded_cycle()
         attempted.set()
         retry = FIRST_RETRY

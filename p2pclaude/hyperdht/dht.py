@@ -98,6 +98,7 @@ class HyperDHT:
         self._destroyed = False
         self.node.on_request = self._handle_request
         self.node.on_network_change.append(self.refresh)
+        self.node.on_wakeup.append(self.refresh)  # the announcements have grown older than the loop's clock says
 
     # What a client that only connects never needs is loaded when it is first used.
 
