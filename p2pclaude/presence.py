@@ -118,7 +118,7 @@ class Presence:
             return
         self._seq = max(await self._last_seq() + 1, _now_ms())
         value = encode_record(self._data_key, record)
-        self._knows_last = True
+        self._knows_last, self._stored = True, None  # from here on nodes may have this one, whatever we hear
         try:
             await self._node.mutable_put(self._key_pair, value, self._seq)
         except Exception:

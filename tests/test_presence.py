@@ -170,6 +170,38 @@ def test_after_a_failure_it_looks_again_for_the_number_to_go_beyond() -> None:
     on_bench(work)
 
 
+@pytest.mark.parametrize("end", ["failed", "cancelled"])
+def test_a_record_that_perhaps_was_stored_is_replaced_by_an_earlier_one(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes may have taken it without our hearing of it; who asks them must not see sessions that are gone."""
+
+    async def work(one: Bench) -> None:
+        one.snapshot = sessions(1)
+        await asyncio.sleep(1)
+
+        async def store_and_hang(self: FakeDHT, key_pair: KeyPair, value: bytes, seq: int = 0) -> None:
+            self.records.append((seq, value))
+            if end == "failed":
+                raise TooFewNodes("no node answered")
+            await asyncio.Event().wait()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeDHT, "mutable_put", store_and_hang)
+            one.snapshot = sessions(1, 2)
+            storing = asyncio.create_task(one.presence.store_record())
+            await asyncio.sleep(1)
+            storing.cancel()
+            await asyncio.wait([storing])
+        one.snapshot = sessions(1)
+        await one.presence.store_record()
+        assert [len(record["sessions"]) for record in one.stored] == [1, 2, 1]
+        numbers = [seq for seq, _ in one.dht.records]
+        assert numbers == sorted(set(numbers))
+
+    on_bench(work)
+
+
 def test_a_record_is_stored_again_now_and_then() -> None:
     async def work(one: Bench) -> None:
         await asyncio.sleep(1 + 2 * REPUBLISH_SECONDS)
