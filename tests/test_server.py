@@ -254,6 +254,24 @@ def test_packets_heard_and_sent_again_open_nothing_where_only_one_key_is_allowed
     run(main(), seed=1)
 
 
+def test_who_finds_no_room_at_first_comes_in_with_a_repetition() -> None:
+    """Many behind one NAT come at once: a place is taken for as long as a hole takes to punch."""
+
+    async def main() -> None:
+        async with swarm(1, 8) as network:
+            node, _ = await place(network, True)
+            nat = network.net.nat("5.8.0.2")
+            clients = [await network.join(nat.host(f"192.168.2.{number}")) for number in range(2, 6)]
+            server = await serve(node, node.key_pair)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(server_module, "MAX_PENDING", 1)
+                came = await asyncio.gather(*(client.connect(server.public_key) for client in clients))
+            for connection in came:
+                assert await ask(connection, b"hello") == b"hello"
+
+    run(main(), seed=1)
+
+
 @pytest.mark.parametrize("end", ["close", "suspend"])
 def test_who_waits_for_a_turn_when_the_server_ends_does_not_come_in(end: str) -> None:
     """The turns of a flood of clients come later than the end."""

@@ -195,6 +195,7 @@ class Server:
             error = HandshakeError.VERSION_MISMATCH if payload.version != 1 else HandshakeError.ABORTED
             return Answer(noise.write_message(encode_noise_payload(self._payload(error))))
         if not self._make_room(client[0]):  # only a client that knows the key may take another's place
+            self._answers.delete(message.noise)  # as above
             return None
         return await self._admit(client[0], noise, payload, message, request)
 
