@@ -12,8 +12,9 @@ from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import DecodeError, HolepunchError, HyperDHTError, PeerConnectionFailed, PeerNotFound
-from p2pclaude.hyperdht.messages import Request, decode_message
+from p2pclaude.hyperdht.messages import Peer, Request, decode_message, encode_peer
 from p2pclaude.hyperdht.query import Query
+from p2pclaude.hyperdht.requests import IncomingRequest
 from p2pclaude.hyperdht.server import Server
 from p2pclaude.hyperdht.udx.packet import PREFIX
 
@@ -99,6 +100,33 @@ def test_a_relay_that_leads_nowhere_is_avoided_the_next_time() -> None:
             network.net.intercept = lambda packet: (
                 bool({packet.source[0], packet.destination[0]} & bad) and is_request(packet, Command.PEER_HOLEPUNCH)
             )
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            async with await client.connect(server.public_key) as connection:
+                assert await ask(connection, b"hello") == b"hello"
+            return loop.time() - started
+
+    assert run(main(), seed=1) < 2
+
+
+@pytest.mark.parametrize("lie", ["garbage", "the record of another"])
+def test_nodes_that_claim_to_know_everybody_do_not_hold_up_a_handshake(lie: str) -> None:
+    """They answer any FIND_PEER and nothing else."""
+
+    async def main() -> float:
+        async with swarm(4, 24) as network:
+            _, client, server, _ = await peers(network)
+            other = KeyPair.generate(network.net.random("other")).public_key
+            value = b"garbage" if lie == "garbage" else encode_peer(Peer(other))
+
+            def answer(request: IncomingRequest) -> bool:
+                if request.command == Command.FIND_PEER:
+                    request.reply(value)
+                return True
+
+            for liar in network.nodes:
+                if liar.remote_address not in server.relay_addresses:
+                    liar.node.on_request = answer
             loop = asyncio.get_running_loop()
             started = loop.time()
             async with await client.connect(server.public_key) as connection:

@@ -25,10 +25,11 @@ from .errors import (
     TooFewNodes,
 )
 from .handshakes import Handshake, NoisePayload, decode_handshake, decode_noise_payload, encode_handshake
+from .messages import decode_peer
 from .node import Node
 from .noise import NoiseIK
 from .query import Query
-from .requests import RELAYED_RETRIES
+from .requests import RELAYED_RETRIES, Reply
 from .tasks import cancel_all
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class RelaySearch:
         """
         while True:
             async for reply in self._query:
-                if reply.value is not None and reply.error == 0 and reply.source not in self._found:
+                if self._names_peer(reply) and reply.source not in self._found:
                     self._found.add(reply.source)
                     return reply.source
             if not self._query.was_answered:
@@ -101,6 +102,13 @@ class RelaySearch:
                 return None
             self._lookups += 1
             self._query = self._look_up()
+
+    def _names_peer(self, reply: Reply) -> bool:
+        # A node that lies would hold one of the few places for handshakes; the key is unknown to who has only its hash.
+        try:
+            return reply.value is not None and blake2b(decode_peer(reply.value).public_key) == self._target
+        except DecodeError:
+            return False
 
     def cancel(self) -> None:
         """End the search."""
