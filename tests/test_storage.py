@@ -6,6 +6,7 @@ from sim_dht import swarm
 
 from p2pclaude.hyperdht.constants import Command, ErrorCode
 from p2pclaude.hyperdht.crypto import KeyPair
+from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.errors import RemoteError
 from p2pclaude.hyperdht.records import MutableStore
 from p2pclaude.hyperdht.requests import IncomingRequest
@@ -49,6 +50,25 @@ def test_one_node_that_holds_a_newer_record_is_enough_to_refuse_a_put() -> None:
                 with pytest.raises(RemoteError) as caught:
                     await writer.mutable_put(writer.key_pair, b"other", seq)
                 assert caught.value.code == code
+
+    run(main(), seed=1)
+
+
+def test_a_refusal_says_more_than_the_silence_of_another_node() -> None:
+    """All but the last of the nodes that are asked hold a newer record, and that one does not answer."""
+
+    async def main() -> None:
+        async with swarm(1, 6) as network:
+            writer = await network.join(network.net.host("5.2.0.1"))
+            await writer.mutable_put(writer.key_pair, b"newer", 2)
+            target = blake2b(writer.key_pair.public_key)
+            last = writer.node.table.closest(target)[-1].address
+            silent = next(node for node in [*network.nodes, network.bootstrap] if node.remote_address == last)
+            handle = silent.node.on_request
+            silent.node.on_request = lambda request: request.command == Command.MUTABLE_PUT or handle(request)
+            with pytest.raises(RemoteError) as caught:
+                await writer.mutable_put(writer.key_pair, b"older", 1)
+            assert caught.value.code == ErrorCode.SEQ_TOO_LOW
 
     run(main(), seed=1)
 

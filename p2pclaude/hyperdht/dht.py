@@ -368,7 +368,7 @@ class HyperDHT:
         await self._storage.announce(target, key_pair or self.key_pair, tuple(relay_addresses), bump)
 
     async def unannounce(self, target: bytes, key_pair: KeyPair | None = None) -> None:
-        """Take an announcement back. Raises TooFewNodes or RemoteError."""
+        """Take an announcement back; a node that does not answer forgets it by itself."""
         await self._storage.unannounce(target, key_pair or self.key_pair)
 
     def lookup(self, target: bytes) -> AsyncIterator[LookupResult]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, TypedDict
 
 from .constants import ErrorCode, K
 from .encoding import Address
-from .errors import HyperDHTError, Timeout, TooFewNodes
+from .errors import HyperDHTError, RemoteError, Timeout, TooFewNodes
 from .requests import OutgoingRequest, Reply
 from .routing import node_id
 
@@ -150,7 +150,7 @@ class Query:
     async def commit(self, store: Callable[[Reply], Awaitable[object]]) -> int:
         """Finish the walk, run `store` for each of the closest replies at once and count those that succeed.
 
-        If every one fails the last error is raised; TooFewNodes if there was no node to store at.
+        If every one fails a refusal is raised rather than another error; TooFewNodes if there was no node to store at.
         """
         await self.finished()
         replies = self.closest_replies
@@ -159,7 +159,8 @@ class Query:
         outcomes = await asyncio.gather(*map(store, replies), return_exceptions=True)
         self.commit_errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
         if len(self.commit_errors) == len(replies):
-            raise self.commit_errors[-1]
+            refusals = [error for error in self.commit_errors if isinstance(error, RemoteError)]
+            raise (refusals or self.commit_errors)[-1]
         return len(replies) - len(self.commit_errors)
 
     def cancel(self) -> None:
