@@ -106,6 +106,28 @@ def test_nobody_listens_on_a_node_that_is_not_there() -> None:
     run(main(), seed=1)
 
 
+@pytest.mark.parametrize("end", ["suspend", "destroy"])
+def test_who_is_cancelled_while_the_node_ends_leaves_no_task_that_announces(end: str) -> None:
+    """So early that no server has heard of it yet."""
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            _, _, node = await behind_nat(network, 1)
+            server = await serve(node, node.key_pair)
+            ending = asyncio.create_task(node.suspend() if end == "suspend" else node.destroy())
+            await asyncio.sleep(0)
+            ending.cancel()
+            await asyncio.wait([ending])
+            if end == "suspend":
+                await node.resume()
+                await server.close()
+            await asyncio.sleep(announcer.CYCLE_TIMEOUT)
+            assert not [task for task in asyncio.all_tasks() if "Announcer" in repr(task.get_coro())]
+            await node.destroy()
+
+    run(main(), seed=1)
+
+
 @pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("address", [None, "5.8.0.77"])
 def test_a_moved_mapping_costs_ten_seconds_at_most(seed: int, address: str | None) -> None:

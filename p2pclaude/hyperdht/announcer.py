@@ -68,6 +68,8 @@ class Announcer:
     async def start(self) -> None:
         """Announce and go on doing so until `stop`; returns after the first attempt, whether it succeeded or not."""
         attempted = asyncio.Event()
+        if self._task is not None:  # a `suspend` that was cancelled had not come to `stop`
+            self._task.cancel()
         self._task = asyncio.create_task(self._run(attempted))
         self._task.add_done_callback(lambda _: attempted.set())  # `stop` ends the waiting too
         await attempted.wait()
@@ -91,7 +93,7 @@ class Announcer:
         succeeded = await self._guarded_cycle()
         attempted.set()
         retry = FIRST_RETRY
-        while True:
+        while not self._node.destroyed:  # as `stop` may not have been called
             if succeeded:
                 retry = FIRST_RETRY
                 await self._keep_alive()
