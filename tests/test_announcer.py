@@ -128,6 +128,26 @@ def test_who_is_cancelled_while_the_node_ends_leaves_no_task_that_announces(end:
     run(main(), seed=1)
 
 
+def test_a_resume_that_is_cancelled_has_announced_all_the_same() -> None:
+    """The node is awake, and another `resume` does nothing."""
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            _, _, node = await behind_nat(network, 1)
+            server = await serve(node, node.key_pair)
+            await node.suspend()
+            assert holders(network, server) == 0
+            resuming = asyncio.create_task(node.resume())
+            await asyncio.sleep(0)
+            resuming.cancel()
+            await asyncio.wait([resuming])
+            await node.resume()
+            await asyncio.sleep(5)
+            assert holders(network, server) == 3
+
+    run(main(), seed=1)
+
+
 @pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("address", [None, "5.8.0.77"])
 def test_a_moved_mapping_costs_ten_seconds_at_most(seed: int, address: str | None) -> None:

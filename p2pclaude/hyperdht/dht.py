@@ -216,7 +216,7 @@ class HyperDHT:
             await self.node.resume()
             self._suspended = False
             announcing = asyncio.gather(*(server.resume() for server in self.servers))
-        await announcing  # which another `suspend` ends
+        await asyncio.shield(announcing)  # which another `suspend` ends; who is cancelled leaves them to it
 
     def refresh(self) -> None:
         """Look around anew, as after a change of the network: every server announces again."""
