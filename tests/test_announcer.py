@@ -12,6 +12,7 @@ from sim_peers import seeds
 
 from p2pclaude.hyperdht import announcer
 from p2pclaude.hyperdht.announcer import Announcer
+from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import Destroyed, HyperDHTError, Suspended
@@ -337,6 +338,31 @@ def test_relays_survive_a_cycle_whose_answers_are_lost() -> None:
             assert await opens(client, server.public_key)
 
     run(main(), seed=1)
+
+
+def test_a_node_that_takes_no_announcement_holds_up_no_client_of_the_others() -> None:
+    """They lead clients to the server from the first moment, which must be able to say where to punch a hole."""
+
+    async def main() -> float:
+        async with swarm(1, 12) as network:
+            _, _, node = await behind_nat(network, 1)
+            _, _, client = await behind_nat(network, 2)
+            second = node.node.table.closest(blake2b(node.key_pair.public_key))[1].address
+            silent = next(other for other in network.nodes if other.remote_address == second)
+            handle = silent.node.on_request
+            silent.node.on_request = lambda request: request.command == Command.ANNOUNCE or handle(request)
+            server = node.create_server(echo)
+            listening = asyncio.create_task(server.listen())
+            await asyncio.sleep(0.5)
+            assert not listening.done() and holders(network, server) == 2
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            assert await opens(client, server.public_key, 20)
+            taken = loop.time() - started
+            await listening
+            return taken
+
+    assert run(main(), seed=1) < 2
 
 
 @pytest.mark.parametrize("how", ["stop", "crash"])

@@ -194,7 +194,17 @@ class Announcer:
             )
         except HyperDHTError:
             return None
-        return None if answer.error else RelayedPath(reply.source, answer.to)
+        if answer.error:
+            return None
+        path = RelayedPath(reply.source, answer.to)
+        self._use_early(path)
+        return path
+
+    def _use_early(self, path: RelayedPath) -> None:
+        """Name a relay before the others have answered if there are too few: clients come through it already."""
+        if len(self.relays) < RELAYS and all(other.relay_address != path.relay_address for other in self.relays):
+            self._announced_at[path.relay_address] = asyncio.get_running_loop().time()
+            self.relays += (path,)
 
     async def _unannounce(self, address: Address) -> None:
         try:
