@@ -167,3 +167,28 @@ def test_what_a_handler_had_at_hand_is_gone_with_the_connection(reads: bool, her
         _forget(left, right)
 
     run(main(), seed=1)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_node_that_leaves_is_not_taken_for_the_peers_end(ended: bool) -> None:
+    """Who reads would think that it has everything; what came before is read, and an end that did come is one."""
+
+    async def main() -> None:
+        left, right = await connect_ends(SimNetwork(1, Link(latency=(0.01, 0.01))))
+        await right.connection.write(b"half of it")
+        if ended:
+            await right.connection.write_eof()
+        await asyncio.sleep(1)
+        left.endpoint.close()
+        assert await left.connection.read() == b"half of it"
+        if ended:
+            assert await left.connection.read() == b""
+        else:
+            with pytest.raises(ConnectionClosed, match="broken off on this side"):
+                await left.connection.read()
+        with pytest.raises(ConnectionClosed):
+            await left.connection.write(b"answer")
+        await right.connection.wait_closed()
+        _forget(right)
+
+    run(main(), seed=1)

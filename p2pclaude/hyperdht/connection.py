@@ -25,6 +25,7 @@ WRITE_CHUNK: Final = 256 << 10  # sealed at a time, so that a large write neithe
 CLOSE_TIMEOUT: Final = 6.0  # an end is sent eight times meanwhile
 CLOSE_INTERVAL: Final = 0.5  # between looks at what was acknowledged
 
+_BROKEN_OFF_HERE: Final = "the connection was broken off on this side"
 _REASONS: Final = {
     "ECONNRESET": "the peer broke the connection off",
     "ETIMEDOUT": "the peer does not answer any more",
@@ -222,7 +223,7 @@ class Connection:
         if not self.closed:
             self._chunks.clear()  # the stream is remembered for a while, and so is this
             self._unread = 0
-            self._finish("the connection was broken off on this side")
+            self._finish(_BROKEN_OFF_HERE)
             self._stream.destroy()
 
     def leave(self) -> None:
@@ -337,7 +338,10 @@ class Connection:
 
     def stream_closed(self, error: str | None) -> None:
         """Let everybody who waits know that the stream is over."""
-        self._finish(None if error is None else _REASONS.get(error, error))
+        if error is not None:
+            self._finish(_REASONS.get(error, error))
+        else:  # without the peer's end it is no clean one: the node leaves, or a handler failed
+            self._finish(None if self._eof else _BROKEN_OFF_HERE)
 
     def _finish(self, reason: str | None) -> None:
         if self.closed:

@@ -41,7 +41,7 @@ class StreamHandler(Protocol):
         """Learn that the send buffer has room again."""
 
     def stream_closed(self, error: str | None) -> None:
-        """Learn that both sides ended (`None`) or why the stream broke (`ECONNRESET`, `ETIMEDOUT`)."""
+        """Learn that both sides ended or this one broke it off (`None`), else why (`ECONNRESET`, `ETIMEDOUT`)."""
 
 
 class Stream:
