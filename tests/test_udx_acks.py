@@ -3,7 +3,7 @@
 from random import Random
 
 import pytest
-from udx_pair import Link, Pair
+from udx_pair import Link, Pair, noise
 
 from p2pclaude.hyperdht.udx.packet import DATA, HEADER, MAGIC, SACK, SEQ_MASK, encode_sack
 from p2pclaude.hyperdht.udx.recovery import DELIVERED
@@ -329,3 +329,20 @@ def test_how_long_a_packet_is_waited_for_goes_by_the_round_trip(delay: float, ex
     stream.receive_datagrams([header + b"x"], pair.now)
     stream.datagrams_to_send(pair.now)
     assert stream.get_timer() == pytest.approx(pair.now + expected, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [1000, 20_000])
+def test_small_reads_open_the_window_as_large_ones_do(size: int) -> None:
+    """What no packet has said the peer does not know: it would find out by a probe, a second or two later."""
+    pair = Pair(b=UdxStream(2, receive_window=100_000))
+    pair.b.reads = False
+    pair.a.stream.write(noise(300_000))
+    pair.run(seconds=5)
+    assert pair.a.stream.sender.peer_window == 0
+    for _ in range(0, 100_000, size):
+        pair.b.stream.heartbeat(1)  # on another way; and no peer reads the window in it
+        pair.b.stream.consume(size)
+        pair.settle()
+    began = pair.now
+    assert pair.run(lambda: pair.a.stream.sender.peer_window >= 75_000)
+    assert pair.now - began < 0.06

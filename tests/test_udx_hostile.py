@@ -176,7 +176,7 @@ def test_repairs_that_were_not_needed_leave_nothing_behind() -> None:
     assert not stream.receiver.sack_ranges
     stream.consume(8)
     stream.receive_datagrams(packets[8:], 1.4)
-    assert stream.receiver.advertise() == 4 * 1024 * 1024 - 1
+    assert stream.receiver.offer == 4 * 1024 * 1024 - 1
 
 
 @pytest.mark.parametrize("together", [True, False])

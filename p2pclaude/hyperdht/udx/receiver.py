@@ -31,7 +31,7 @@ class Receiver:
         self._end_seq: int | None = None
         self._early: dict[int, bytes] = {}  # behind a gap
         self._early_bytes = 0
-        self._advertised = window
+        self.advertised = self.window  # what the peer was told last
 
     @property
     def holds_early(self) -> bool:
@@ -83,12 +83,12 @@ class Receiver:
     def consume(self, size: int) -> bool:
         """Note that the reader took bytes; return True if the peer should be told of the room."""
         self.unread = max(self.unread - size, 0)
-        return self._free - self._advertised >= max(self.window // 4, 1)
+        return self._free - self.advertised >= max(self.window // 4, 1)
 
-    def advertise(self) -> int:
-        """Return the window for the next packet."""
-        self._advertised = min(max(self._free, 0), 0xFFFFFFFF)
-        return self._advertised
+    @property
+    def offer(self) -> int:
+        """The window for the next packet; note it in `advertised` when one leaves that the peer reads it in."""
+        return min(max(self._free, 0), 0xFFFFFFFF)
 
     @property
     def _free(self) -> int:

@@ -381,18 +381,20 @@ class UdxStream:
         if self.closed:
             return self._last_words(remote_id, now)
         receiver, sender = self._receiver, self._sender
-        window, ack = receiver.advertise(), receiver.next_seq & SEQ_MASK
+        window, ack = receiver.offer, receiver.next_seq & SEQ_MASK
         end_ack = (receiver.next_seq - 1) & SEQ_MASK if receiver.ended else ack
         out = sender.send(BurstHeader(remote_id, window, ack, end_ack), now)
         front: list[bytes] = []
         if self._ack_due and (not out or receiver.holds_early or out[0][2] != DATA):
             front.append(self._ack_packet(remote_id, window))
         self._ack_due = False
-        if sender.window_probe.due:
-            sender.window_probe.due = False
-            front.append(self._bare_packet(HEARTBEAT, remote_id, window))
         while self._messages:
             front.append(self._bare_packet(MESSAGE, remote_id, window) + self._messages.popleft())
+        if front or out:
+            receiver.advertised = window
+        if sender.window_probe.due:  # nobody reads the window of a HEARTBEAT
+            sender.window_probe.due = False
+            front.append(self._bare_packet(HEARTBEAT, remote_id, window))
         if self._drain_wanted and sender.queued <= DRAIN_THRESHOLD:
             self._drain_wanted = False
             self._events.append(Drained())
@@ -400,7 +402,7 @@ class UdxStream:
 
     def heartbeat(self, remote_id: int) -> bytes:
         """Return a packet for another way than the stream's: the peer answers it, and nothing else comes of it."""
-        return self._bare_packet(HEARTBEAT, remote_id, self._receiver.advertise())
+        return self._bare_packet(HEARTBEAT, remote_id, self._receiver.offer)
 
     def _bare_packet(self, kind: int, remote_id: int, window: int) -> bytes:
         """Return a packet that uses up no sequence number."""
@@ -421,7 +423,7 @@ class UdxStream:
             self._begin_lingering(now)
         out: list[bytes] = []
         if self._ack_due:
-            out.append(self._bare_packet(0, remote_id, self._receiver.advertise()))
+            out.append(self._bare_packet(0, remote_id, self._receiver.offer))
         while self._destroy_times and self._destroy_times[0] <= now:
             self._destroy_times.popleft()
             self._destroy_due = True
