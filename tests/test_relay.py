@@ -1,6 +1,7 @@
 """Peers that meet at a blind relay: behind NATs and lossy paths, in either order, and when the relay is no help."""
 
 import asyncio
+from random import Random
 
 import pytest
 from sim import run
@@ -13,7 +14,10 @@ from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import ConnectionClosed, Destroyed, PeerNotFound, RelayFailed
 from p2pclaude.hyperdht.relay import RelayClient, open_link
-from p2pclaude.hyperdht.relayserver import LINGER_SECONDS, RelayLimits
+from p2pclaude.hyperdht.relayserver import LINGER_SECONDS, RelayLimits, _RelayStream
+from p2pclaude.hyperdht.streams import StreamSet
+from p2pclaude.hyperdht.udx.packet import rewrite_stream_id
+from p2pclaude.hyperdht.udx.stream import Closed, UdxStream
 
 TOKEN = bytes(range(32))
 
@@ -127,6 +131,25 @@ def test_a_broken_off_stream_is_noticed_at_once() -> None:
             assert not initiator.lost and not responder.lost
 
     run(main(), seed=1)
+
+
+@pytest.mark.parametrize("first", [0, 2**32 - 3])
+@pytest.mark.parametrize("together", [True, False])
+def test_the_relays_last_word_is_believed_also_behind_a_repeated_packet(first: int, together: bool) -> None:
+    """It stands for the other client's DESTROY, which no stream believes that has heard of later packets."""
+    left, right = UdxStream(1, initial_seq=first), UdxStream(2, initial_remote_seq=first)
+    left.connect(2, 0.0)
+    right.connect(1, 0.0)
+    left.write(bytes(6 * 1100))
+    packets = left.datagrams_to_send(0.0)
+    end = _RelayStream(StreamSet(Random(1)), UdxStream(3))
+    for batch in [[*packets, packets[1]]] if together else [[data] for data in (*packets, packets[1])]:
+        end.receive(batch)
+        right.receive_datagrams(batch, 0.1)
+    word = end.last_word()
+    assert word is not None
+    right.receive_datagrams([rewrite_stream_id(word, 2)], 0.2)
+    assert list(iter(right.next_event, None))[-1] == Closed("ECONNRESET")
 
 
 def test_nobody_comes() -> None:

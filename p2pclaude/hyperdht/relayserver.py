@@ -8,6 +8,7 @@ can make it keep has a limit. `relay` is the clients' side. Source: blind-relay 
 
 import asyncio
 import logging
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from .handshakes import RelayPair, decode_relay_pair, decode_relay_unpair, encod
 from .mux import Channel, Mux
 from .relay import KEEP_ALIVE, MAX_FRAME_BYTES, PAIR, PROTOCOL, UNPAIR
 from .streams import Stream, StreamSet
-from .udx.packet import DESTROY, HEADER, HEADER_BYTES, MAGIC, SEQ_MASK, rewrite_stream_id
+from .udx.packet import DESTROY, HEADER, HEADER_BYTES, MAGIC, SEQ_MASK, rewrite_stream_id, unwrap
 from .udx.stream import UdxStream
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ WAIT_SECONDS: Final = 30.0  # for the other side of a pair; clients give up afte
 IDLE_SECONDS: Final = 30.0  # a connection may stay without a link or the wish for one
 LINGER_SECONDS: Final = 2.0  # a link goes on after a client broke off: repeated DESTROYs and last words pass
 MAX_HELD: Final = 16  # packets kept each way until the client that they are for has shown up
+
+_SEQ = struct.Struct("<12xI")  # a packet's number
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ class _RelayStream(Stream):
         self.link: _Link | None = None
         self._remote_id = 0
         self._held: deque[bytes] = deque(maxlen=MAX_HELD)
-        self._last: bytes | None = None
+        self._last: bytes | None = None  # the packet that is furthest on: repeated ones are behind
 
     def join(self, link: "_Link", remote_id: int, host: str) -> None:
         """Belong to a link: packets out are addressed to `remote_id`, packets in have to come from `host`."""
@@ -145,7 +148,7 @@ class _RelayStream(Stream):
         """Pass packets on to the other end; the beginning of one, which may follow whole ones, is none."""
         packets = [data for data in datagrams if len(data) >= HEADER_BYTES]
         if packets:
-            self._last = packets[-1]
+            self._last = _furthest(packets, self._last)
             if self.link is not None:
                 self.link.relay(self, packets)
 
@@ -163,6 +166,14 @@ class _RelayStream(Stream):
             return None
         _, _, _, _, window, seq, ack = HEADER.unpack_from(self._last)
         return HEADER.pack(MAGIC, DESTROY, 0, 0, window, (seq + 1) & SEQ_MASK, ack)
+
+
+def _furthest(packets: list[bytes], last: bytes | None) -> bytes:
+    """Return the packet with the highest number; a DESTROY with a lower one than the peer expects is ignored."""
+    if last is None:
+        last = packets[0]
+    (near,) = _SEQ.unpack_from(last)
+    return max((last, *packets), key=lambda data: unwrap(_SEQ.unpack_from(data)[0], near))
 
 
 class _Session:
