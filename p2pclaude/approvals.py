@@ -64,7 +64,7 @@ class Approvals:
         if session_id is not None:
             session = self._table.find(session_id)
             if not session.asking.knows(request_id):
-                await session.open_journal()  # it remembers what was answered before
+                await self._table.open_journal(session)  # it remembers what was answered before
         else:
             knowing = [session for session in self._table.sessions if session.asking.knows(request_id)]
             if not knowing:

@@ -124,7 +124,7 @@ class SessionTable:
             session.is_damaged = True
 
     async def _find_unfinished(self, session: Session) -> None:
-        await session.open_journal()
+        await self.open_journal(session)
         if session.inbox or session.inbox.handed:
             session.info.state = State.STARTING
             self._revive_soon(session)
@@ -211,7 +211,7 @@ class SessionTable:
         if priority not in (None, NOW):
             raise DataError(f"priority must be {NOW}")
         session = self.find(session_id)
-        journal = await self._journal(session)
+        journal = await self.open_journal(session)
         known = None if message_id is None else session.seq_of(message_id)
         if known is not None and session.inbox.is_done(known):
             await journal.synced(known)
@@ -244,7 +244,7 @@ class SessionTable:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + min(wait_ms, MAX_WAIT_MS) / 1000
         while True:
-            journal = await self._journal(session)
+            journal = await self.open_journal(session)
             page = self._page(session, journal, after, limit, clear)
             left = deadline - loop.time()
             if page.lines or limit == 0 or left <= 0 or session.state in _OVER:
@@ -358,6 +358,7 @@ class SessionTable:
             raise TryAgain("the daemon is stopping")
         text, message_id = (None, None) if spawn is None else (spawn.text, spawn.message_id)
         self._starting.add(session)
+        self._note_open(session)  # the journal is about to be, and may be read by nobody ever
         lock: int | None = None
         try:
             lock = await self._lock(session)
@@ -422,7 +423,7 @@ class SessionTable:
         async with session.lifecycle:  # the first attempt may be under way
             if session.info.session_id not in self._sessions:
                 return None
-            journal = await self._journal(session)
+            journal = await self.open_journal(session)
             seq = session.seq_of(spawn.message_id)
             if seq is not None:
                 await journal.synced(seq)
@@ -459,8 +460,13 @@ class SessionTable:
             raise NoSession(SESSION_NOT_FOUND)
         return session
 
-    async def _journal(self, session: Session) -> Journal:
+    async def open_journal(self, session: Session) -> Journal:
+        """Open a session's journal unless it is open, and close those that nobody has needed for the longest."""
         journal = await session.open_journal()
+        self._note_open(session)
+        return journal
+
+    def _note_open(self, session: Session) -> None:
         self._recent[session.info.session_id] = None
         self._recent.move_to_end(session.info.session_id)
         idle = [i for i in self._recent if i not in self._sessions or self._sessions[i].is_idle]
@@ -468,7 +474,6 @@ class SessionTable:
             del self._recent[session_id]
             if session_id in self._sessions:
                 self._sessions[session_id].close_journal()
-        return journal
 
     def _changed(self) -> None:
         self._changed_at = _now_ms()

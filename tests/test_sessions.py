@@ -344,6 +344,22 @@ def test_idle_journals_are_closed_but_for_a_few(place: Place, monkeypatch: pytes
     run(main())
 
 
+def test_journals_that_nobody_reads_are_closed_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of sessions that a crontab starts: each open one costs two descriptors."""
+    monkeypatch.setattr(sessions_module, "MAX_OPEN_JOURNALS", 2)
+    names = [f"s{n}" for n in range(5)]
+
+    async def main() -> None:
+        async with place.table() as table:
+            for name in names:
+                await table.spawn(Spawn(session_id=name, text="x"))
+                await wait_for_state(table, name, State.IDLE)
+                await table.stop(name)
+            assert sum(s.journal is not None for s in all_sessions(table)) <= 3
+
+    run(main())
+
+
 def all_sessions(table: SessionTable) -> list[Session]:
     return list(table._sessions.values())
 
