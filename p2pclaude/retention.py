@@ -2,7 +2,7 @@
 
 `daemon` runs it beside everything else. Only what was stopped goes, never a session that could go on. A clock that
 jumped deletes nothing: it looks only after a time that the system's clock and the one that cannot be set agree on, so
-not at the start either, when a machine may not know the time yet.
+not at the start either, when a machine may not know the time yet. A machine that was asleep meanwhile has not jumped.
 """
 
 import asyncio
@@ -20,15 +20,31 @@ DAY_SECONDS: Final = 86_400.0
 JUMP_SECONDS: Final = 600.0
 """The clocks may differ by so much after that time; more is a jump."""
 
+_STEADY_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # on macOS this one goes on in sleep, too
+
+
+def steady() -> float:
+    """Give the seconds of a clock that cannot be set, and goes on while the machine sleeps: the event loop's stops."""
+    return time.clock_gettime(_STEADY_CLOCK)
+
 
 class Retention:
-    """Deletes sessions that ended more than `days` ago. `clock` gives the time of day in seconds."""
+    """Deletes sessions that ended more than `days` ago. `clock` gives the time of day in seconds, `steady` see above."""
 
-    def __init__(self, table: SessionTable, days: int, log: Log, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        table: SessionTable,
+        days: int,
+        log: Log,
+        *,
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = steady,
+    ) -> None:
         self._table = table
         self._seconds = days * DAY_SECONDS
         self._log = log
         self._clock = clock
+        self._steady = steady
 
     async def run(self) -> None:
         """Look every day, for the first time after an hour, until it is cancelled."""
@@ -42,10 +58,11 @@ class Retention:
 
     async def _passes(self, seconds: float) -> bool:
         """Let that time pass; tell whether the system's clock agrees."""
-        loop = asyncio.get_running_loop()
-        before = self._clock() - loop.time()
-        await asyncio.sleep(seconds)
-        return abs(self._clock() - loop.time() - before) < JUMP_SECONDS
+        begin = self._steady()
+        before = self._clock() - begin
+        while (left := begin + seconds - self._steady()) > 0:
+            await asyncio.sleep(min(left, FIRST_SECONDS))  # of the loop's time, which may be much longer
+        return abs(self._clock() - self._steady() - before) < JUMP_SECONDS
 
     async def remove_old(self) -> None:
         """Delete what is old enough by now."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -12,7 +13,7 @@ from sessions_kit import Place, outputs, prepare, read_all, read_results, run
 from sim.loop import SimLoop
 
 from p2pclaude.launcher import Spawn
-from p2pclaude.retention import DAY_SECONDS, FIRST_SECONDS, Retention
+from p2pclaude.retention import DAY_SECONDS, FIRST_SECONDS, Retention, steady
 from p2pclaude.sessions import SessionTable
 
 NOW = 1_800_000_000.0
@@ -103,11 +104,17 @@ def in_virtual_time(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
         runner.run(body())
 
 
+def retain(
+    place: Place, table: Table, clock: Callable[[], float], steady: Callable[[], float]
+) -> "asyncio.Task[None]":
+    return asyncio.create_task(Retention(table, 10, place.log, clock=clock, steady=steady).run())
+
+
 def test_it_looks_after_an_hour_and_daily_but_not_after_a_jump(place: Place) -> None:
     async def main() -> None:
         loop, table, jump = asyncio.get_running_loop(), Table(), 0.0
         began = loop.time()
-        running = asyncio.create_task(Retention(table, 10, place.log, clock=lambda: NOW + loop.time() + jump).run())
+        running = retain(place, table, lambda: NOW + loop.time() + jump, loop.time)
         await asyncio.sleep(FIRST_SECONDS - 1)
         assert table.looks == []
         await asyncio.sleep(2.5 * DAY_SECONDS)
@@ -123,12 +130,36 @@ def test_it_looks_after_an_hour_and_daily_but_not_after_a_jump(place: Place) -> 
     in_virtual_time(main)
 
 
+def test_a_machine_that_sleeps_every_night_has_no_clock_that_jumps(place: Place) -> None:
+    """The event loop's time stands still meanwhile: a laptop would never delete anything."""
+
+    async def main() -> None:
+        loop, table, slept = asyncio.get_running_loop(), Table(), 0.0
+        began = loop.time()
+        running = retain(place, table, lambda: NOW + loop.time() + slept, lambda: loop.time() + slept)
+        for _ in range(4):
+            await asyncio.sleep(DAY_SECONDS / 3)
+            slept += DAY_SECONDS * 2 / 3
+        days = [(look - NOW - began) / DAY_SECONDS + 10 for look in table.looks]
+        assert [round(day) for day in days] == [0, 1, 2, 3]
+        assert place.log.events("warning") == []
+        running.cancel()
+
+    in_virtual_time(main)
+
+
+def test_the_clock_that_cannot_be_set_goes_on_while_the_machine_sleeps() -> None:
+    if sys.platform == "linux":
+        assert time.clock_gettime(time.CLOCK_BOOTTIME) - steady() < 1
+    assert steady() >= time.monotonic() - 1
+
+
 @pytest.mark.parametrize("wrong", [-20_000 * DAY_SECONDS, 20_000 * DAY_SECONDS])
 def test_a_machine_that_does_not_know_the_time_at_its_start_deletes_nothing(place: Place, wrong: float) -> None:
     async def main() -> None:
         loop, table = asyncio.get_running_loop(), Table()
         jump = wrong
-        running = asyncio.create_task(Retention(table, 10, place.log, clock=lambda: NOW + loop.time() + jump).run())
+        running = retain(place, table, lambda: NOW + loop.time() + jump, loop.time)
         await asyncio.sleep(60)
         jump = 0.0  # the network told it
         await asyncio.sleep(DAY_SECONDS)
