@@ -29,7 +29,7 @@ def steady() -> float:
 
 
 class Retention:
-    """Deletes sessions that ended more than `days` ago. `clock` gives the time of day in seconds, `steady` see above."""
+    """Deletes sessions that ended more than `days` ago. `clock` gives the time of day in seconds."""
 
     def __init__(
         self,

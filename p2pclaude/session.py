@@ -9,7 +9,6 @@ daemon: `sessionfile` says what is needed to show it and to start it again, `jou
 
 import asyncio
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,7 +24,7 @@ from p2pclaude.journalfile import JournalFile
 from p2pclaude.log import Event, Log, first_line
 from p2pclaude.permissions import History, interrupt_request
 from p2pclaude.processes import Mark
-from p2pclaude.sessionfile import LIVE, Info, State, save_last_words
+from p2pclaude.sessionfile import LIVE, Info, State, delete_directory, save_last_words
 from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, REPLAY, TURN, TURN_CUT, Results
 
 __all__ = ["LIVE", "MAX_QUEUED", "Info", "Session", "State"]
@@ -287,7 +286,7 @@ class Session:
         if self.journal is not None:
             self.journal.close()
             self.journal = None
-        await asyncio.to_thread(shutil.rmtree, self.path, ignore_errors=ignore_errors)
+        await asyncio.to_thread(delete_directory, self.path, ignore_errors=ignore_errors)
 
     async def settle_turns(self, reason: str) -> None:
         """Say of each message that claude was handed and never answered what becomes of it; no claude may run.

@@ -10,6 +10,7 @@
 
 import fcntl
 import os
+import shutil
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -105,6 +106,21 @@ class Info:
     def save(self, path: Path) -> None:
         """Write `session.json` into a session's directory, in one step. Raises OSError."""
         write_atomically(path / "session.json", dump_json(asdict(self)) + b"\n")
+
+
+def delete_directory(path: Path, *, ignore_errors: bool = False) -> None:
+    """Delete a session's directory. Raises OSError, with some of it deleted, unless that is to be ignored.
+
+    `session.json` goes last: what a failure or a crash leaves is still a session that has ended, and not a damaged one.
+    """
+    try:
+        for entry in () if path.is_symlink() else path.iterdir():
+            if entry.name != "session.json" and entry.is_file():
+                entry.unlink()
+    except OSError:
+        if not ignore_errors:
+            raise
+    shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
 def save_last_words(path: Path, text: str) -> None:

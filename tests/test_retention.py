@@ -1,7 +1,9 @@
 """Old sessions are deleted: only ended ones, only when they are old, and not when the clock jumps."""
 
 import asyncio
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Coroutine
@@ -72,6 +74,35 @@ def test_what_cannot_be_deleted_is_said_and_stays(place: Place) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("stays", ["journal.jsonl", "journal.index", "lock", "session.json"])
+def test_what_is_deleted_in_part_has_ended_and_is_deleted_later(
+    place: Place, monkeypatch: pytest.MonkeyPatch, stays: str
+) -> None:
+    """As a crash leaves it, too: it came back as a damaged session that nothing deletes."""
+    unlink = os.unlink
+
+    def refuse(path: Any, **more: Any) -> None:
+        if Path(path).name == stays:
+            raise OSError(errno.EIO, "Input/output error")
+        unlink(path, **more)
+
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(Spawn(session_id="s", text="x"))
+            await read_results(table, "s")
+            await table.stop("s")
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "unlink", refuse)
+                with pytest.raises(OSError, match="Input/output"):
+                    await table.remove("s")
+        async with place.table() as table:
+            assert [one["state"] for one in table.listing(everything=True)] == ["ended"]
+            assert await table.remove("s")
+        assert list(place.sessions.iterdir()) == []
+
+    run(main())
+
+
 def test_a_session_of_an_older_version_ended_when_its_file_was_written(place: Place) -> None:
     async def main() -> None:
         async with place.table() as table:
@@ -104,9 +135,7 @@ def in_virtual_time(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
         runner.run(body())
 
 
-def retain(
-    place: Place, table: Table, clock: Callable[[], float], steady: Callable[[], float]
-) -> "asyncio.Task[None]":
+def retain(place: Place, table: Table, clock: Callable[[], float], steady: Callable[[], float]) -> "asyncio.Task[None]":
     return asyncio.create_task(Retention(table, 10, place.log, clock=clock, steady=steady).run())
 
 
