@@ -12,6 +12,7 @@ import signal
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -314,7 +315,8 @@ class ClaudeProcess:
     async def _look_around(self) -> None:
         """Note what runs below it: once it is gone only the mark tells, and not every process keeps that."""
         if self._mark is not None and not self.has_exited:
-            self._family.update(await descendants_of(self.pid))
+            with suppress(OSError):  # no descriptor may be left to look with
+                self._family.update(await descendants_of(self.pid))
 
     async def _clean_up(self) -> None:
         await asyncio.shield(self._pipes.exited)
@@ -322,7 +324,8 @@ class ClaudeProcess:
 
     async def _end_leftovers(self) -> None:
         if self._mark is not None:
-            await end_leftovers(self._mark, self._family)
+            with suppress(OSError):  # they go with the daemon then; that claude has ended must be known in any case
+                await end_leftovers(self._mark, self._family)
 
     def kill(self) -> None:
         """End it at once, with whatever it started in its own process group."""

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import time
 import uuid
 from pathlib import Path
@@ -15,6 +16,7 @@ from sessions_kit import Place, outputs, prepare, read_all, read_results, read_u
 
 from p2pclaude import claude as claude_module
 from p2pclaude import journal as journal_module
+from p2pclaude import processes
 from p2pclaude import session as session_module
 from p2pclaude.claude import ClaudeProcess
 from p2pclaude.errors import Refused, Unavailable
@@ -100,6 +102,33 @@ def test_a_child_that_dies_in_a_turn_fails_the_session_and_comes_back(place: Pla
         ]
 
     run(main())
+
+
+@pytest.mark.parametrize("how", ["dies", "is stopped"])
+def test_a_claude_that_ends_when_no_file_can_be_opened(place: Place, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """What it left cannot be looked for then; its session stayed as it was for ever, and took messages for nobody."""
+
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def main() -> None:
+        async with place.table() as table:
+            session, _ = await table.spawn(spawn(text="x"))
+            await read_results(table, "s")
+            await wait_for_state(table, "s", State.IDLE)
+            with monkeypatch.context() as patch:
+                patch.setattr(processes, "_look", fail)
+                if how == "is stopped":
+                    await table.stop("s")
+                    assert session.state is State.ENDED
+                    return
+                assert session.pid is not None
+                os.kill(session.pid, signal.SIGKILL)
+                await wait_for_state(table, "s", State.FAILED)
+            await table.send("s", "y")
+            await read_results(table, "s", 2)
+
+    run(main(), 10)
 
 
 def test_sessions_outlive_the_daemon(place: Place) -> None:
