@@ -279,6 +279,8 @@ class SessionTable:
         if session is None:
             return False
         async with session.lifecycle:
+            if self._sessions.get(session_id) is not session:  # its start has failed meanwhile
+                return False
             if session.state is not State.ENDED:
                 # With a clock that was set back it would look old, and be deleted too soon.
                 youngest = max(other.info.created_at for other in self._sessions.values())
@@ -395,6 +397,8 @@ class SessionTable:
 
     async def _resume(self, session: Session) -> None:
         info = session.info
+        if self._sessions.get(info.session_id) is not session:  # its start has failed, or it was deleted
+            raise NoSession(SESSION_NOT_FOUND)
         if info.state == State.ENDED:
             raise Refused("Session has ended")
         if session.is_damaged:

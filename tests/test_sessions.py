@@ -87,6 +87,32 @@ def test_a_child_that_dies_at_once_is_an_error_and_no_session(place: Place, monk
     run(main())
 
 
+@pytest.mark.parametrize("text", [None, "a message"])
+def test_what_is_stopped_or_told_while_its_start_fails_is_no_session(
+    place: Place, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    monkeypatch.setenv("FAKE_CLAUDE", "die")
+    monkeypatch.setattr(session_module, "SETTLE_SECONDS", 10.0)
+
+    async def main() -> None:
+        async with place.table() as table:
+            spawning = asyncio.create_task(table.spawn(spawn()))
+            wanted = State.FAILED if text else State.STARTING  # as long as it starts it takes messages
+            while "s" not in table._sessions or table.find("s").state is not wanted:
+                await asyncio.sleep(0)
+            if text is None:
+                assert await table.stop("s") is False
+            else:
+                with pytest.raises(NoSession):
+                    await table.send("s", text)
+            with pytest.raises(Unavailable):
+                await spawning
+        assert list(place.sessions.iterdir()) == []
+        assert place.log.events("warning") == []
+
+    run(main())
+
+
 def test_no_claude_is_an_error_and_no_session(place: Place) -> None:
     def missing() -> Path:
         raise Unavailable("claude was not found", hint="install it")
