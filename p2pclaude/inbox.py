@@ -8,7 +8,8 @@
 `session` stands above and keeps the journal; nothing here reads or writes but `unfinished`, which reads what a crash
 left. Claude gives one result for each message it was handed, in their order, as long as it gets one message when it is
 idle and at most one more, with priority "now", during a turn: that one ends the turn, which gets its result first. A
-turn that Claude began by itself has a result too, which `wire.Results` tells apart.
+turn that Claude began by itself has a result too, which `wire.Results` tells apart; if it is such a turn that the
+urgent message ends, Claude takes that one in before the one that waited for the turn's end, as the replays show.
 
 What Claude knows after a crash, as measured with 2.1.197: a message stands in the transcript, under its uuid, 0.1 s
 after Claude took it, and at once on SIGTERM; SIGKILL loses these 0.1 s, in which the Messages API is asked and a tool
@@ -38,12 +39,13 @@ _SAYS_NOTHING = ("system", "control_response")  # printed before work has begun,
 class Message:
     """One message on its way; `begun` is set once something that Claude printed shows that it works on it.
 
-    `attempts` counts how often it was handed.
+    `taken` is set once Claude has said that it took it in; `attempts` counts how often it was handed.
     """
 
     seq: int
     data: Mapping[str, Any]
     begun: bool = False
+    taken: bool = False
     attempts: int = 0
 
     @property
@@ -101,7 +103,7 @@ class Inbox:
     def turn_of(self, message: Message) -> dict[str, object]:
         """Give the fields of the TURN of a message that was handed, as they are when it is written."""
         first = self.handed[0] if self.handed else message
-        fields: dict[str, object] = {"message": message.seq}
+        fields: dict[str, object] = {"message": message.seq, "uuid": message.uuid}
         return fields if first is message else fields | {"steers": first.seq}
 
     def observe(self, value: Mapping[str, Any]) -> Message | None:
@@ -111,16 +113,26 @@ class Inbox:
             return None
         if is_answer:
             return self.handed.popleft()
-        if value.get("type") not in _SAYS_NOTHING and not Results.is_replay(value):
+        if Results.is_replay(value):
+            self._take(value.get("uuid"))
+        elif value.get("type") not in _SAYS_NOTHING:
             # Of a turn of Claude's own it says too much, which is safe.
             self.handed[0].begun = True
         return None
+
+    def _take(self, uuid: object) -> None:
+        """Note which message Claude has taken in: it is answered before any that it has not."""
+        for message in [one for one in self.handed if one.uuid == uuid]:
+            message.taken = True
+            if not self.handed[0].taken:
+                self.handed.remove(message)
+                self.handed.appendleft(message)
 
     def drop(self, message: Message, *, again: bool) -> None:
         """End a message that gets no result; with `again` it waits once more, before all others."""
         (self.handed if message in self.handed else self._waiting).remove(message)
         if again:
-            message.begun = False
+            message.begun = message.taken = False
             self._waiting.appendleft(message)
 
 

@@ -276,14 +276,16 @@ class AnswerFinder:
     """Finds the answer to one message in a session's output.
 
     The daemon marks in the journal which message is being handed to Claude; the next `result` object that answers any
-    does, or the one after that if it was handed during the turn of another. Without a journal the first `result` is all
-    there is to go by.
+    does, or the one after that if it was handed during the turn of another. What Claude says it has taken in counts
+    more: that is answered next. Without a journal the first `result` is all there is to go by.
     """
 
     def __init__(self, seq: int | None) -> None:
         self._seq = seq
         self._results = Results()
         self._before: int | None = 0 if seq is None else None  # results that come first; None: it was not handed
+        self._uuid: object = None  # by which Claude knows it
+        self._taken = False
 
     def feed(self, envelope: Envelope) -> Mapping[str, Any] | None:
         """Take the next envelope; return the `result` object that answers the message, once it is there.
@@ -297,14 +299,23 @@ class AnswerFinder:
                     f"the turn was cut off: {envelope.get('reason')}", hint="p2pclaude-tail shows how far it came"
                 )
             self._before = None if kind == TURN_CUT else 1 if envelope.get("steers") is not None else 0
+            self._uuid, self._taken = envelope.get("uuid"), False
         elif kind == TURN_CUT and self._before:
             self._before -= 1
         if kind not in (OUTPUT, REPLAY) or not isinstance(data, dict):
             return None
+        if kind == REPLAY and self._before is not None and self._uuid is not None:
+            self._note_taken(data.get("uuid"))
         if not self._results.is_answer(data) or self._before is None:
             return None
         self._before -= 1
         return data if self._before < 0 else None
+
+    def _note_taken(self, uuid: object) -> None:
+        if uuid == self._uuid:
+            self._taken, self._before = True, 0
+        elif not self._taken:
+            self._before = 1  # it goes first
 
 
 async def wait_for_answer(

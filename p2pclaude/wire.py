@@ -56,7 +56,8 @@ MESSAGE = "message"
 TURN = "turn"
 """Envelope: the message with the seq `message` is handed to Claude; the next `result` (see `Results`) answers it.
 
-With `steers` it was handed during the turn of that message, whose own result comes first.
+With `steers` it was handed during the turn of that message, whose own result comes first, unless Claude takes in the
+message with this `uuid` first, as a REPLAY with the same one shows.
 """
 TURN_CUT = "turn-cut"
 """Envelope: the turn of `message` ended without a result, for the `reason`; with `again` true it is handed again."""

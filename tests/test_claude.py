@@ -30,6 +30,7 @@ from p2pclaude.claude import (
 )
 from p2pclaude.errors import Unavailable
 from p2pclaude.launcher import Spawn
+from p2pclaude.remote import AnswerFinder
 from p2pclaude.session import State
 from p2pclaude.sessions import SessionTable
 from p2pclaude.wire import REPLAY, dump_json, load_json
@@ -347,6 +348,27 @@ def test_real_turn_that_claude_begins_by_itself(real: Place) -> None:
         assert replays == [e["data"]["uuid"] for e in await read_all(table, "s") if e["seq"] == seq]
         theirs = await table.read("s", after=None, limit=None, clear=False, wait_ms=0)
         assert theirs.page.lines and not any(b"isReplay" in line for line in theirs.page.lines)
+
+    with_real(real, work)
+
+
+@needs_claude
+def test_real_urgent_message_that_ends_a_turn_of_claudes_own_before_one_that_waits(real: Place) -> None:
+    async def work(table: SessionTable) -> None:
+        session, _ = await table.spawn(Spawn(session_id="s", text="BACKGROUND:sleep 0.5"))
+        await read_results(table, "s")
+        await read_until(table, "s", lambda e: e.get("data", {}).get("subtype") == "task_notification")
+        while session.state is not State.RUNNING:
+            await asyncio.sleep(0.01)
+        seqs = [await table.send("s", "waits"), await table.send("s", "urgent", priority="now")]
+        envelopes = await read_results(table, "s", 3, after=seqs[0])
+        said = [one.get("result", "").strip() for one in outputs(envelopes, "result")]  # none if it was cut at once
+        assert said[1:] == ["echo: urgent", "echo: waits"]
+        assert [entry.get("seq") for entry in real.log.events("turn-ended")] == [1, None, *reversed(seqs)]
+        for seq, answer in zip(seqs, ("echo: waits", "echo: urgent"), strict=True):
+            finder = AnswerFinder(seq)
+            found = [one for e in envelopes if e["seq"] > seq and (one := finder.feed(e)) is not None]
+            assert found[0]["result"].strip() == answer
 
     with_real(real, work)
 

@@ -11,7 +11,7 @@ from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, TURN, TURN_CUT, dump_json
 RESULT: Mapping[str, Any] = {"type": "result"}
 INIT: Mapping[str, Any] = {"type": "system", "subtype": "init"}
 ASSISTANT: Mapping[str, Any] = {"type": "assistant"}
-REPLAY: Mapping[str, Any] = {"type": "user", "isReplay": True}
+REPLAY: dict[str, Any] = {"type": "user", "isReplay": True}
 OWN_RESULT: Mapping[str, Any] = {"type": "result", "origin": {"kind": "task-notification"}}
 
 
@@ -66,6 +66,25 @@ def test_a_turn_that_claude_began_by_itself_answers_nobody() -> None:
     assert [inbox.observe(value) for value in (INIT, ASSISTANT, REPLAY)] == [None] * 3
     answered = inbox.observe(OWN_RESULT)
     assert answered is not None and answered.seq == 2
+
+
+def test_an_urgent_message_that_ends_a_turn_of_claudes_own_is_answered_before_one_that_waits() -> None:
+    inbox = accepted(message(1))
+    inbox.observe(INIT)
+    assert hand(inbox) == 1
+    inbox.accept("m2", message(2, now=True))
+    assert hand(inbox) == 2
+    assert [inbox.observe(value) for value in (ASSISTANT, OWN_RESULT, INIT, REPLAY | {"uuid": "u2"})] == [None] * 4
+    answers = [inbox.observe(RESULT), inbox.observe(REPLAY | {"uuid": "u1"}), inbox.observe(RESULT)]
+    assert [one.seq for one in answers if one is not None] == [2, 1]
+    # In an ordinary turn the order stays.
+    inbox = accepted(message(1))
+    assert hand(inbox) == 1
+    inbox.observe(REPLAY | {"uuid": "u1"})
+    inbox.accept("m2", message(2, now=True))
+    assert hand(inbox) == 2
+    answers = [inbox.observe(value) for value in (REPLAY | {"uuid": "u2"}, RESULT, RESULT)]
+    assert [one.seq for one in answers if one is not None] == [1, 2]
 
 
 def test_a_turn_that_gets_no_result() -> None:

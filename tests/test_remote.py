@@ -14,7 +14,7 @@ from p2pclaude.client import Client
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, Unavailable
 from p2pclaude.hyperdht import PeerNotFound, Timeout, TooFewNodes
 from p2pclaude.record import decode_record
-from p2pclaude.wire import OUTPUT, seal
+from p2pclaude.wire import OUTPUT, REPLAY, seal
 
 BOTH = pytest.mark.parametrize("old", [False, True], ids=["ours", "typescript"])
 
@@ -136,6 +136,23 @@ def test_a_message_that_steers_is_answered_after_the_turn_that_it_ends() -> None
     cuts: list[dict[str, Any]] = [{"type": "turn-cut", "message": seq, "again": seq == 7} for seq in (7, 3)]
     again = {"type": "turn", "message": 7}
     assert [finder.feed(envelope) for envelope in (turn, *cuts, again, mine)] == [None] * 4 + [mine["data"]]
+
+
+def test_a_message_that_claude_takes_in_first_is_answered_first() -> None:
+    """By its turn's mark another one was to come before: Claude had a turn of its own, which the urgent one ended."""
+    turns: list[dict[str, Any]] = [
+        {"type": "turn", "message": 5, "uuid": "u5"},
+        {"type": "turn", "message": 7, "uuid": "u7", "steers": 5},
+    ]
+    taken: dict[str, dict[str, Any]] = {
+        uuid: {"type": REPLAY, "data": {"type": "user", "isReplay": True, "uuid": uuid}} for uuid in ("u5", "u7")
+    }
+    first, second = ({"type": OUTPUT, "data": {"type": "result", "result": text}} for text in ("first", "second"))
+    for order, answers in ((("u7", "u5"), {5: second, 7: first}), (("u5", "u7"), {5: first, 7: second})):
+        for seq, answer in answers.items():
+            finder = remote.AnswerFinder(seq)
+            envelopes = [*turns, taken[order[0]], first, taken[order[1]], second]
+            assert next(found for e in envelopes if (found := finder.feed(e)) is not None) == answer["data"]
 
 
 def test_a_turn_that_was_cut_off_has_no_answer() -> None:
