@@ -257,11 +257,15 @@ class ClaudeProcess:
         return self._pipes.exited.done()
 
     async def finish(self) -> int:
-        """Wait for the exit, end what is left, close the pipes and give the status; a negative one is a signal's."""
+        """Wait for the exit, end what is left, close the pipes and give the status; a negative one is a signal's.
+
+        What nobody has read by then is dropped.
+        """
         status = await asyncio.shield(self._pipes.exited)
         await asyncio.shield(self._cleaning)
         await asyncio.wait([self._pipes.closed], timeout=_LINGER_SECONDS)
         self._transport.close()
+        self._pipes.drop()
         return status
 
     async def settle(self, timeout: float) -> bool:
@@ -417,6 +421,12 @@ class _Pipes(asyncio.SubprocessProtocol):
                 os.killpg(self._transport.get_pid(), signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass
+
+    def drop(self) -> None:
+        """Forget what nobody has read."""
+        self._lines.clear()
+        self._buffer.clear()
+        self._queued, self._paused = 0, False
 
     def _queue(self, lines: list[bytes]) -> None:
         lines = [line for line in lines if line.strip()]

@@ -198,6 +198,33 @@ def test_a_reader_that_waits_holds_the_child_up_and_loses_nothing(tmp_path: Path
     run(main())
 
 
+def test_nothing_is_kept_of_what_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a session that was stopped on a full disk, which is kept for as long as the daemon runs."""
+    monkeypatch.setattr(claude_module, "_LINGER_SECONDS", 0.05)
+    looks, abandon = 0, claude_module._Pipes._abandon
+
+    def count(pipes: claude_module._Pipes) -> None:
+        nonlocal looks
+        looks += 1
+        abandon(pipes)
+
+    monkeypatch.setattr(claude_module._Pipes, "_abandon", count)
+
+    async def main() -> None:
+        process = await start(tmp_path, "while True:\n print('x' * 100_000, flush=True)")
+        while not process._pipes._paused:
+            await asyncio.sleep(0.01)
+        process.kill()
+        assert await process.finish() == -signal.SIGKILL
+        await asyncio.sleep(0.1)
+        before = looks
+        await asyncio.sleep(0.3)
+        assert looks == before
+        assert not process._pipes._lines
+
+    run(main())
+
+
 def test_a_grandchild_that_holds_the_pipes_holds_up_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         script = "import subprocess; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True)"
