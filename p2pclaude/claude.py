@@ -202,6 +202,13 @@ def _check_depth(line: bytes) -> None:
         load_json(b"[" * _SPARE_DEPTH + line + b"]" * _SPARE_DEPTH)
 
 
+def describe_exit(status: int | None) -> str:
+    """Say how a process ended; a negative status is a signal's."""
+    if status is not None and status < 0:
+        return f"it was ended by signal {-status}"
+    return f"it exited with status {status}"
+
+
 class ClaudeProcess:
     """One running `claude`. Its stdout is drained as long as someone iterates over the process; stderr always.
 

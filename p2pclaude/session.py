@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from p2pclaude.asking import Asking
-from p2pclaude.claude import ClaudeGone, ClaudeProcess, Launch, decode_line, knows_message, user_message
+from p2pclaude.claude import ClaudeGone, ClaudeProcess, Launch, decode_line, describe_exit, knows_message, user_message
 from p2pclaude.errors import P2PClaudeError, TryAgain, Unavailable
 from p2pclaude.inbox import MAX_ATTEMPTS, Inbox, Message, Recovery
 from p2pclaude.journal import DiskFull, Journal
@@ -24,7 +24,7 @@ from p2pclaude.journalfile import JournalFile
 from p2pclaude.log import Event, Log, first_line
 from p2pclaude.permissions import History, interrupt_request
 from p2pclaude.processes import Mark
-from p2pclaude.sessionfile import LIVE, Info, State, delete_directory, save_last_words
+from p2pclaude.sessionfile import LIVE, SAVE_AGAIN_SECONDS, Info, State, delete_directory, save_last_words
 from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, REPLAY, TURN, TURN_CUT, Results
 
 __all__ = ["LIVE", "MAX_QUEUED", "Info", "Session", "State"]
@@ -73,7 +73,7 @@ class Session:
         self._ending = False  # it is being ended: nothing more is handed to it
         self._news = asyncio.Event()
         self._final: State | None = None  # what to become when the process ends because it was told to
-        self._paused = False
+        self._paused = self._unsaved = False  # there is no room for output; session.json is out of date
         self._opening = asyncio.Lock()
         self._saving = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -183,7 +183,7 @@ class Session:
         if not runs:
             await self._pump
         if not self.is_live:
-            reason = self.info.error or _describe_exit(self.info.exit_status)
+            reason = self.info.error or describe_exit(self.info.exit_status)
             raise Unavailable(f"claude ended at once: {reason}")
         if self.info.state == State.STARTING and not self.is_orphaned:
             self._set_state(State.IDLE)
@@ -264,18 +264,23 @@ class Session:
         await asyncio.to_thread(self.info.save, self.path)
 
     async def save(self) -> None:
-        """Write `session.json`; a failure is logged, since the next change tries again."""
+        """Write `session.json`; a failure is logged, and it is tried again after a while."""
         if self.is_damaged:
             return
         async with self._saving:
             self._note_numbers()
+            self._unsaved = False
             try:
                 await asyncio.to_thread(self.info.save, self.path)
             except OSError as error:
                 self._log(Event.WARNING, message=f"session.json: {error.strerror}", session=self.info.session_id)
+                self._unsaved = not isinstance(error, FileNotFoundError)
+                asyncio.get_running_loop().call_later(SAVE_AGAIN_SECONDS, partial(self.save_soon, again=True))
 
-    def save_soon(self) -> None:
-        """Write `session.json` in the background."""
+    def save_soon(self, *, again: bool = False) -> None:
+        """Write `session.json` in the background; with `again` only if that was in vain the last time."""
+        if again and not self._unsaved:
+            return
         task = asyncio.create_task(self.save())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -283,6 +288,7 @@ class Session:
     async def remove(self, *, ignore_errors: bool = False) -> None:
         """Delete the session with all it has said. Raises OSError, maybe with some of it deleted."""
         await self.settle_writes()
+        self._unsaved = False
         if self.journal is not None:
             self.journal.close()
             self.journal = None
@@ -317,7 +323,8 @@ class Session:
         self._log(Event.TURN_CUT, session=self.info.session_id, seq=message.seq, again=again)
 
     async def settle_writes(self) -> None:
-        """Wait for what `save_soon` began."""
+        """Wait for what `save_soon` began, and write what could not be written before."""
+        self.save_soon(again=True)
         while self._tasks:
             await asyncio.gather(*self._tasks)
 
@@ -353,7 +360,7 @@ class Session:
             await self.asking.abandon()
             try:
                 # Whoever is told that the session is over has been shown all that it said.
-                await self.settle_turns(first_line(words) or _describe_exit(status))
+                await self.settle_turns(first_line(words) or describe_exit(status))
             except OSError as failure:
                 error = f"the journal cannot be written: {failure}"
             finally:  # also when the disk took too long and this is cancelled
@@ -450,7 +457,7 @@ class Session:
         elif self._orderly and error is None and not self.inbox:
             self._become(State.DORMANT)
         else:
-            self.info.error = error or last_words or _describe_exit(status)
+            self.info.error = error or last_words or describe_exit(status)
             self._become(State.FAILED)
 
     def _become(self, state: State) -> None:
@@ -490,9 +497,3 @@ def _recover(path: Path) -> tuple[JournalFile, Inbox, History]:
     except BaseException:
         file.close()
         raise
-
-
-def _describe_exit(status: int | None) -> str:
-    if status is not None and status < 0:
-        return f"it was ended by signal {-status}"
-    return f"it exited with status {status}"

@@ -45,6 +45,9 @@ class State(StrEnum):
 LIVE = frozenset({State.STARTING, State.IDLE, State.RUNNING, State.WAITING, State.PAUSED})
 """The states in which there is a process, or is about to be one."""
 
+SAVE_AGAIN_SECONDS = 30.0
+"""Pause between attempts to write `session.json`."""
+
 
 @dataclass(slots=True)
 class Info:

@@ -24,6 +24,7 @@ from p2pclaude.journalfile import DiskFull, JournalFile
 from p2pclaude.launcher import Spawn
 from p2pclaude.remote import AnswerFinder
 from p2pclaude.session import State
+from p2pclaude.sessionfile import Info
 from p2pclaude.wire import dump_json
 
 
@@ -345,6 +346,34 @@ def test_a_message_that_was_never_marked_as_handed_survives_claude_and_daemon(
         assert place.messages() == ["first", "second"]
 
     run(main(), seconds=10)
+
+
+@pytest.mark.parametrize("seconds", [0.05, 30.0])
+def test_a_session_that_was_stopped_on_a_full_disk_does_not_come_back(
+    place: Place, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Its end is written when there is room, at the latest when the daemon ends: it would run what waited in it."""
+    monkeypatch.setattr(session_module, "SAVE_AGAIN_SECONDS", seconds)
+
+    def fail(info: Info, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(spawn(text=f"HOLD:{place.path / 'never'}"))
+            await wait_for_state(table, "s", State.RUNNING)
+            await table.send("s", "waits")
+            with monkeypatch.context() as patch:
+                patch.setattr(Info, "save", fail)
+                assert await table.stop("s")
+            if seconds < 1:
+                while Info.load(place.sessions / "s").state != State.ENDED:
+                    await asyncio.sleep(0.01)
+        async with place.table() as table:
+            assert [one["state"] for one in table.listing(everything=True)] == ["ended"]
+        assert "waits" not in place.messages()
+
+    run(main(), 10)
 
 
 def test_a_spawn_on_a_full_disk_leaves_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
