@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 
+from free_ports import free_port
 from sessions_kit import Place
 
 from p2pclaude import processes
@@ -24,14 +24,6 @@ from p2pclaude.daemon import DaemonOptions, run_daemon
 status = asyncio.run(run_daemon(DaemonOptions(**json.loads(sys.argv[1]))))
 os._exit(status)  # each line of the log is flushed; a last flush fails where nobody reads it
 """
-
-
-def free_port() -> int:
-    """Give a UDP port that is free."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def start(place: Place, *, environ: dict[str, str] | None = None, **more: object) -> "subprocess.Popen[str]":

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon_kit import daemon, free_port
+from daemon_kit import daemon
+from free_ports import free_port
 from interop.harness import peers_on
 from sessions_kit import Place, prepare, run
 

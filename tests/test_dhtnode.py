@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.harness import Shell, free_port
+from cli.harness import Shell
+from free_ports import free_port
 from sim_dht import ask, echo
 from sim_relay import Side, pair_of
 

@@ -2,10 +2,10 @@
 
 import re
 import shlex
-import socket
 import subprocess
 import sys
 
+from free_ports import free_port
 from usages import ROOT, TOOLS, usage_names
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,10 +58,7 @@ def test_exit_statuses_are_those_of_the_errors() -> None:
 def test_the_example_runs() -> None:
     """The library's example prints what the text says, on a port that is free."""
     code, said = re.findall(r"```python\n(.*?)```\n\nIt prints `(.*?)`", README, re.S)[0]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     assert code.count("49737") == 2
-    command = [sys.executable, "-W", "error", "-c", code.replace("49737", str(port))]
+    command = [sys.executable, "-W", "error", "-c", code.replace("49737", str(free_port()))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.stderr, done.stdout.strip()) == ("", said)

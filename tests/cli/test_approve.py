@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.harness import Process, Shell, command, daemon, environment, eventually, free_port
+from cli.harness import Process, Shell, command, daemon, environment, eventually
 from cli.test_transcripts import on_terminal
+from free_ports import free_port
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli.harness import Shell, daemon, free_port
+from cli.harness import Shell, daemon
+from free_ports import free_port
 
 from p2pclaude.hyperdht import HyperDHT, HyperDHTError, KeyPair
 from p2pclaude.pairing import Pairing, client_seed, format_url, parse_url

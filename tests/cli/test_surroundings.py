@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from cli.harness import Shell, command, environment, eventually, free_port
+from cli.harness import Shell, command, environment, eventually
+from free_ports import free_port
 
 
 def test_a_data_directory_that_cannot_be(offline: Shell) -> None:

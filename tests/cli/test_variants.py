@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.harness import Shell, eventually, free_port
+from cli.harness import Shell, eventually
 from fake_daemon import DATA_KEY, FakeDaemon, FakeSession
+from free_ports import free_port
 
 from p2pclaude.hyperdht import HyperDHT, KeyPair
 from p2pclaude.pairing import Pairing, format_url

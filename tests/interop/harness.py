@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -59,14 +58,6 @@ def real_claude() -> Path | None:
     candidates = [package / "claude-code" / "bin" / "claude.exe", *package.glob("claude-code-*/claude")]
     # Without its install script the package has a small stand-in there, which only explains itself.
     return next((path for path in candidates if path.is_file() and path.stat().st_size > 1 << 20), None)
-
-
-def free_port() -> int:
-    """Find a UDP port that nobody uses."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from free_ports import free_port
 from interop.daemons import start_daemon
-from interop.harness import HERE, Event, Peer, Peers, Side, Tools, free_port
+from interop.harness import HERE, Event, Peer, Peers, Side, Tools
 
 BYTES = 1_000_003
 TOGETHER: list[tuple[Side, Side]] = [("python", "node"), ("node", "python"), ("node", "node")]

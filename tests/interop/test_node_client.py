@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from free_ports import free_port
 from interop.daemons import Daemon, start_daemon
-from interop.harness import HERE, Peer, Peers, Tools, free_port, peers_on
+from interop.harness import HERE, Peer, Peers, Tools, peers_on
 
 from p2pclaude.pairing import parse_url
 

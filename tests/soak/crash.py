@@ -30,8 +30,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from free_ports import free_port
 from interop import harness
-from interop.harness import free_port, real_claude
+from interop.harness import real_claude
 from stub_api import environment, stub_api
 
 from p2pclaude import remote

@@ -26,7 +26,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from interop.harness import environment, free_port, tool_command
+from free_ports import free_port
+from interop.harness import environment, tool_command
 
 from p2pclaude import remote
 from p2pclaude.client import Client, DhtDialer

@@ -1,22 +1,14 @@
 """A DHT network of Python nodes in one process, every one persistent: the twin of `node/testnet.js`."""
 
 import asyncio
-import socket
 from contextlib import AsyncExitStack
 
+from free_ports import free_port
 from interop.python.control import config, emit, serve_commands
 
 from p2pclaude.hyperdht import HyperDHT
 
 HOST = "127.0.0.1"
-
-
-def free_port(host: str) -> int:
-    """Find a UDP port that nobody uses."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 async def main() -> None:
