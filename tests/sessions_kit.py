@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from p2pclaude import session
+from p2pclaude import claude, session
 from p2pclaude.launcher import Settings
 from p2pclaude.log import Log
 from p2pclaude.session import State
@@ -21,6 +21,8 @@ from p2pclaude.sessions import SessionTable
 from p2pclaude.wire import OUTPUT
 
 FAKE = Path(__file__).with_name("fake_claude.py")
+PATIENT_STEPS = tuple((number, 15.0) for number, _ in claude.STOP_STEPS)
+"""How a fake claude is ended: it does what it is asked to, sooner or later on a busy machine."""
 
 
 def install_fake_claude(directory: Path) -> Path:
@@ -93,16 +95,21 @@ def prepare(path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setenv("CLAUDECODE", "1")
     monkeypatch.setenv("HOME", str(path / "home"))
     monkeypatch.setattr(session, "SETTLE_SECONDS", 0.15)
+    monkeypatch.setattr(claude, "STOP_STEPS", PATIENT_STEPS)
     return place
 
 
 async def wait_for_state(table: SessionTable, session_id: str, *states: State) -> None:
-    """Wait until a session is in one of the states."""
-    while next(s["state"] for s in table.listing(everything=True) if s["sessionId"] == session_id) not in states:
+    """Wait until a session is in one of the states; idle with nothing left to do, if that is one of them.
+
+    Where the disk is slow a claude that has settled is idle for a moment, before its first message is handed to it.
+    """
+    found = table.find(session_id)
+    while found.state not in states or (found.state is State.IDLE and not found.is_at_rest):
         await asyncio.sleep(0.01)
 
 
-def run(main: Awaitable[None], seconds: float = 30.0) -> None:
+def run(main: Awaitable[None], seconds: float = 60.0) -> None:
     """Run a test's coroutine, bounded in time."""
 
     async def bounded() -> None:

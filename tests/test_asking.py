@@ -153,7 +153,8 @@ def test_a_crash_of_the_daemon_cancels_and_a_retry_still_succeeds(place: Place) 
         await table.find("s").save()
         table.find("s").journal, journal = None, table.find("s").journal  # nothing more is written
         table.kill()
-        await asyncio.sleep(0.3)
+        while table.find("s").is_live:
+            await asyncio.sleep(0.01)
         assert journal is not None
         journal.close()
 
@@ -179,14 +180,19 @@ def test_a_crash_of_the_daemon_cancels_and_a_retry_still_succeeds(place: Place) 
 def test_a_request_that_nobody_answers_is_denied(place: Place) -> None:
     async def work(call: Caller) -> None:
         await call.spawn(BOTH)
-        first, _ = await call.pending(2)
+        first, second = await call.pending(2)
         await call.answer(first, behavior="allow")
+        timers = call.table.find("s").asking._timers
+        assert list(timers) == [second["requestId"]]
+        timer = timers[second["requestId"]]
+        assert 0 < timer.when() - asyncio.get_running_loop().time() <= 60
+        timer._run()  # as if nobody had answered for so long
         envelopes = await read_results(call.table, "s")
         assert [told["behavior"] for told in replies(envelopes)] == ["allow", "deny"]
-        assert replies(envelopes)[1]["message"] == "nobody answered within 0.5 s"
+        assert replies(envelopes)[1]["message"] == "nobody answered within 60 s"
         assert [e["by"] for e in envelopes if e.get("behavior") == "deny"] == ["timeout"]
 
-    on_table(place, work, ask_timeout=0.5)
+    on_table(place, work, ask_timeout=60.0)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from real_claude import needs_claude, real_place
-from sessions_kit import Place, outputs, read_all, read_results, read_until, run
+from sessions_kit import PATIENT_STEPS, Place, outputs, read_all, read_results, read_until, run
 from stub_api import StubApi, stub_api
 
 from p2pclaude import claude as claude_module
@@ -188,8 +188,9 @@ def test_a_reader_that_waits_holds_the_child_up_and_loses_nothing(tmp_path: Path
     async def main() -> None:
         script = "for n in range(3000):\n print('%05d' % n + 'x' * 10_000, flush=True)"
         process = await start(tmp_path, script)
-        await process.settle(20)
-        await asyncio.sleep(0.1)
+        while not process._pipes._paused:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # in which it would go on
         assert process._pipes._queued < 4 * 1024 * 1024
         lines = await lines_of(process)
         assert [int(line[:5]) for line in lines] == list(range(3000))
@@ -335,7 +336,11 @@ def test_real_long_line_and_two_sessions_at_once(real: Place) -> None:
 
 
 @needs_claude
-def test_real_stop_in_a_turn_then_an_error_and_resume(real: Place, api: StubApi) -> None:
+def test_real_stop_in_a_turn_then_an_error_and_resume(
+    real: Place, api: StubApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claude_module, "STOP_STEPS", PATIENT_STEPS)
+
     async def work(table: SessionTable) -> None:
         await table.spawn(Spawn(session_id="slow", text="SLOW:99"))
         session, _ = await table.spawn(Spawn(session_id="s", text="remember me"))

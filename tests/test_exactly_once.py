@@ -364,9 +364,9 @@ def test_a_state_that_changed_ends_the_waiting(place: Place) -> None:
             last = (await read_all(table, "s"))[-1]["seq"]
 
             async def state_after(known: str) -> str | None:
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(25):
                     output = await table.read(
-                        "s", after=last + 9, limit=None, clear=False, wait_ms=20_000, known_state=known
+                        "s", after=last + 9, limit=None, clear=False, wait_ms=30_000, known_state=known
                     )
                 return output.state
 

@@ -5,7 +5,7 @@ import contextlib
 import errno
 import json
 import os
-import time
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -34,11 +34,16 @@ def contents(path: Path) -> bytes:
 
 
 class Disk:
-    """Stands in for fdatasync: counts, is slow, fails on demand, and then drops what it should have written."""
+    """Stands in for fdatasync: counts, waits while it is told to, fails on demand, and then drops what it should write.
+
+    `waits` tells whether a sync is under way that waits.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.syncs = 0
-        self.seconds = 0.0
+        self.waits = False
+        self._may_go_on = threading.Event()
+        self._may_go_on.set()
         self.errors: list[int] = []
         self.durable = b""  # what a power cut leaves
         self._sync = os.fdatasync
@@ -46,7 +51,9 @@ class Disk:
 
     def __call__(self, descriptor: int) -> None:
         """Sync, or fail as a disk does that has lost what was in its cache."""
-        time.sleep(self.seconds)
+        self.waits = not self._may_go_on.is_set()
+        assert self._may_go_on.wait(20), "nobody lets the disk go on"
+        self.waits = False
         self.syncs += 1
         if self.errors:
             os.ftruncate(descriptor, len(self.durable))
@@ -54,18 +61,33 @@ class Disk:
         self._sync(descriptor)
         self.durable = os.pread(descriptor, 1 << 26, 0)
 
+    def hold(self) -> None:
+        """Let each sync wait from now on."""
+        self._may_go_on.clear()
+
+    def go_on(self) -> None:
+        """Let syncs be done."""
+        self._may_go_on.set()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
 
 def test_an_envelope_is_shown_when_it_is_synced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
 
     async def main() -> None:
         journal = await Journal.open(path)
-        disk.seconds = 0.05
+        disk.hold()
         assert journal.append_output(b"{}") == 1
-        await asyncio.sleep(0.01)
+        await until(lambda: disk.waits)
         assert (journal.last_seq, journal.read(0).lines) == (0, [])
         assert b'"seq":1' in contents(path)  # the end of the daemon would not lose it
         waiting = asyncio.create_task(journal.wait_change(20))
+        await asyncio.sleep(0)
+        disk.go_on()
         await journal.synced(1)
         assert await waiting
         assert journal.last_seq == 1
@@ -80,21 +102,20 @@ def test_many_appends_share_a_sync_and_nothing_is_held_up(path: Path, monkeypatc
 
     async def main() -> None:
         journal = await Journal.open(path)
-        disk.seconds, before = 0.25, disk.syncs
+        before = disk.syncs
+        disk.hold()
 
         async def append(number: int) -> None:
-            await asyncio.sleep(number / 10_000)
+            if number:
+                await until(lambda: disk.waits)
             await journal.synced(journal.append("message", {"n": number}))
 
-        loop, longest = asyncio.get_running_loop(), 0.0
-        appends = asyncio.gather(*(append(number) for number in range(500)))
-        while not appends.done():
-            began = loop.time()
-            await asyncio.sleep(0)
-            longest = max(longest, loop.time() - began)
-        await appends
-        assert disk.syncs - before < 10
-        assert longest < disk.seconds  # the loop went on during every sync
+        appends = [asyncio.create_task(append(number)) for number in range(500)]
+        await until(lambda: journal._file.written == 500)  # the loop goes on during a sync
+        assert journal.last_seq == 0 and not any(task.done() for task in appends)
+        disk.go_on()
+        await asyncio.gather(*appends)
+        assert disk.syncs - before == 2  # of the first, and of all that came meanwhile
         assert [json.loads(line)["seq"] for line in journal.read(0).lines] == list(range(1, 501))
         journal.close()
 
@@ -151,13 +172,22 @@ def test_what_is_unsynced_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch
 
     async def main() -> None:
         journal = await Journal.open(path)
-        disk.seconds = 0.02
-        most, line = 0, json.dumps("x" * 100_000).encode()
+        disk.hold()
+        most, line, waited = 0, json.dumps("x" * 100_000).encode(), 0
         for _ in range(200):
-            await journal.room()
+            room = asyncio.create_task(journal.room())
+            for _ in range(3):
+                await asyncio.sleep(0)
+            if not room.done():
+                waited += 1
+                disk.go_on()
+                await room
+                disk.hold()
             journal.append_output(line)
             most = max(most, journal._file.unsynced_bytes)
-        assert MAX_UNSYNCED_BYTES / 2 < most <= MAX_UNSYNCED_BYTES + 2 * len(line)
+        assert MAX_UNSYNCED_BYTES < most <= MAX_UNSYNCED_BYTES + 2 * len(line)
+        assert waited
+        disk.go_on()
         await journal.synced()
         assert (journal.last_seq, journal._file.unsynced_bytes) == (200, 0)
         journal.close()
@@ -170,12 +200,13 @@ def test_closing_waits_for_the_sync_that_runs(path: Path, monkeypatch: pytest.Mo
 
     async def main() -> None:
         journal = await Journal.open(path)
-        disk.seconds = 0.02
+        disk.hold()
         journal.append_output(b"{}")
-        await asyncio.sleep(0.005)
+        await until(lambda: disk.waits)
         journal.close()
-        await asyncio.sleep(0.05)
-        assert journal._file._file == -1
+        assert journal._file._file != -1
+        disk.go_on()
+        await until(lambda: journal._file._file == -1)
         again = await Journal.open(path)
         assert again.last_seq == 1
         again.close()
@@ -189,12 +220,14 @@ def test_closing_leaves_nobody_waiting_for_a_sync(path: Path, monkeypatch: pytes
     async def main() -> None:
         for errors in ([], [errno.ENOSPC] * 9):
             journal = await Journal.open(path)
-            disk.seconds, disk.errors = 0.02, errors
+            disk.errors = errors
+            disk.hold()
             journal.append_output(b"{}")
-            await asyncio.sleep(0.005)
+            await until(lambda: disk.waits)
             waiting = asyncio.create_task(journal.synced(journal.append_output(b"{}")))
             await asyncio.sleep(0)
             journal.close()
+            disk.go_on()
             with pytest.raises(OSError, match="the disk") if errors else contextlib.nullcontext():
                 await waiting
             assert journal._file._file == -1

@@ -19,6 +19,7 @@ from p2pclaude.hyperdht.endpoint import Arrival
 from p2pclaude.hyperdht.udp import PLAIN, UdpSocket
 
 FULL = 1472
+AWAKE_S = 30.0  # far more than it takes to be answered, also on a busy machine
 has_trains = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has trains: THEY ARE NOT TESTED")
 
 
@@ -45,7 +46,7 @@ class Inbox:
         return [data for data, _ in self.datagrams]
 
     async def wait(self, count: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while len(self.datagrams) < count:
                 self._changed.clear()
                 await self._changed.wait()
@@ -319,10 +320,15 @@ def test_a_batch_that_may_be_fragmented_is_the_exception(kind: str) -> None:
 
 def test_a_closed_socket_sends_nothing(kind: str) -> None:
     async def work(one: Inbox, two: Inbox) -> None:
-        one.socket.close()
-        one.socket.send([b"late"] * 3, two.socket.address)
-        await asyncio.sleep(0.05)
-        assert two.data == []
+        three = Inbox()
+        try:
+            one.socket.close()
+            one.socket.send([b"late"] * 3, two.socket.address)
+            three.socket.send([b"after it"], two.socket.address)
+            await two.wait(1)
+            assert two.data == [b"after it"]
+        finally:
+            three.socket.close()
 
     run(work)
 
@@ -374,10 +380,10 @@ def two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_processors")
 def test_a_near_answer_is_waited_for_awake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(udp, "MAX_AWAKE_S", 5.0)
+    monkeypatch.setattr(udp, "MAX_AWAKE_S", AWAKE_S)
 
     async def answered(one: Inbox, two: Inbox) -> None:
-        one.socket.stay_awake(5.0)
+        one.socket.stay_awake(AWAKE_S)
         thread = threading.Timer(0.05, two.socket._socket.sendto, (b"here", one.socket.address))
         thread.start()
         await one.wait(1)
@@ -388,14 +394,14 @@ def test_a_near_answer_is_waited_for_awake(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("two_processors")
 def test_nobody_stays_awake_after_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(udp, "MAX_AWAKE_S", 5.0)
+    monkeypatch.setattr(udp, "MAX_AWAKE_S", AWAKE_S)
 
     async def answered_twice(one: Inbox, two: Inbox) -> None:
-        one.socket.stay_awake(5.0)
+        one.socket.stay_awake(AWAKE_S)
         two.socket.send([b"here"], one.socket.address)
         await one.wait(1)
 
-    assert slept(answered_twice, patience_s=4.0)
+    assert slept(answered_twice, patience_s=AWAKE_S / 2)
 
 
 @pytest.mark.usefixtures("two_processors")
@@ -411,24 +417,24 @@ def test_nobody_stays_awake_for_long() -> None:
 
 
 def test_with_one_processor_the_peer_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(udp, "MAX_AWAKE_S", 5.0)
+    monkeypatch.setattr(udp, "MAX_AWAKE_S", AWAKE_S)
     monkeypatch.setattr(udp, "_can_wait_awake", lambda: False)
 
     async def waiting(one: Inbox, two: Inbox) -> None:
-        one.socket.stay_awake(5.0)
+        one.socket.stay_awake(AWAKE_S)
 
-    assert slept(waiting, patience_s=4.0)
+    assert slept(waiting, patience_s=AWAKE_S / 2)
 
 
 @pytest.mark.usefixtures("two_processors")
 def test_a_closed_socket_lets_the_loop_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(udp, "MAX_AWAKE_S", 5.0)
+    monkeypatch.setattr(udp, "MAX_AWAKE_S", AWAKE_S)
 
     async def closing(one: Inbox, two: Inbox) -> None:
-        one.socket.stay_awake(5.0)
+        one.socket.stay_awake(AWAKE_S)
         one.socket.close()
 
-    assert slept(closing, patience_s=4.0)
+    assert slept(closing, patience_s=AWAKE_S / 2)
 
 
 def test_without_a_file_to_ask_with_the_host_keeps_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
