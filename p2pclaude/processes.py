@@ -142,7 +142,7 @@ async def _end(find: Callable[[Table, Marks], list[Process]]) -> int:
         grace = min(loop.time() + TERM_SECONDS, begin + END_SECONDS)
         while loop.time() < grace and any(map(is_running, found)):
             await asyncio.sleep(_POLL_SECONDS)
-        if loop.time() >= begin + END_SECONDS:
+        if not patient and loop.time() >= begin + END_SECONDS:  # the last thing that is done is never a SIGTERM
             break
     return len(ended)
 

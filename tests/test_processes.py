@@ -83,6 +83,12 @@ def started(tmp_path: Path) -> Iterator[list[Started]]:
         one.close()
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up after a time that is too long for any busy machine: then an end means that there was none left."""
+    monkeypatch.setattr(module, "END_SECONDS", 40.0)
+
+
 def runs(pid: int) -> bool:
     process = processes().get(pid)
     return process is not None and not process.is_zombie
@@ -94,7 +100,7 @@ def is_bare(pid: int, mark: Mark) -> bool:
 
 def eventually(check: Callable[[], bool]) -> None:
     """Wait for what the kernel, or another process, is about to do."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 40
     while not check():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.005)
@@ -108,10 +114,8 @@ def test_what_carries_the_mark_is_ended(kind: str, tmp_path: Path, started: list
     started.append(one)
     one.end_shell()
     assert runs(one.pid)
-    begin = time.monotonic()
     assert asyncio.run(end_leftovers(mark)) >= 1
     assert not runs(one.pid)
-    assert time.monotonic() - begin < module.END_SECONDS
     assert asyncio.run(end_leftovers(mark)) == 0
 
 
@@ -166,10 +170,23 @@ def test_processes_that_start_others_all_the_time_are_ended(tmp_path: Path, star
     started.append(one)
     one.end_shell()
     # A process that is another one every 2 ms is missed by a look now and then, not by many.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 40
     while module.marked(mark):
         asyncio.run(end_leftovers(mark))
         assert time.monotonic() < deadline
+
+
+@linux_only
+def test_nothing_is_given_up_that_was_only_asked_to_end(
+    tmp_path: Path, started: list[Started], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All the time may be over before SIGKILL has its turn, when the machine stood still meanwhile."""
+    monkeypatch.setattr(module, "END_SECONDS", module.TERM_SECONDS / 4)
+    mark = Mark.of_session(tmp_path / "sessions" / "s")
+    one = Started(tmp_path, MARKED["deaf"], mark)
+    started.append(one)
+    asyncio.run(end_leftovers(mark))
+    eventually(lambda: not runs(one.pid))
 
 
 @linux_only
@@ -237,7 +254,7 @@ def test_two_names_of_a_directory_are_one_mark(tmp_path: Path) -> None:
 REAPER = """
 import asyncio, os, subprocess, sys, time
 from p2pclaude import processes
-processes.REAP_SECONDS = 0.05
+processes.REAP_SECONDS = 0.3
 
 async def main():
     assert processes.become_subreaper()
@@ -248,7 +265,7 @@ async def main():
             child = await asyncio.create_subprocess_exec(sys.executable, "-S", "-E", "-c", code, str(number))
             statuses.append(await child.wait())
         assert statuses == list(range(40)), statuses
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while zombies := [p for p in processes.processes().values() if p.is_zombie and p.parent == os.getpid()]:
             assert time.monotonic() < deadline, zombies
             await asyncio.sleep(0.05)
