@@ -9,13 +9,13 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from daemon_kit import client_of, daemon, marked, timed
 from real_claude import needs_claude, real_place
-from sessions_kit import Place, outputs, prepare, read_all, read_until, run, wait_for_state
+from sessions_kit import PATIENT_STEPS, Place, outputs, prepare, read_all, read_until, run, wait_for_state
 from stub_api import StubApi, stub_api
 
 from p2pclaude import claude as claude_module
@@ -28,6 +28,8 @@ from p2pclaude.processes import Mark, descendants, processes
 from p2pclaude.session import State
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc, which only Linux has")
+
+AT_ONCE = 25.0  # seconds: what a stop must not wait for lasts a thousand; it is a stop's own steps that take four
 
 # What hides in a session of its own, without the mark, and from the signals that may be ignored.
 LEAVES = "setsid -f sleep 1000; env -i sleep 1000 & setsid -f sh -c 'trap \"\" INT TERM HUP; while :; do sleep 1; done'"
@@ -43,7 +45,8 @@ while :; do sleep 1000; done
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """Give a place with a fake claude."""
+    """Give a place with a fake claude, whose leftovers the test's own process has all the time to end."""
+    monkeypatch.setattr(module, "END_SECONDS", 20.0)
     return prepare(tmp_path, monkeypatch)
 
 
@@ -62,7 +65,16 @@ def below(pid: int) -> set[int]:
     return {process.pid for process in descendants(processes(), [pid])}
 
 
+def eventually(check: Callable[[], bool]) -> None:
+    """Wait for what the kernel, or another process, is about to do."""
+    deadline = time.monotonic() + 30
+    while not check():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
 def running(pids: set[int]) -> set[int]:
+    """Give those of some processes that still run."""
     table = processes()
     return {pid for pid in pids if pid in table and not table[pid].is_zombie}
 
@@ -75,7 +87,7 @@ def test_nothing_that_the_tools_left_survives_a_stop(place: Place) -> None:
             assert session.pid is not None
             family = below(session.pid) | set(marked_in(place))
             assert len(family) >= 4
-            with timed(4):
+            with timed(AT_ONCE):
                 assert await table.stop("s")
             assert not running(family)
             assert session.state is State.ENDED
@@ -96,26 +108,31 @@ def test_nothing_that_the_tools_left_survives_a_claude_that_dies(place: Place) -
     run(main())
 
 
-def test_an_interrupt_brings_the_result_of_the_turn(place: Place) -> None:
+def test_an_interrupt_brings_the_result_of_the_turn(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    signals: list[signal.Signals] = []
+    monkeypatch.setattr(ClaudeProcess, "_signal", lambda process, number: signals.append(number))
+
     async def main() -> None:
         async with place.table() as table:
             session, _ = await table.spawn(Spawn(session_id="s", text="HOLD:/never"))
             await read_until(table, "s", lambda e: bool(e["type"] == "session-output"))
-            with timed(1.5):  # no signal was needed
-                await table.stop("s")
+            await table.stop("s")
+            assert signals == []  # none was needed
             assert session.info.exit_status == 0
             assert outputs(await read_all(table, "s"), "result")[0]["result"] == "interrupted"
 
     run(main())
 
 
-def test_a_flood_is_drained_to_the_end_of_the_child(place: Place) -> None:
+def test_a_flood_is_drained_to_the_end_of_the_child(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claude_module, "STOP_STEPS", ((None, 1.0), *PATIENT_STEPS[1:]))  # it heeds signals alone
+
     async def main() -> None:
         async with place.table() as table:
             session, _ = await table.spawn(Spawn(session_id="s", text="FLOOD"))
             await read_until(table, "s", lambda e: bool(e.get("data", {}).get("type") == "assistant"))
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            with timed(6):
+            with timed(AT_ONCE):
                 await table.stop("s")
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
             assert grown < 256, f"{grown:.0f} MiB"
@@ -141,7 +158,7 @@ def test_a_full_disk_holds_up_no_stop(place: Place, monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr(Journal, "append_output", refuse)
             await table.send("s", f"LEAVE:{LEAVES}")
             await wait_for_state(table, "s", State.PAUSED)
-            with timed(7):
+            with timed(AT_ONCE):
                 await table.stop("s")
             assert marked_in(place) == []
             assert session.state is State.ENDED
@@ -149,7 +166,8 @@ def test_a_full_disk_holds_up_no_stop(place: Place, monkeypatch: pytest.MonkeyPa
     run(main())
 
 
-def test_half_a_line_at_the_end_is_kept(place: Place) -> None:
+def test_half_a_line_at_the_end_is_kept(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claude_module, "STOP_STEPS", ((None, 0.1), *PATIENT_STEPS[1:]))  # it heeds signals alone
     script = """#!/bin/sh
 printf '\\377\\376 garbage\\n{"type":"assistant","half'
 exec sleep 1000
@@ -159,8 +177,8 @@ exec sleep 1000
     async def main() -> None:
         async with place.table() as table:
             await table.spawn(Spawn(session_id="s"))
-            await wait_for_state(table, "s", State.IDLE)
-            with timed(6):
+            await read_until(table, "s", lambda e: bool(e.get("data", {}).get("type") == "unparsed"))
+            with timed(AT_ONCE):
                 await table.stop("s")
             texts = [one["text"] for one in outputs(await read_all(table, "s"), "unparsed")]
             assert texts == ["\ufffd\ufffd garbage", '{"type":"assistant","half']
@@ -183,7 +201,8 @@ def test_a_child_that_cannot_be_ended_holds_up_no_stop(place: Place, monkeypatch
         process = await ClaudeProcess.start(
             Launch(place.claude, place.root, "plan", "ID"), mark=Mark.of_session(place.sessions / "s")
         )
-        with timed(2):
+        assert await process.settle(30)  # it has said that it ignores everything
+        with timed(AT_ONCE):
             assert await process.stop() is None
         process.kill()
         assert await process.finish() == -signal.SIGKILL
@@ -216,13 +235,13 @@ def test_the_daemon_ends_64_sessions_that_ignore_everything_in_time(place: Place
     deafen(place)
     with daemon(place) as process:
         run(spawn_all(place, 64), 120)
-        assert len(marked(place)) >= 64 * 5
+        eventually(lambda: len(marked(place)) >= 64 * 5)
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         took = time.monotonic() - begin
-        assert marked(place) == []
-        assert took < SHUTDOWN_SECONDS, took
+        eventually(lambda: not marked(place))
+        assert took < 3 * SHUTDOWN_SECONDS, took  # on a busy machine; one after the other they would take 200 s
         assert states(place) == {"dormant"}
 
 
@@ -231,13 +250,12 @@ def test_a_second_signal_leaves_nothing_running_either(place: Place) -> None:
     with daemon(place) as process:
         run(spawn_all(place, 2))
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+        assert process.stdout is not None
+        while '"daemon-stopping"' not in process.stdout.readline():
+            pass
         process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == 128 + signal.SIGTERM
-        deadline = time.monotonic() + 10
-        while marked(place):  # they were killed, and nobody is left who waits for their end
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        assert process.wait(30) == 128 + signal.SIGTERM
+        eventually(lambda: not marked(place))  # they were killed, and nobody is left who waits for their end
 
 
 def test_the_next_daemon_ends_what_a_killed_one_left(place: Place) -> None:
@@ -246,24 +264,30 @@ def test_the_next_daemon_ends_what_a_killed_one_left(place: Place) -> None:
         run(spawn_all(place, 3))
         process.kill()
         process.wait()
-        assert len(marked(place)) >= 3 * 3
+        eventually(lambda: len(marked(place)) >= 3 * 5)
         with daemon(place) as other:
-            assert marked(place) == []
+            eventually(lambda: not marked(place))  # at once, but that it has no more than a second for it
             other.send_signal(signal.SIGTERM)
-            _, err = other.communicate(timeout=15)
+            _, err = other.communicate(timeout=30)
             assert err == ""
         assert states(place) == {"dormant"}
 
 
 def test_orphans_do_not_pile_up_below_the_daemon(place: Place) -> None:
+    pids = place.path / "pids"
+    orphan = f"setsid -f sh -c 'echo $$ >>{shlex.quote(str(pids))}; exec sleep 0.2'"
+    lasting = place.path / "lasting"
+    stays = f"setsid -f sh -c 'echo $$ >>{shlex.quote(str(lasting))}; exec sleep 1000'"
+
+    def children() -> set[int]:
+        return {one.pid for one in processes().values() if one.parent == process.pid}
+
     with daemon(place) as process:
-        run(spawn_all(place, 3, "LEAVE:for i in 1 2 3; do setsid -f sleep 0.2; done"))
-        deadline = time.monotonic() + 15
-        while any(p.is_zombie and p.parent == process.pid for p in processes().values()):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        # They came to the daemon, and it reaped them: with init as their parent there would be nothing to see.
-        assert below(process.pid)
+        run(spawn_all(place, 3, f"LEAVE:for i in 1 2 3; do {orphan}; done; {stays}"))
+        eventually(lambda: pids.exists() and len(pids.read_text().split()) == 9)
+        eventually(lambda: not {int(pid) for pid in pids.read_text().split()} & set(processes()))  # no zombie either
+        # They came to the daemon, and it reaped them, as those show that last.
+        eventually(lambda: lasting.exists() and len(set(map(int, lasting.read_text().split())) & children()) == 3)
 
 
 # The real claude, with a tool in the foreground and others behind it
@@ -310,7 +334,7 @@ def test_real_claude_leaves_no_tool_behind(real: Place, how: str) -> None:
             assert states(real) == {"ended"}
         elif how == "terminate":
             process.send_signal(signal.SIGTERM)
-            assert process.wait(15) == 0
+            assert process.wait(60) == 0
             assert states(real) == {"dormant"}
         else:
             process.kill()
@@ -318,13 +342,12 @@ def test_real_claude_leaves_no_tool_behind(real: Place, how: str) -> None:
             assert running(family)
             with daemon(real) as other:
                 # Its turn was begun, and so it goes on: with a claude of the new daemon, and nothing of the old one.
-                assert {one.pid for one in marked(real)} <= below(other.pid)
+                eventually(lambda: {one.pid for one in marked(real)} <= below(other.pid))
                 # Without a parent that watched, only what kept the mark is known.
-                bare = {pid for pid in running(family) if is_bare(pid)}
-                assert running(family) == bare
-                for pid in bare:
+                eventually(lambda: all(map(is_bare, running(family))))
+                for pid in running(family):
                     os.kill(pid, signal.SIGKILL)
-        assert not running(family)
+        eventually(lambda: not running(family))
         shutil.rmtree(real.path / "home", ignore_errors=True)
 
 
