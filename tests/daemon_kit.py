@@ -44,7 +44,7 @@ def start(place: Place, *, environ: dict[str, str] | None = None, **more: object
         lines.append(line)
         if '"daemon-started"' in line:
             return process
-    raise AssertionError("".join(lines) + process.communicate(timeout=10)[1])
+    raise AssertionError("".join(lines) + process.communicate(timeout=30)[1])
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`p2pclaude-daemon --check`: each thing that can be wrong is found, named, and has the status of a start's end."""
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,17 @@ def test_it_changes_nothing_that_a_start_would_not(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "said", "seconds"),
     [
-        ("#!/bin/sh\necho broken >&2; exit 3\n", "status 3: broken"),
-        ("#!/nowhere\n", "could not be started"),
-        ("#!/bin/sh\nexec sleep 1000\n", "does not end"),
+        ("#!/bin/sh\necho broken >&2; exit 3\n", "status 3: broken", 30.0),
+        ("#!/nowhere\n", "could not be started", 30.0),
+        ("#!/bin/sh\nexec sleep 1000\n", "does not end", 0.5),
     ],
 )
-def test_a_claude_that_does_not_work(place: Place, script: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CLAUDE_SECONDS", 0.5)
+def test_a_claude_that_does_not_work(
+    place: Place, script: str, said: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CLAUDE_SECONDS", seconds)
     place.claude.write_text(script)
     finding = of(findings(place), "claude")
     assert (finding.level, finding.status) == (Level.ERROR, 69)
@@ -156,8 +159,15 @@ def network() -> Iterator[list[str]]:
         yield peers.start("python", "testnet", size=4).ready["bootstrap"]
 
 
-def test_the_network(place: Place, network: list[str]) -> None:
-    unanswered = f"127.0.0.1:{free_port()}"
+@pytest.fixture
+def unanswered() -> Iterator[str]:
+    """Give an address where nobody answers, for as long as the test takes."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{silent.getsockname()[1]}"
+
+
+def test_the_network(place: Place, network: list[str], unanswered: str) -> None:
     chosen = {"private": False, "port": None, "bootstrap": (*network, unanswered)}
     found = findings(place, **chosen, relay=os.urandom(32))
     assert of(found, "announcement").level is Level.OK, found
@@ -167,9 +177,9 @@ def test_the_network(place: Place, network: list[str]) -> None:
     assert of(found, "relay").level is Level.WARNING
 
 
-def test_a_network_that_is_not_there(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_is_not_there(place: Place, unanswered: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "NETWORK_SECONDS", 3.0)
-    found = findings(place, private=False, port=None, bootstrap=(f"127.0.0.1:{free_port()}",))
+    found = findings(place, private=False, port=None, bootstrap=(unanswered,))
     assert (of(found, "bootstrap").level, of(found, "bootstrap").status) == (Level.ERROR, 69)
     assert not [f for f in found if f.subject in ("announcement", "NAT")]
 

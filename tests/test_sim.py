@@ -472,7 +472,7 @@ def test_a_seed_replays_exactly_and_another_does_not() -> None:
 
 
 def test_two_hundred_hosts_send_a_hundred_thousand_packets_in_seconds() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     _, sent = run(_gossip(1, 200, 180, Link(latency=(0.01, 0.08))), seed=1)
     assert sent > 100_000
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20

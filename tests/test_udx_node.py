@@ -13,6 +13,7 @@ MISSING = missing_tools()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 
 MB = 1_000_000
+SELDOM = 80.0  # seconds: a Node whose repeat is lost waits for a second, then two, then four, but not for ever
 CASES = [(20 * MB, 0.0, 0.0), (8 * MB, 0.05, 0.02), (3 * MB, 0.2, 0.05)]
 
 
@@ -23,7 +24,7 @@ def test_sends_to_node(size: int, loss: float, reordering: float) -> None:
         driver.stream.write(data)
         driver.stream.end()
         began = time.monotonic()
-        driver.run(lambda: driver.closed is not None and driver.said("close") is not None)
+        driver.run(lambda: driver.closed is not None and driver.said("close") is not None, seconds=SELDOM)
         print(f"{size / (time.monotonic() - began) / 1e6:.0f} MB/s at loss {loss}")
         end = driver.said("end")
         assert end is not None
@@ -37,8 +38,7 @@ def test_receives_from_node(size: int, loss: float, reordering: float) -> None:
     with NodeDriver({"size": size}, seed=5, loss=loss, reordering=reordering) as driver:
         driver.stream.end()
         began = time.monotonic()
-        # A Node whose repeat is lost waits for a second, then two, then four: seldom, but not for ever.
-        driver.run(lambda: driver.closed is not None and driver.said("close") is not None, seconds=80)
+        driver.run(lambda: driver.closed is not None and driver.said("close") is not None, seconds=SELDOM)
         print(f"{size / (time.monotonic() - began) / 1e6:.0f} MB/s at loss {loss}")
         sent = driver.said("sent")
         assert sent is not None
@@ -76,7 +76,7 @@ def test_node_sees_destroy() -> None:
         driver.stream.write(b"hello")
         driver.run(lambda: driver.stream.connected and driver.stream.unacked == 0 and not driver.stream.buffered)
         driver.stream.destroy()
-        driver.run(lambda: driver.said("close") is not None, seconds=3)
+        driver.run(lambda: driver.said("close") is not None)
         assert driver.closed == Closed(None)
         assert driver.said("close") == {"event": "close", "error": "ECONNRESET"}
 
@@ -84,7 +84,7 @@ def test_node_sees_destroy() -> None:
 def test_sees_node_destroy() -> None:
     with NodeDriver({"keepOpen": True, "destroyAfter": 5}) as driver:
         driver.stream.write(b"hello")
-        driver.run(lambda: driver.closed is not None, seconds=3)
+        driver.run(lambda: driver.closed is not None)
         assert driver.closed == Closed("ECONNRESET")
 
 

@@ -121,7 +121,7 @@ def daemon(work: Path, *options: str, port: int | None = None) -> Iterator[Shell
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            assert process.wait(timeout=15) == 0, log.read_text()
+            assert process.wait(timeout=30) == 0, log.read_text()
         finally:
             process.kill()
             process.wait()
@@ -129,7 +129,7 @@ def daemon(work: Path, *options: str, port: int | None = None) -> Iterator[Shell
 
 def eventually(check: Callable[[], bool]) -> None:
     """Wait for something that another process does."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 50
     while not check():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.05)

@@ -60,7 +60,7 @@ def test_ctrl_c_ends_a_loop_of_the_shell_too(shell: Shell) -> None:
         assert loop.stdout is not None
         loop.stdout.readline()
         os.killpg(loop.pid, signal.SIGINT)  # as a terminal sends it
-        rest, _ = loop.communicate(timeout=20)
+        rest, _ = loop.communicate(timeout=60)
         assert b"went on" not in rest
     finally:
         loop.kill()
@@ -95,7 +95,7 @@ def test_a_daemon_without_standard_streams(offline: Shell) -> None:
         url = str(offline.work / "d" / "pairing.url")
         eventually(lambda: offline.run("ping", url, "-t", "1").status == 0)
         process.terminate()
-        assert process.wait(15) == 0
+        assert process.wait(30) == 0
     finally:
         process.kill()
         process.wait()

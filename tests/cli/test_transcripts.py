@@ -96,7 +96,7 @@ def test_tail_shows_states(shell: Shell) -> None:
     tail = shell.start("tail", "-f", "--meta", "@", session)
     shell.succeed("send", "-w", "-s", session, "@", "again")
     shell.succeed("stop", "@", session)
-    lines = [json.loads(line) for line in tail.communicate(timeout=30)[0].splitlines()]
+    lines = [json.loads(line) for line in tail.communicate(timeout=60)[0].splitlines()]
     states = [line["state"] for line in lines if line["type"] == "state"]
     assert states[-1] == "ended" and set(states) <= {"starting", "running", "idle", "ended"}
     seqs = [line["seq"] for line in lines if line["type"] != "state"]
@@ -178,7 +178,7 @@ def test_a_chat_answers_each_line_as_it_comes(shell: Shell) -> None:
         chat.stdin.write(text)
         chat.stdin.flush()
         assert chat.stdout.readline() == b"echo: " + text
-    chat.communicate(timeout=20)
+    chat.communicate(timeout=60)
     assert chat.returncode == 0
 
 
@@ -229,7 +229,7 @@ def test_following_ends_with_the_session_and_prints_everything_once(shell: Shell
     followers = [shell.start("tail", "-f", "@", session) for _ in range(3)]
     eventually(lambda: len(shell.succeed("tail", "@", session)) >= 303)
     shell.succeed("stop", "@", session)
-    outputs = [follower.communicate(timeout=20) for follower in followers]
+    outputs = [follower.communicate(timeout=60) for follower in followers]
     assert [follower.returncode for follower in followers] == [0, 0, 0]
     assert {err for _, err in outputs} == {b""}
     assert [o["n"] for o in map(json.loads, outputs[0][0].splitlines()) if "n" in o] == list(range(300))
@@ -245,7 +245,7 @@ def test_following_prints_at_once(shell: Shell) -> None:
     shell.succeed("send", "-s", session, "@", "two")
     assert b'"content":"two"' in follower.stdout.readline()
     shell.succeed("stop", "@", session)
-    follower.communicate(timeout=20)
+    follower.communicate(timeout=60)
     assert follower.returncode == 0
 
 
@@ -300,7 +300,7 @@ def test_nobody_is_there(offline: Shell) -> None:
     lines = (["ping", "@"], ["send", "@", "x"], ["send", "-w", "@", "x"], ["tail", "-f", "@", "s"], ["ls", "@"])
     started = [(words[0], offline.start(*words)) for words in lines]
     for tool, process in started:
-        out, err = process.communicate(timeout=40)
+        out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (69, b"")
         check_words(tool, err.decode(), offline.url)
         assert b"error: no DHT node answered\n" in err
@@ -309,7 +309,7 @@ def test_nobody_is_there(offline: Shell) -> None:
 def test_a_timeout(offline: Shell) -> None:
     started = time.monotonic()
     assert "timed out" in offline.fail(75, "ls", "--dht", "-t", "0.5", "@")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
     assert "arrived" not in offline.fail(75, "send", "-t", "0.1", "@", "x")  # nothing was sent
 
 
@@ -333,7 +333,7 @@ def test_a_closed_pipe_ends_a_tool_quietly(shell: Shell, line: str) -> None:
     result = shell_line(shell, f"{line} | head -n 1", S=session)
     assert (result.returncode, result.stderr) == (0, "")
     assert len(result.stdout.splitlines()) == 1
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 50  # a hundred pings take longer
 
 
 def test_a_closed_pipe_is_seen_although_nothing_is_printed(shell: Shell) -> None:
@@ -370,7 +370,7 @@ def test_signals_end_a_tool_quietly(shell: Shell, number: signal.Signals) -> Non
         process.send_signal(number)
     for process in waiting:
         assert process.stderr
-        assert process.wait(timeout=10) == -number
+        assert process.wait(timeout=30) == -number
         assert process.stderr.read() == b""
         process.communicate()
 
@@ -399,7 +399,7 @@ def test_following_and_waiting_outlive_the_daemon(tmp_path: Path) -> None:
         with daemon(work, port=int(port[1])) as restarted:
             assert restarted.succeed("send", "-w", "-s", session, "@", "two") == ["echo: two"]
             restarted.succeed("stop", "@", session)
-            out, err = follower.communicate(timeout=40)
+            out, err = follower.communicate(timeout=60)
     finally:
         follower.kill()
         follower.communicate()
@@ -418,7 +418,7 @@ def on_terminal(shell: Shell, tool: str, *arguments: str, typed: tuple[bytes, by
         os.chdir(shell.work)
         line = command(tool, *words)
         os.execve(line[0], line, environment(shell.work / "home", {"TERM": "xterm", "COLUMNS": "200"}))
-    shown, deadline = b"", time.monotonic() + 30
+    shown, deadline = b"", time.monotonic() + 60
     while time.monotonic() < deadline:
         if not select.select([terminal], [], [], 0.2)[0]:
             if typed and typed[0] in shown:
