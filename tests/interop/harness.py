@@ -22,7 +22,7 @@ from typing import Any, Literal, Self
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-DEFAULT_TIMEOUT = 30.0
+DEFAULT_TIMEOUT = 60.0
 GOODBYE = 10.0
 
 Side = Literal["node", "python"]
@@ -161,9 +161,11 @@ class Peer:
             return self.said[self._lines_read - 1].removesuffix("\n")
 
     def finish(self, timeout: float = DEFAULT_TIMEOUT) -> int:
-        """Wait for the process to end by itself; return its exit status."""
+        """Wait for the process to end by itself; return its exit status. All that it printed is in `said` then."""
         try:
-            return self.process.wait(timeout)
+            status = self.process.wait(timeout)
+            self._reader.join(timeout)
+            return status
         except subprocess.TimeoutExpired:
             raise PeerError(f"{self.name} did not end in {timeout:g} s\n{self.transcript()}") from None
 

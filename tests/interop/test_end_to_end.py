@@ -146,7 +146,7 @@ def test_refusals(tools: Tools, url: str) -> None:
 
 def test_the_record_in_the_dht(tools: Tools, url: str) -> None:
     session = tools.succeed("send", url, "hello")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 50
     while session not in (listed := tools("ls", "--dht", "-q", url)).lines:
         assert listed.status == 0 and time.monotonic() < deadline, listed
 
@@ -176,7 +176,7 @@ def test_a_session_outlives_its_daemon(
     tools.succeed("send", "-w", "-s", session, url, "and this")
     before = tools.succeed("tail", url, session).splitlines()
     first.peer.process.send_signal(signal.SIGKILL)
-    first.peer.process.wait(10)
+    first.peer.process.wait(30)
     start_daemon(peers, tmp_path, claude, env=claude_env)
     assert tools.succeed("tail", url, session).splitlines() == before
     assert tools.succeed("send", "-w", "-s", session, url, "go on").strip() == "echo: go on"

@@ -93,7 +93,7 @@ def persistent_among_nodes(net: Net, body: Callable[[Node, Peer], Awaitable[None
 
 def test_a_node_bootstraps_and_finds_that_it_is_not_firewalled(net: Net) -> None:
     async def main() -> None:
-        async with asyncio.timeout(10), python_node(net.bootstrap) as node:
+        async with asyncio.timeout(40), python_node(net.bootstrap) as node:
             assert len(node.table) >= 5
             assert not node.firewalled and node.ephemeral
             assert node.remote_address() == address_of(name_of(node))
@@ -113,7 +113,7 @@ def test_a_query_needs_no_bootstrapping_first(net: Net) -> None:
         node = Node(endpoint, rng, bootstrap=net.bootstrap, host="127.0.0.1")
         await node.start()
         assert not node.bootstrapped.is_set()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             query = node.find_node(TARGET)
             await query.finished()
         assert len(query.closest_replies) >= 6
@@ -202,7 +202,7 @@ def test_delayed_pings_and_silence(net: Net) -> None:
         loop = asyncio.get_running_loop()
         start = loop.time()
         await node.delayed_ping(address, 0.2)
-        assert 0.2 <= loop.time() - start < 1.0
+        assert loop.time() - start >= 0.19  # Node's timers may be a millisecond early
         delayed = InternalCommand.DELAYED_PING
         await ask(peer, "ask", node=name_of(node), command=delayed, internal=True, value="64000000")
         with pytest.raises(Timeout):

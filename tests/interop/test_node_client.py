@@ -89,7 +89,7 @@ def test_every_method_answers_in_their_shape(client: Peer, daemon: Daemon) -> No
 
 def wait_for_messages(client: Peer, session: str, count: int) -> list[Any]:
     """Ask for output, without clearing, until there are so many messages."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 50
     while time.monotonic() < deadline:
         messages: list[Any] = call(client, "get-output", sessionId=session)["messages"]
         if len(messages) >= count:
@@ -205,7 +205,7 @@ def test_a_strict_daemon_is_not_for_the_typescript_client(tmp_path: Path, peers:
     strict = start_daemon(peers, tmp_path, HERE / "fake_claude.py", "--strict")
     stranger = peers.start("node", "client")
     stranger.tell("connect", key=parse_url(strict.url).public_key.hex(), count=1, timeout=8000)
-    result = stranger.expect("result", timeout=30)
+    result = stranger.expect("result")
     assert (result["ok"], result["opened"]) == (False, False), result
     assert tools.succeed("ping", strict.url)
     assert len(strict.peer.events("connection-opened")) == 1  # the tool's
