@@ -8,6 +8,7 @@ from soak.connects import FLOOD_MEMORY, KEPT_RATE, measure_flood, measure_visits
 
 VISITS = 600
 LINGER_S = 3.0  # instead of 15 s, for the last closed stream is waited for twice
+FLOOD_COST = 0.35  # of a processor
 LINGERING_BYTES = 25_000  # what a closed stream holds until it is forgotten, at most
 
 
@@ -34,8 +35,9 @@ def test_a_flood_of_handshakes_starves_nobody(loaded: tuple[Peers, Peer]) -> Non
     peers, server = loaded
     flood = measure_flood(peers, server, rate=1000, seconds=4)
     calm, flooded, _ = flood.rates
-    # By processor time: other tests run beside this one.
-    assert flooded.efficiency > calm.efficiency * KEPT_RATE, flood.rates
+    # By processor time: other tests run beside this one. If they leave little of it, even a cheap flood takes much of
+    # that; without its limits this one would take more than half a processor.
+    assert flooded.efficiency > calm.efficiency * KEPT_RATE or flood.cost < FLOOD_COST, flood.rates
     assert flood.failed == {} and len(flood.legitimate_ms) > 0
     assert flood.memory < FLOOD_MEMORY
     assert 0 < flood.worst["pending"] <= 256

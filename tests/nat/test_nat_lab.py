@@ -49,7 +49,7 @@ def bench(lab: Lab) -> Iterator[Bench]:
     bench.close()
 
 
-def receive(sock: socket.socket, seconds: float = 2.0) -> tuple[bytes, Address] | None:
+def receive(sock: socket.socket, seconds: float = 20.0) -> tuple[bytes, Address] | None:
     """Return the next datagram and its source, None when none comes in time."""
     sock.settimeout(seconds)
     try:
@@ -68,9 +68,15 @@ def seen_by(sock: socket.socket, sender: socket.socket) -> Address:
 
 
 def gets_in(sock: socket.socket, to: Address, inside: socket.socket) -> bool:
-    """Tell whether a datagram reaches the socket inside; one namespace's path is all there is, so it is there soon."""
+    """Tell whether a datagram reaches the socket inside, which may take its time on a busy machine."""
     sock.sendto(b"in", to)
-    return receive(inside, 0.2) is not None
+    return receive(inside) is not None
+
+
+def stays_out(sock: socket.socket, to: Address, inside: socket.socket) -> bool:
+    """Tell whether a datagram does not reach the socket inside; the path is short, so it would be there soon."""
+    sock.sendto(b"in", to)
+    return receive(inside, 0.2) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,13 +101,14 @@ def test_filtering(lab: Lab, bench: Bench, kind: Kind) -> None:
     asked, same_host, stranger = bench.out(A), bench.out(A, PORT + 1), bench.out(B)
     mapped = seen_by(asked, inside)
     assert gets_in(asked, mapped, inside)
-    assert gets_in(same_host, mapped, inside) is gets_in(stranger, mapped, inside) is (kind == "open")
+    expected = gets_in if kind == "open" else stays_out
+    assert expected(same_host, mapped, inside) and expected(stranger, mapped, inside)
 
 
 def test_unsolicited_datagrams_do_not_move_the_mapping(lab: Lab, bench: Bench) -> None:
     home = lab.home("cone")
     inside, outside = bench.bind(home.namespace), bench.out(A)
-    assert not gets_in(outside, (home.public, PORT), inside)
+    assert stays_out(outside, (home.public, PORT), inside)
     assert seen_by(outside, inside) == (home.public, PORT)
     assert gets_in(outside, (home.public, PORT), inside)
 
@@ -123,16 +130,16 @@ def test_loss(lab: Lab, bench: Bench, kind: Kind) -> None:
     inside, outside = bench.bind(home.namespace), bench.out(A)
     for _ in range(2000):
         inside.sendto(b"out", (A, PORT))
-    there = sum(1 for _ in iter(lambda: receive(outside, 0.2), None))
+    there = sum(1 for _ in iter(lambda: receive(outside, 0.5), None))
     for _ in range(2000):
         outside.sendto(b"in", (home.public, PORT))
-    back = sum(1 for _ in iter(lambda: receive(inside, 0.2), None))
+    back = sum(1 for _ in iter(lambda: receive(inside, 0.5), None))
     assert 1270 < there < 1530 and 1270 < back < 1530  # six standard deviations
 
 
 def closes(sock: socket.socket, to: Address, inside: socket.socket) -> bool:
     """Tell whether datagrams stop reaching the socket inside: the kernel forgets mappings soon after, not at once."""
-    return any(not gets_in(sock, to, inside) for _ in range(50))
+    return any(stays_out(sock, to, inside) for _ in range(50))
 
 
 @pytest.mark.parametrize("kind", ["cone", "symmetric"])
@@ -207,10 +214,10 @@ def test_closing_removes_everything_and_ends_what_runs_there(lab: Lab) -> None:
     with Lab() as other:
         home: Home = other.home("cone")
         sleeper = subprocess.Popen(home.command(["sleep", "60"]))
-        until = time.monotonic() + 5
+        until = time.monotonic() + 30
         while not processes_in(home.namespace) and time.monotonic() < until:
             time.sleep(0.01)
         made = [other.public, home.namespace, home.nat]
-    assert sleeper.wait(5) == -signal.SIGKILL
+    assert sleeper.wait(30) == -signal.SIGKILL
     left = set(names_of(os.getpid()))
     assert not set(made) & left and lab.public in left

@@ -17,7 +17,7 @@ from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.messages import Request
 
 MAPPING_SECONDS = 10.0
-ADDRESS_SECONDS = 5.0
+ADDRESS_SECONDS = 10.0
 ATTEMPT_MS = 2000
 
 MOVES: dict[str, Callable[[Home], object]] = {
@@ -58,7 +58,7 @@ def test_the_mapping_moved(home: MakeHome, dwellers: Dwellers, kind: Kind, move:
 
 @pytest.mark.parametrize("kind", ["open", "cone"])
 def test_the_host_moved(home: MakeHome, dwellers: Dwellers, kind: Kind) -> None:
-    """The host has another address: the server announces itself from there within five seconds."""
+    """The host has another address: the server announces itself from there at once, long before it would anyway."""
     house = home(kind)
     server = dwellers.start(house, "python", "server")
     client = dwellers.start(home("cone"), "python", "client")

@@ -15,7 +15,7 @@ from nat.peers import Dwellers, exchange
 PAIRS = [(client, server) for client in KINDS for server in KINDS if {client, server} != {"symmetric"}]
 SIDES: list[tuple[Side, Side]] = [("python", "python"), ("node", "python"), ("python", "node")]
 RELAY_HOST = PUBLIC_HOSTS[-1]
-SOON = 3000  # milliseconds: more than any lost packet costs
+SOON = 8000  # milliseconds: more than a lost packet costs, or a process that was held up
 
 
 def connect(
@@ -92,7 +92,7 @@ def test_two_random_nats_without_a_relay(home: MakeHome, dwellers: Dwellers) -> 
     """There is no way; the cause is told at once."""
     result = connect(home, dwellers, ("symmetric", "symmetric"), ("python", "python"))
     assert result["error"]["code"] == "HolepunchError" and "random" in result["error"]["message"]
-    assert result["totalMs"] < 10_000
+    assert result["totalMs"] < 15_000
 
 
 def start_relay(lab: Lab, side: Side, group: Peers, directory: Path) -> str:

@@ -38,12 +38,15 @@ def start(peers: Peers, script: str, **config: object) -> Peer:
 
 
 def quiet(server: Peer) -> Event:
-    """Wait until the server has forgotten all streams; return its figures."""
+    """Wait until the server has forgotten all streams and does nothing else for a moment; return its figures."""
     deadline = time.monotonic() + QUIET_SECONDS
+    former: Event = {}
     while True:
         stats = server.ask("stats", collect=True)
-        if not stats["streams"] and not stats["open"]:
+        steady = all(stats[name] == former.get(name) for name in ("fds", "tasks", "pending"))
+        if not stats["streams"] and not stats["open"] and steady:
             return stats
+        former = stats
         if time.monotonic() > deadline:
             raise SystemExit(f"streams are never forgotten: {stats}")
         time.sleep(0.5)
@@ -146,6 +149,12 @@ class Flood:
     worst: Event
     after: Event
 
+    @property
+    def cost(self) -> float:
+        """The share of a processor that the flood took: what the streams alone would not have."""
+        calm, flooded, _ = self.rates
+        return flooded.share - flooded.total / calm.efficiency
+
     def problems(self) -> list[str]:
         """Name what did not hold."""
         calm, flooded, _ = self.rates
@@ -225,7 +234,8 @@ def measure_flood(peers: Peers, server: Peer, rate: int, seconds: int) -> Flood:
         visited = visitor.expect("visited", timeout=60)
         failed += Counter(visited["failed"])
         ms += visited["ms"]
-        worst = max(worst, server.ask("stats"), key=lambda stats: stats["rss"])
+        stats = server.ask("stats")
+        worst |= {name: max(worst[name], stats[name]) for name in ("rss", "pending", "streams")}
     during = rates.since()
     flooded = flooder.expect("flooded", timeout=60)
     time.sleep(2)

@@ -34,7 +34,7 @@ MEMORY: Final = 64 << 20
 ASK_SECONDS: Final = 0.5
 SAMPLE_SECONDS: Final = 0.02
 NEW_CLIENT_EVERY: Final = 4  # questions
-GONE_SECONDS: Final = 15.0
+GONE_SECONDS: Final = 30.0
 CRUMBS_SHARE: Final = 8  # these bytes are dear to send: 22 for two
 
 
@@ -169,7 +169,7 @@ def start_strangers(peers: Peers, daemon: Daemon) -> Peer:
 def status_with_a_wrong_key(daemon: Daemon, bootstrap: Sequence[str]) -> int:
     """Give the exit status of a tool whose pairing URL has another data key."""
     wrong = parse_url(daemon.url)._replace(data_key=bytes(32))
-    return Tools(bootstrap)("ls", "-t", "10", format_url(wrong)).status
+    return Tools(bootstrap)("ls", "-t", "30", format_url(wrong)).status
 
 
 def main() -> int:
