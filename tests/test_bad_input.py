@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from asking_kit import LS, Caller, on_table
-from sessions_kit import Place, outputs, prepare, read_all, read_results, run, wait_for_state
+from sessions_kit import Place, outputs, prepare, read_all, read_results, read_until, run, wait_for_state
 
 from p2pclaude.errors import DataError, Refused
 from p2pclaude.launcher import Spawn
@@ -91,7 +91,7 @@ def test_waiting_takes_its_time_whatever_the_clock_says(
                 call("list-permissions", version=version, waitMs=600),
             )
             assert (output.page.lines, permissions["version"]) == ([], version)
-            assert 0.55 < loop.time() - began < 10
+            assert 0.55 < loop.time() - began < 40
 
     run(main())
 
@@ -104,11 +104,11 @@ def test_a_request_waits_for_its_answer_whatever_the_clock_says(
         loop = asyncio.get_running_loop()
         began = loop.time()
         await call.spawn(LS)
-        await call.pending()
+        await read_until(call.table, "s", lambda e: bool(e["type"] == "permission-request"))
         set_clock(jump)
         envelopes = await read_results(call.table, "s")
         assert [e["by"] for e in envelopes if e["type"] == "permission-answer"] == ["timeout"]
-        assert 0.5 < loop.time() - began < 20
+        assert 0.5 < loop.time() - began < 40
 
     on_table(place, work, ask_timeout=0.5)
 

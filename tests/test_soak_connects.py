@@ -36,7 +36,7 @@ def test_a_flood_of_handshakes_starves_nobody(loaded: tuple[Peers, Peer]) -> Non
     flood = measure_flood(peers, server, rate=1000, seconds=4)
     calm, flooded, _ = flood.rates
     # By processor time: other tests run beside this one. If they leave little of it, even a cheap flood takes much of
-    # that; without its limits this one would take more than half a processor.
+    # that; without limits a thousand handshakes a second would take more than half a processor.
     assert flooded.efficiency > calm.efficiency * KEPT_RATE or flood.cost < FLOOD_COST, flood.rates
     assert flood.failed == {} and len(flood.legitimate_ms) > 0
     assert flood.memory < FLOOD_MEMORY
