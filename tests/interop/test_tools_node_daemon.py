@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from interop.harness import HERE, Peer, Peers, Tools, peers_on
 
+from p2pclaude.hyperdht import KeyPair
+
 FAKE_CLAUDE = [sys.executable, str(HERE / "fake_claude.py")]
 
 
@@ -161,5 +163,5 @@ def test_a_wrong_data_key_is_refused(tools: Tools, url: str) -> None:
 
 
 def test_a_daemon_that_is_not_there(tools: Tools, url: str) -> None:
-    done = tools("ping", altered(url, "dhtPublicKey", bytes(range(32))))
+    done = tools("ping", altered(url, "dhtPublicKey", KeyPair.from_seed(bytes(range(32))).public_key))
     assert done.status == 69 and done.out == "", done
