@@ -122,7 +122,9 @@ def execute(options: Options, console: Console) -> int:
 
     if (request := options.request) is not None:
         reply = _read_reply() if options.reply is None else options.reply
-        return run_with_client(options.target, console, lambda client: _answer(client, options, request, reply))
+        return run_with_client(
+            options.target, console, lambda client: _answer(client, options, request, reply), acts=True
+        )
     if options.filter is not None:
         return run_with_client(options.target, console, lambda client: _decide(client, options, console))
     return run_with_client(options.target, console, lambda client: _print(client, options, console))

@@ -58,6 +58,8 @@ default in the user's cache directory; nowhere if it is set and empty.
 """
 """The end of every tool's usage text."""
 
+_is_writing = False
+
 _URL_HINT = "give the pairing URL itself, or the path of a file that holds it"
 
 _CONTROL = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)))
@@ -69,6 +71,14 @@ class OutputError(P2PClaudeError):
     """Standard output cannot be written (EX_IOERR)."""
 
     exit_status = EXIT_IOERR
+
+
+class Interrupted(Exception):
+    """A signal came while standard output was being written, which may take for ever; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class Console:
@@ -222,12 +232,21 @@ def _flushed(status: int) -> int:
 @contextmanager
 def _writing() -> Iterator[None]:
     """Tell a failure of stdout from all others; a closed pipe is none of them."""
+    global _is_writing
+    _is_writing = True
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
         raise OutputError(f"cannot write: {(error.strerror or str(error)).lower()}") from error
+    finally:
+        _is_writing = False
+
+
+def is_writing() -> bool:
+    """Tell whether stdout is being written at the moment: its reader may take its time, and nothing else goes on."""
+    return _is_writing
 
 
 def _forget_stdout() -> None:
@@ -410,12 +429,13 @@ def write_lines(lines: Sequence[bytes]) -> None:
         data = b"\n".join((*lines, b""))
         if is_terminal():
             data = _CONTROL_IN_JSON.sub(lambda found: b"\\u%04x" % ord(found[0].decode()), data)
-        _write_all(sys.stdout.buffer, data)
+        # Past the buffer: what a signal cuts off here shall not be waited for again when the tool ends.
+        _write_all(getattr(sys.stdout.buffer, "raw", sys.stdout.buffer), data)
         sys.stdout.buffer.flush()
 
 
 def _write_all(stream: BinaryIO, data: bytes) -> None:
-    """Write to the end: with PYTHONUNBUFFERED the stream is raw, and a full disk or a signal has it write a part."""
+    """Write to the end: the stream is raw, and a full disk or a signal has it write a part."""
     rest = memoryview(data)
     while rest:
         written = stream.write(rest)

@@ -5,23 +5,28 @@ Imported only when the command line is known to be good, because it brings the n
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import stat
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Self
+from types import FrameType
+from typing import Any, Self
 
-from p2pclaude.cli.common import Console, Target
+from p2pclaude.cli.common import Console, Interrupted, Target, is_writing
 from p2pclaude.cli.lean import asyncio, settle
 from p2pclaude.client import Client, open_client
 from p2pclaude.hintcache import HintCache, cache_directory
 
 
-def run_with_client(target: Target, console: Console, work: Callable[[Client], Awaitable[int]]) -> int:
+def run_with_client(
+    target: Target, console: Console, work: Callable[[Client], Awaitable[int]], *, acts: bool = False
+) -> int:
     """Do a command's work with a client of the daemon and return its exit status; the connection is closed in any case.
 
     Raises what `work` raises; BrokenPipeError as soon as nobody reads stdout any more, KeyboardInterrupt on SIGINT.
+    Work that `acts` is done whoever reads: it hears of a closed pipe when it prints, or calls `watch_stdout`.
     """
 
     hints = HintCache(cache_directory(os.environ), target.pairing)
@@ -31,7 +36,7 @@ def run_with_client(target: Target, console: Console, work: Callable[[Client], A
             target.pairing, bootstrap=target.bootstrap, timeout=target.timeout, note=console.note, hints=hints
         ) as client:
             # Within, so that closing the connection is not interrupted.
-            return await _until_interrupted(lambda: work(client))
+            return await _until_interrupted(lambda: work(client), watch=not acts)
 
     settle()
     return asyncio.run(use_client())
@@ -40,14 +45,20 @@ def run_with_client(target: Target, console: Console, work: Callable[[Client], A
 def run_until_interrupted(work: Callable[[], Awaitable[int]]) -> int:
     """Run a coroutine that prints and return its exit status; ends early as `run_with_client` says."""
     settle()
-    return asyncio.run(_until_interrupted(work))
+    return asyncio.run(_until_interrupted(work, watch=True))
 
 
-async def _until_interrupted(work: Callable[[], Awaitable[int]]) -> int:
-    """Run `work` until it ends, SIGTERM or SIGHUP arrives, or stdout's reader is gone."""
-    with _Interruption() as interruption:
+async def _until_interrupted(work: Callable[[], Awaitable[int]], *, watch: bool) -> int:
+    """Run `work` until it ends, SIGTERM or SIGHUP arrives, or, if they `watch` it, stdout's reader is gone."""
+    global _interruption
+    with _Interruption() as _interruption:
+        interruption = _interruption
+        if watch:
+            watch_stdout()
         try:
             return await work()
+        except Interrupted as cut:
+            return 128 + cut.number
         except asyncio.CancelledError:
             if interruption.reason is None:
                 raise
@@ -56,30 +67,53 @@ async def _until_interrupted(work: Callable[[], Awaitable[int]]) -> int:
             return interruption.reason
 
 
+def watch_stdout() -> None:
+    """End the work that runs as soon as nobody reads stdout any more, from now on: nothing is left to do but print."""
+    if _interruption is not None:
+        _interruption.watch()
+
+
 class _Interruption:
-    """Cancels the current task, once, on what ends a command from outside; `reason` is an exit status or an error."""
+    """Cancels the current task, once, on what ends a command from outside; `reason` is an exit status or an error.
+
+    While stdout is written, which may wait for its reader for ever, a signal raises Interrupted there instead.
+    """
 
     def __init__(self) -> None:
         self.reason: int | BrokenPipeError | None = None
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
-        self._pipe = _stdout_pipe()
-        # nohup ignores SIGHUP, and so it must stay
-        self._signals = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+        self._pipe: int | None = None
+        self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in self._signals:
-            self._loop.add_signal_handler(number, self._interrupt, 128 + number)
-        if self._pipe is not None:
-            # the end that is written to becomes readable only when the other one is closed
-            self._loop.add_reader(self._pipe, self._interrupt, BrokenPipeError())
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            former = signal.getsignal(number)
+            # nohup ignores SIGHUP, and so it must stay; SIGINT's handler is that of asyncio.run
+            if former is signal.SIG_DFL or (number == signal.SIGINT and callable(former)):
+                self._former[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         if self._pipe is not None:
             self._loop.remove_reader(self._pipe)
-        for number in self._signals:
-            self._loop.remove_signal_handler(number)
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def watch(self) -> None:
+        """Interrupt as soon as nobody reads stdout any more."""
+        self._pipe = _stdout_pipe()
+        if self._pipe is not None:
+            # the end that is written to becomes readable only when the other one is closed
+            self._loop.add_reader(self._pipe, self._interrupt, BrokenPipeError())
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if is_writing():
+            raise Interrupted(number)
+        if callable(former := self._former[number]):
+            former(number, frame)
+        else:
+            self._loop.call_soon_threadsafe(self._interrupt, 128 + number)
 
     def _interrupt(self, reason: int | BrokenPipeError) -> None:
         if self._pipe is not None:
@@ -89,10 +123,14 @@ class _Interruption:
             self._task.cancel()
 
 
+_interruption: _Interruption | None = None
+
+
 def _stdout_pipe() -> int | None:
-    """Return stdout's descriptor if it is a pipe."""
+    """Return stdout's descriptor if it is a pipe; one that is open for reading too has us as a reader, for ever."""
     try:
         descriptor = sys.stdout.fileno()
-        return descriptor if stat.S_ISFIFO(os.fstat(descriptor).st_mode) else None
+        only_written = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+        return descriptor if only_written and stat.S_ISFIFO(os.fstat(descriptor).st_mode) else None
     except (AttributeError, OSError, ValueError):
         return None

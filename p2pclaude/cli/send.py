@@ -134,7 +134,7 @@ def execute(options: Options, console: Console) -> int:
     if options.lines:
         return run_with_client(options.target, console, lambda client: _chat(client, options, console))
     text = options.text if options.text is not None else _read_message(console)
-    return run_with_client(options.target, console, lambda client: _send_one(client, options, text, console))
+    return run_with_client(options.target, console, lambda client: _send_one(client, options, text, console), acts=True)
 
 
 def _read_message(console: Console) -> str:
@@ -168,6 +168,7 @@ def _checked(data: bytes) -> str:
 
 async def _send_one(client: Client, options: Options, text: str, console: Console) -> int:
     """Send one message; print the session's id, or the answer."""
+    from p2pclaude.cli.network import watch_stdout
     from p2pclaude.remote import skip_old_output, wait_for_answer
 
     if options.wait and options.session is not None:
@@ -177,6 +178,7 @@ async def _send_one(client: Client, options: Options, text: str, console: Consol
         write_line(accepted.session)
         return 0
     console.note(f"session {accepted.session}")
+    watch_stdout()
     hint = _permission_hint(accepted.session, console)
     return _print_answer(await wait_for_answer(client, accepted, hint), options, console)
 

@@ -59,7 +59,7 @@ def execute(options: Options, console: Console) -> int:
     """Stop the sessions."""
     from p2pclaude.cli.network import run_with_client
 
-    return run_with_client(options.target, console, lambda client: _stop(client, options, console))
+    return run_with_client(options.target, console, lambda client: _stop(client, options, console), acts=True)
 
 
 async def _stop(client: Client, options: Options, console: Console) -> int:

@@ -1,0 +1,101 @@
+"""Who reads stdout, and what a tool does when nobody does any more or nobody does yet."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cli.harness import Shell, eventually
+
+
+@contextmanager
+def broken_pipe() -> Iterator[int]:
+    """Give a pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        yield writer
+    finally:
+        os.close(writer)
+
+
+def run_unread(shell: Shell, tool: str, *arguments: str) -> tuple[int, bytes]:
+    """Run a tool whose output nobody reads; return its status and its words."""
+    with broken_pipe() as out:
+        process = shell.start(tool, *arguments, stdout=out)
+    return process.wait(timeout=30), process.communicate()[1]
+
+
+@pytest.mark.parametrize("options", [[], ["-w"]])
+def test_a_message_is_sent_although_nobody_reads_the_answer(shell: Shell, tmp_path: Path, options: list[str]) -> None:
+    assert run_unread(shell, "send", *options, "-C", str(tmp_path), "@", "hello") == (0, b"")
+    sessions = [json.loads(line) for line in shell.succeed("ls", "--json", "@")]
+    assert [session["directory"] for session in sessions].count(str(tmp_path)) == 1
+
+
+def test_a_session_is_stopped_although_nobody_reads_its_id(shell: Shell) -> None:
+    [session] = shell.succeed("send", "@", "hello")
+    assert run_unread(shell, "stop", "@", session) == (0, b"")
+    assert session not in shell.succeed("ls", "-q", "@")
+
+
+def test_a_request_is_answered_although_nobody_reads_its_id(shell: Shell) -> None:
+    [session] = shell.succeed("send", "--ask", "--permission-mode", "default", "@", "ASK:ls")
+    eventually(lambda: bool(shell.succeed("approve", "@", session)))
+    [line] = shell.succeed("approve", "@", session)
+    assert run_unread(shell, "approve", "--deny", json.loads(line)["requestId"], "@") == (0, b"")
+    assert shell.succeed("approve", "@", session) == []
+
+
+def test_waiting_ends_when_nobody_reads_any_more(shell: Shell) -> None:
+    waiting = shell.start("send", "-w", "-v", "@", "HANG")
+    assert waiting.stderr and waiting.stdout
+    while b"get-output" not in (line := waiting.stderr.readline()):
+        assert line, "it did not wait"
+    waiting.stdout.close()
+    assert waiting.wait(timeout=10) == 0
+    waiting.stderr.close()
+
+
+def test_a_fifo_that_is_open_for_reading_too_has_a_reader(shell: Shell, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    both = os.open(fifo, os.O_RDWR)  # as `1<>fifo` does in a shell
+    try:
+        process = shell.start("ping", "-c", "3", "@", stdout=both)
+        assert process.wait(timeout=30) == 0
+        process.communicate()
+        assert os.read(both, 1 << 16).count(b"\n") == 3
+    finally:
+        os.close(both)
+
+
+@pytest.fixture(scope="module")
+def long_session(shell: Shell) -> str:
+    """Give a session that has printed more than a pipe holds."""
+    session, *_ = shell.succeed("send", "@", text="x" * 200_000)
+    eventually(lambda: len(shell.succeed("tail", "@", session)) == 3)
+    return session
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("options", [[], ["-f"]])
+def test_signals_end_a_tool_whose_reader_has_stopped(
+    shell: Shell, long_session: str, number: signal.Signals, options: list[str]
+) -> None:
+    process = shell.start("tail", *options, "@", long_session, stdin=subprocess.DEVNULL)
+    assert process.stdout and process.stderr
+    try:
+        process.stdout.read(1)
+        time.sleep(0.5)  # the pipe is full by then
+        process.send_signal(number)
+        assert process.wait(timeout=10) == -number
+        assert process.stderr.read() == b""
+    finally:
+        process.kill()
+        process.communicate()
