@@ -52,7 +52,7 @@ async def list_requests(
     params: dict[str, object] = {} if session is None else {"sessionId": session}
     if version is not None:
         params |= {"version": version, "waitMs": round(wait * 1000)}
-    result = await client.persist("list-permissions", params, patience=wait)
+    result = await client.persist("list-permissions", params, patience=wait, early=True)
     requests, name = (result.get("requests"), result.get("version")) if isinstance(result, dict) else (None, None)
     if not isinstance(result, dict) or not isinstance(requests, list) or not isinstance(name, str):
         raise ProtocolError("the daemon's answer holds no requests")

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from fake_daemon import FakeDaemon, FakeSession, MemoryDialer
+from fake_daemon import FakeDaemon, FakeSession, MemoryDialer, MemoryStream
 from test_client import with_client
 
 from p2pclaude import approver, remote
@@ -41,6 +41,22 @@ def test_listing() -> None:
         assert (ids(found), found.omitted, found.over) == (["a", "b"], 3, False)
 
     with_client(daemon, work)
+
+
+def test_a_list_is_asked_for_with_the_first_packet() -> None:
+    daemon = daemon_with("a")
+
+    class Noting(MemoryDialer):
+        early = b""
+
+        async def dial(self, timeout: float, early_data: bytes = b"") -> MemoryStream:
+            self.early = early_data
+            return await super().dial(timeout, early_data)
+
+    dialer = Noting(daemon)
+    with_client(daemon, lambda client: approver.list_requests(client, None), dialer=dialer)
+    assert b'"list-permissions"' in dialer.early
+    assert [method for method, _ in daemon.requests] == ["list-permissions"]
 
 
 @pytest.mark.parametrize("answer", [None, [], {}, {"requests": {}}, {"requests": [], "version": 5}])
