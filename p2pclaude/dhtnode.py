@@ -159,6 +159,10 @@ class DHTNode:
         loop = asyncio.get_running_loop()
         begin = loop.time()
         await dht.bootstrapped.wait()
+        if self._options.bootstrap is not None and not dht.node.table:
+            self._warn("no node of the network answers; this one goes on asking")
+            while not dht.node.table:
+                await asyncio.sleep(1)
         self._log(NodeEvent.JOINED, seconds=round(loop.time() - begin, 3), nodes=len(dht.node.table))
         while True:
             await asyncio.sleep(STATUS_SECONDS)

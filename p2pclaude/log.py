@@ -95,7 +95,7 @@ class NodeEvent(StrEnum):
     STARTED = "node-started"
     """The node is bound: version, pid, network (own, joined or public), address, relay_key (64 digits)."""
     JOINED = "network-joined"
-    """The node has looked around in its network: seconds, nodes (known ones)."""
+    """The node has looked around in its network, and knows somebody if it joined one: seconds, nodes (known ones)."""
     ANNOUNCED = "relay-announced"
     """The relay can be found by its key: seconds."""
     STATUS = "node-status"

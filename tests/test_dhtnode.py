@@ -116,6 +116,21 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
     assert not (tmp_path / "home" / ".p2p-claude").exists()
 
 
+def test_a_network_that_does_not_answer_is_not_joined_yet(tmp_path: Path) -> None:
+    """It is said that nobody answers, and that the network is joined only when it is."""
+    port = free_port()
+    with node(tmp_path, "--bootstrap", f"127.0.0.1:{port}") as alone:
+        assert "no node" in alone.expect("warning")["message"]
+        assert "network-joined" not in [line["event"] for line in alone.lines]
+        first = Shell(tmp_path, "").start("node", "--host", "127.0.0.1", "--port", str(port))
+        try:
+            assert alone.expect("network-joined", timeout=60)["nodes"] == 1
+        finally:
+            first.kill()
+            first.communicate()
+        alone.stop()
+
+
 def test_the_environment_names_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """P2P_CLAUDE_BOOTSTRAP is joined; --private wins over it."""
     with node(tmp_path) as first:
