@@ -188,7 +188,7 @@ async def follow(client: Client, session: str, *, after: int = 0, states: bool =
         if page.state in ENDED_STATES and not page.messages:
             return
         if page.state == DORMANT_STATE and not page.messages:
-            await asyncio.sleep(POLL_SECONDS)  # nothing can happen soon, so the daemon does not wait
+            await asyncio.sleep(POLL_SECONDS)  # in case the daemon does not wait where there is no process
     # Not the messages of the first answer: it did not clear them, so they come again.
     async with aclosing(_follow_by_clearing(client, session)) as pages:
         async for page in pages:
