@@ -175,7 +175,9 @@ async def follow(client: Client, session: str, *, after: int = 0, states: bool =
     pages go on. Raises NoSession.
     """
     known: str | None = None
+    loop = asyncio.get_running_loop()
     while True:
+        asked = loop.time()
         wait = 0.0 if states and known is None else LONG_POLL_SECONDS
         page = await read_output(client, session, after=after, wait=wait, state=known)
         known = page.state if states else None
@@ -187,8 +189,8 @@ async def follow(client: Client, session: str, *, after: int = 0, states: bool =
         after = page.next
         if page.state in ENDED_STATES and not page.messages:
             return
-        if page.state == DORMANT_STATE and not page.messages:
-            await asyncio.sleep(POLL_SECONDS)  # in case the daemon does not wait where there is no process
+        if page.state == DORMANT_STATE and not page.messages:  # if the daemon does not wait where there is no process
+            await asyncio.sleep(max(asked + POLL_SECONDS - loop.time(), 0.0))
     # Not the messages of the first answer: it did not clear them, so they come again.
     async with aclosing(_follow_by_clearing(client, session)) as pages:
         async for page in pages:
