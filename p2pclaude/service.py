@@ -24,7 +24,7 @@ from p2pclaude.wire import (
     encode_response,
     id_of_line,
     seal_json,
-    unseal,
+    unseal_params,
 )
 
 PROVE_SECONDS = 10.0
@@ -212,7 +212,7 @@ class Service:
     def _open(self, request: Request) -> Any:
         if request.params is None:
             raise SealError("the request has no params, and so proves nothing")
-        return unseal(self._data_key, request.params)
+        return unseal_params(self._data_key, request.params)
 
     def _prove(self, peer: "_Peer") -> None:
         if self._unproven.pop(peer.number, None) is None:

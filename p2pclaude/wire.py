@@ -72,6 +72,9 @@ PAGE_START = b'{"messages":['
 PAGE_END = b"],"
 """Our daemon's answer to `get-output` is JSON in lines: this first, an envelope a line, then this and the rest."""
 
+_KEPT = (frozenset({"sessions", "updatedAt"}), frozenset({"addresses", "nodes"}))
+"""Fields of what is sealed with the data key too, and kept where others may come by it: session record and hints."""
+
 _VERSION = 0
 _NONCE_BYTES = 12
 _CONTROL = bytes(range(0x20))
@@ -245,6 +248,18 @@ def unseal_json(data_key: bytes, text: str) -> bytes:
         return cipher().decrypt(data_key, sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :])
     except ValueError:
         raise SealError("sealed text does not open with this key") from None
+
+
+def unseal_params(data_key: bytes, text: str) -> Any:
+    """Open the params of a request. Raises as `unseal`.
+
+    SealError also for what the holder of the key sealed for another purpose: whoever got it, as anyone gets the session
+    record from the DHT, could send it as his own.
+    """
+    value = unseal(data_key, text)
+    if isinstance(value, dict) and any(fields <= value.keys() for fields in _KEPT):
+        raise SealError("sealed text was not made for a request")
+    return value
 
 
 class Cipher(Protocol):

@@ -13,6 +13,7 @@ from sim import run
 from p2pclaude import service as service_module
 from p2pclaude.client import Client
 from p2pclaude.methods import MethodError
+from p2pclaude.presence import encode_record
 from p2pclaude.service import (
     MAX_IN_FLIGHT,
     MAX_UNPROVEN,
@@ -272,6 +273,26 @@ def test_a_strangers_guesses_are_counted() -> None:
         for _ in range(MAX_UNPROVEN_ERRORS):
             assert (await stranger.ask("ping", {})).error == WRONG_KEY
         await stranger.ended()
+
+    on_bench(work)
+
+
+def test_what_is_sealed_for_keeping_proves_nothing() -> None:
+    """Anyone who knows the public key gets the record from the DHT, and some get at a tool's hints: no keys at all."""
+    kept = {
+        "record": encode_record(KEY, {"sessions": [], "updatedAt": 1}).decode(),
+        "hints": seal(KEY, {"addresses": [["127.0.0.1", 1]], "nodes": []}),
+    }
+
+    async def work(one: Bench) -> None:
+        for number, sealed in kept.items():
+            stranger = one.caller(key=bytes(32))
+            answer = await stranger.raw(encode_request(Request(number, "spawn", sealed)), number)
+            assert (answer.ok, answer.error) == (False, WRONG_KEY)
+            await stranger.ended()
+        assert not one.methods.most
+        assert not one.log.events("connection-proven")
+        assert len(one.log.events("connection-refused")) == len(kept)
 
     on_bench(work)
 
