@@ -103,6 +103,8 @@ async def spawn(
     session = result.get("sessionId")
     if result.get("type") != "success" or not isinstance(session, str):
         raise _spawn_error(result, directory)
+    if not _is_argument(session):
+        raise ProtocolError("the daemon names the session by what is no session's id")
     asks = result.get("ask") is True
     if "accepted" in result:
         return Accepted(session, _seq(result), asks)
@@ -432,6 +434,11 @@ def _number(value: object) -> int | None:
 def _numbers(value: object) -> list[int]:
     found = [_number(entry) for entry in value[:MAX_AHEAD]] if isinstance(value, list) else []
     return [number for number in found if number is not None]
+
+
+def _is_argument(session: str) -> bool:
+    """Tell whether an id may be printed, and given to a command as it is: one word, and none of its options."""
+    return session.isprintable() and " " not in session and not session.startswith("-") and session != ""
 
 
 def _seq(envelope: Mapping[str, Any]) -> int | None:

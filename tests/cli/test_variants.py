@@ -89,6 +89,18 @@ def test_control_characters_stay_out_of_the_list(tmp_path: Path) -> None:
         assert shell.succeed("ls", "@") == ["s\tidle\t7\t2023-11-14T22:13:20Z\t/srv/ab[31m"]
 
 
+@pytest.mark.parametrize("session", ["\x1b[2J\x1b[31m", "one\ntwo", "one two", "--filter=reboot", "\x9b2J", ""])
+def test_an_id_that_is_none_is_not_printed(tmp_path: Path, session: str) -> None:
+    """It goes to a terminal, or to a script that hands it to the next command as an argument."""
+
+    class Liar(FakeDaemon):
+        async def _spawn_session(self, params: dict[str, Any]) -> object:
+            return {"type": "success", "sessionId": session, "pid": 7, "accepted": True, "seq": 1}
+
+    with serving(Liar(), tmp_path) as (shell, _):
+        shell.fail(76, "send", "@", "hi")
+
+
 @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.6\r\n", b'{"id":"1","ok":false,"error":"Unknown method"}\n'])
 def test_something_else_answers(tmp_path: Path, answer: bytes) -> None:
     daemon = FakeDaemon()
