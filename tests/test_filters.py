@@ -95,6 +95,14 @@ def test_a_filter_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(list(Path("/dev/fd").iterdir())) == before
 
 
+def test_a_request_that_no_environment_holds_leaves_it_to_others() -> None:
+    """JSON may hold half of a surrogate pair, which is no text for a system."""
+    before = len(list(Path("/dev/fd").iterdir()))
+    verdict = decide("true", request={**REQUEST, "toolName": "\ud800"})
+    assert verdict.answer is None and (verdict.complaint or "").startswith("could not be started")
+    assert len(list(Path("/dev/fd").iterdir())) == before
+
+
 @pytest.mark.parametrize(
     "command",
     [

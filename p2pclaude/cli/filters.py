@@ -56,6 +56,8 @@ async def run_filter(command: str, request: Mapping[str, Any], timeout: float) -
         process = await _start(command, request, write_end)
     except OSError as error:
         return Verdict(None, f"could not be started: {(error.strerror or str(error)).lower()}")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON may hold
+        return Verdict(None, "could not be started: the request holds what is no text")
     else:
         return await _attend(process, reader, timeout)
     finally:
