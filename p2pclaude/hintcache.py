@@ -106,8 +106,9 @@ class HintCache:
 
     def _replace(self, data: bytes) -> None:
         # Not synced: after a power cut the file may be empty, and is then no worse than none.
-        temporary = f"{self._path}.{os.getpid()}"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        # A new one under a name that nobody can guess: what others have put there would be written to, or waited for.
+        temporary = f"{self._path}.{os.urandom(8).hex()}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             try:
                 os.write(descriptor, data)

@@ -111,6 +111,30 @@ def test_what_is_no_file_is_left_alone(tmp_path: Path, kind: str) -> None:
     assert (cache.problem is None) == (kind != "directory")
 
 
+@pytest.mark.parametrize("kind", ["hard link", "pipe", "file"])
+def test_what_was_put_in_its_way_is_not_written(tmp_path: Path, kind: str) -> None:
+    """In a directory that others may write to, they know the name of the file and guess the process's number."""
+    HintCache(str(tmp_path / "c"), PAIRING).write(HINTS)
+    cache = HintCache(str(tmp_path / "c"), PAIRING)
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    file = only_file(tmp_path / "c")
+    file.unlink()
+    trap = file.with_name(f"{file.name}.{os.getpid()}")
+    if kind == "hard link":
+        trap.hardlink_to(victim)
+    elif kind == "pipe":
+        os.mkfifo(trap)
+    else:
+        trap.touch()
+        trap.chmod(0o666)
+    cache.write(HINTS)
+    assert cache.problem is None
+    assert victim.read_bytes() == b"precious"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert HintCache(str(tmp_path / "c"), PAIRING).read() == HINTS
+
+
 def test_nothing_is_written_when_nothing_is_new(tmp_path: Path) -> None:
     HintCache(str(tmp_path), PAIRING).write(HINTS)
     cache = HintCache(str(tmp_path), PAIRING)
