@@ -91,7 +91,8 @@ class Launcher:
         # Before anything else is said: who may not go there shall not learn what is there.
         if root is not None and not real.is_relative_to(root):
             raise Refused("Directory is outside the root directory")
-        if not os.access(real, os.F_OK):
+        # A link that leads to itself ends the resolving: `loop/../link` would leave a link that nobody has followed.
+        if not os.access(real, os.F_OK) or os.path.realpath(real) != str(real):
             raise DataError(f"Directory does not exist: {path}")
         if not real.is_dir():
             raise DataError(f"Not a directory: {path}")

@@ -182,6 +182,7 @@ def test_directories_are_checked_on_real_paths(place: Place) -> None:
         directory.mkdir()
     (place.root / "out").symlink_to(evil)
     (place.root / "in").symlink_to(inside)
+    (place.root / "loop").symlink_to("loop")
     (place.root / "file").touch()
 
     async def attempt(table: SessionTable, directory: str) -> str:
@@ -196,8 +197,9 @@ def test_directories_are_checked_on_real_paths(place: Place) -> None:
             for bad in (str(evil), "../root-evil", "out", "/", "..", str(place.path / "nowhere")):
                 with pytest.raises(Refused, match="outside"):
                     await attempt(table, bad)
-            with pytest.raises(DataError, match="does not exist"):
-                await attempt(table, "proj/none")
+            for none in ("proj/none", "loop", "loop/../out", "loop/../in"):  # a loop has no inside, and no parent
+                with pytest.raises(DataError, match="does not exist"):
+                    await attempt(table, none)
             with pytest.raises(DataError, match="Not a directory"):
                 await attempt(table, "file")
 
