@@ -465,7 +465,7 @@ _REASONS: tuple[tuple[tuple[str, ...], type[P2PClaudeError]], ...] = (
 )
 
 
-_PATH = re.compile(r"^/.*?(?=: )|(?<=: )/.*$")
+_PATH = re.compile(r"(?s)^/.*?(?=: )|(?<=: )/.*$")
 """A path in a reason, at its beginning or its end: it may hold any word."""
 
 

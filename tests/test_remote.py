@@ -92,6 +92,8 @@ def test_an_old_daemon_needs_a_directory_and_the_hint_says_so() -> None:
         ("/srv/busy/claude is not a program that can be run (check --claude)", Unavailable),
         ("claude ended at once: permission mode is not allowed", Unavailable),
         ("Not a directory: /x", DataError),
+        ("Not a directory: /x\nfull", DataError),
+        pytest.param(": /" * 300_000 + "\nfull", Refused, id="hostile"),  # it takes no time
         ("Permission denied: /x", Refused),
         ("something new", Refused),
     ],
