@@ -119,7 +119,7 @@ class NodeEvent(StrEnum):
     UNLINKED = "link-closed"
     """A link is over: link, reason (client, bytes, seconds or closed), bytes, seconds."""
     LINK_REFUSED = "link-refused"
-    """A client asked for more links than it may have, or than there are: client."""
+    """A client asked for more links than it may have, or than there are; said once for each: client."""
     LIBRARY = "library-note"
     """Debug: what a library says: where, message."""
     ERROR = "internal-error"

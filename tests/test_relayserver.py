@@ -150,6 +150,10 @@ def test_pairs_a_connection_are_limited() -> None:
             one.pair(token(4))
             await asyncio.sleep(1)
             assert one.refused == [token(3)]
+            for number in range(5, 105):
+                one.pair(token(number))  # some 40 bytes: a stranger must not fill the log so
+            await asyncio.sleep(1)
+            assert (len(one.refused), names(place)["LinkRefused"]) == (101, 1)
             for client in (one, two):
                 await client.close()
 

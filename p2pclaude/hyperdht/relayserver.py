@@ -108,7 +108,7 @@ class LinkClosed:
 
 @dataclass(frozen=True, slots=True)
 class LinkRefused:
-    """A client asked for more links than it may have, or than there are."""
+    """A client asked for more links than it may have, or than there are; told once for each client."""
 
     client: int
 
@@ -179,7 +179,7 @@ def _furthest(packets: list[bytes], last: bytes | None) -> bytes:
 class _Session:
     """A client's connection, its links, and its halves of links to be."""
 
-    __slots__ = ("channel", "connection", "halves", "links", "number")
+    __slots__ = ("channel", "connection", "halves", "links", "number", "was_refused")
 
     def __init__(self, number: int, connection: Connection) -> None:
         self.number = number
@@ -187,6 +187,7 @@ class _Session:
         self.channel: Channel | None = None
         self.halves: set[_Half] = set()
         self.links: dict[bytes, _Link] = {}
+        self.was_refused = False  # a link, which is told
 
     @property
     def pairs(self) -> int:
@@ -436,7 +437,9 @@ class RelayServer:
     def _refuse(self, session: _Session, token: bytes) -> None:
         self.stats.refused_links += 1
         session.tell(UNPAIR, encode_relay_unpair(token))
-        self._tell(LinkRefused(session.number))
+        if not session.was_refused:  # to ask costs the client next to nothing, and a line in a log does not
+            session.was_refused = True
+            self._tell(LinkRefused(session.number))
 
     def _forget(self, half: _Half) -> None:
         """Drop a half: it is linked, taken back, or has waited too long."""
