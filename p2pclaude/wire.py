@@ -31,6 +31,8 @@ MAX_FIRST_LINE = 256 * 1024
 """Longest first line, in bytes, of a tool: a stranger's fair share of what the daemon keeps for all of them."""
 MAX_RESPONSE_LINE = 96 * 1024 * 1024
 """Longest line, in bytes, that a tool reads: a page holds one object at least, and Claude prints up to 64 MiB."""
+MAX_MARKS = 256
+"""Brackets, colons and commas in a request's line: it has a few, and many make values of twenty times its size."""
 MAX_ID_CHARS = 256
 """A request with a longer id is answered with UNKNOWN_ID."""
 
@@ -328,7 +330,7 @@ def encode_request(request: Request) -> bytes:
 
 def decode_request(line: bytes) -> Request:
     """Read a request's line. Raises WireError."""
-    body = _object(line)
+    body = _flat_object(line)
     method, params = body.get("method"), body.get("params")
     if not isinstance(method, str):
         raise WireError("the request names no method")
@@ -340,7 +342,7 @@ def decode_request(line: bytes) -> Request:
 def id_of_line(line: bytes) -> str | int:
     """Give the id to answer a line with, whatever is wrong with it: its own, or UNKNOWN_ID. Never raises."""
     try:
-        return _id(_object(line))
+        return _id(_flat_object(line))
     except WireError:
         return UNKNOWN_ID
 
@@ -372,6 +374,13 @@ def _object(line: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise WireError("the line is not a JSON object")
     return body
+
+
+def _flat_object(line: bytes) -> dict[str, Any]:
+    """Read a line that anyone may have sent; in sealed text, the only long part of a request, there are no marks."""
+    if sum(map(line.count, (b"[", b"{", b":", b","))) > MAX_MARKS:
+        raise WireError("the line is no request")
+    return _object(line)
 
 
 def _id(body: dict[str, Any]) -> str | int:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import tracemalloc
 from typing import Any
 
 import nacl.exceptions
@@ -149,6 +150,22 @@ json_values = st.recursive(
 @given(json_values)
 def test_any_value_comes_back(value: object) -> None:
     assert unseal(KEY, seal(KEY, value)) == value
+
+
+@pytest.mark.parametrize("part", [b"{}", b"[]", b'{"":0}', b"0", b'"":0', b'"":""'], ids=str)
+def test_a_line_is_not_read_that_would_take_much_more_room(part: bytes) -> None:
+    """Anyone may send one: a request is flat and its params are one text, so that its few values take what it has."""
+    line = b'{"id":"1","method":"ping","params":[' + b",".join([part] * 300_000) + b"]}"
+    if b":" in part and b"{" not in part:
+        line = line.replace(b"[", b"{").replace(b"]", b"}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError):
+            decode_request(line)
+        assert id_of_line(line) == UNKNOWN_ID
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_lone_surrogates_survive() -> None:
