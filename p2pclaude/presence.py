@@ -54,16 +54,23 @@ class Announcement(Protocol):
 def encode_record(data_key: bytes, record: Mapping[str, Any], max_bytes: int = RECORD_BYTES) -> bytes:
     """Seal `{sessions, updatedAt}` as a record's value, as ASCII text.
 
-    What does not fit is left out, oldest first, and counted in `omitted`.
+    The sessions come oldest first and are kept newest first. What does not fit is left out, oldest first, and counted
+    in `omitted`.
     """
-    newest_first = sorted(record["sessions"], key=lambda session: session["createdAt"], reverse=True)
-    for kept in range(len(newest_first), -1, -1):
-        value: dict[str, Any] = {"sessions": newest_first[:kept], "updatedAt": record["updatedAt"]}
-        if kept < len(newest_first):
-            value["omitted"] = len(newest_first) - kept
+    return _fit(data_key, record, max_bytes)[0]
+
+
+def _fit(data_key: bytes, record: Mapping[str, Any], max_bytes: int = RECORD_BYTES) -> tuple[bytes, int]:
+    """Give what `encode_record` gives, and how many sessions were left out."""
+    newest_first = record["sessions"][::-1]  # not by `createdAt`: the clock may have been set back
+    for omitted in range(len(newest_first) + 1):
+        kept = newest_first[: len(newest_first) - omitted]
+        value: dict[str, Any] = {"sessions": kept, "updatedAt": record["updatedAt"]}
+        if omitted:
+            value["omitted"] = omitted
         sealed = seal(data_key, value).encode()
         if len(sealed) <= max_bytes:
-            return sealed
+            return sealed, omitted
     raise ValueError("not even an empty record fits")
 
 
@@ -117,7 +124,7 @@ class Presence:
         if record["sessions"] == self._stored:
             return
         self._seq = max(await self._last_seq() + 1, _now_ms())
-        value = encode_record(self._data_key, record)
+        value, omitted = _fit(self._data_key, record)
         self._knows_last, self._stored = True, None  # from here on nodes may have this one, whatever we hear
         try:
             await self._node.mutable_put(self._key_pair, value, self._seq)
@@ -125,7 +132,8 @@ class Presence:
             self._knows_last = False  # perhaps refused
             raise
         self._stored = record["sessions"]
-        self._log(Event.RECORD_STORED, seq=self._seq, sessions=len(record["sessions"]))
+        kept = len(record["sessions"]) - omitted
+        self._log(Event.RECORD_STORED, seq=self._seq, sessions=kept, omitted=omitted or None)
 
     async def _last_seq(self) -> int:
         """Give the number to go beyond; that of an earlier run may be ahead of a clock that was set back."""

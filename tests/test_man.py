@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from usages import PERMISSION_MODES, ROOT, TOOLS, usage_names, usage_options
 
-from p2pclaude import claude, notify, presence, service, wire
+from p2pclaude import claude, log, notify, presence, service, wire
 from p2pclaude.cli import daemon
 from p2pclaude.cli.common import Console, parse_arguments
 from p2pclaude.daemon import SHUTDOWN_SECONDS
@@ -142,6 +142,13 @@ def enum_members(path: str, name: str) -> dict[str, str]:
     return found
 
 
+def documented_fields(doc: str) -> set[str]:
+    """Read the fields from an event's docstring."""
+    fields = doc.removeprefix("Debug: ").partition(": ")[2]
+    fields = re.sub(r"\([^)]*\)", "", fields).partition(".")[0]
+    return {field.strip() for field in fields.split(",") if field.strip()}
+
+
 @pytest.mark.parametrize(("tool", "name"), [("daemon", "Event"), ("node", "NodeEvent")])
 def test_log_events(tool: str, name: str) -> None:
     """A page lists exactly the events that its program logs, each with its fields."""
@@ -150,10 +157,29 @@ def test_log_events(tool: str, name: str) -> None:
     items = dict(re.findall(r"^\.It Cm (\S+)\n((?:(?!\.It |\.El).*\n)*)", text, re.M))
     assert set(items) == set(events)
     for event, doc in events.items():
-        fields = doc.removeprefix("Debug: ").partition(": ")[2]
-        fields = re.sub(r"\([^)]*\)", "", fields).partition(".")[0]
-        wanted = {field.strip() for field in fields.split(",") if field.strip()}
-        assert set(re.findall(r"^\.Cm (\w+)", items[event], re.M)) == wanted, event
+        assert set(re.findall(r"^\.Cm (\w+)", items[event], re.M)) == documented_fields(doc), event
+
+
+def logged_fields() -> dict[str, set[str]]:
+    """Read from the source which fields each event is logged with, by `Event.NAME` or `NodeEvent.NAME`."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "p2pclaude").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            event = ast.unparse(call.args[0]) if isinstance(call, ast.Call) and call.args else ""
+            if isinstance(call, ast.Call) and event.startswith(("Event.", "NodeEvent.")):
+                fields = {keyword.arg for keyword in call.keywords if keyword.arg is not None}
+                found.setdefault(event, set()).update(fields)
+    return found
+
+
+@pytest.mark.parametrize("enum", [log.Event, log.NodeEvent])
+def test_log_fields(enum: type[log.Event | log.NodeEvent]) -> None:
+    """An event's documented fields are those that it is logged with, no more and no fewer."""
+    docs, logged = enum_members("p2pclaude/log.py", enum.__name__), logged_fields()
+    for member in enum:
+        name = f"{enum.__name__}.{member.name}"
+        if name in logged:  # for the others, call or event are chosen at run time
+            assert logged[name] == documented_fields(docs[member.value]), name
 
 
 def test_session_states() -> None:

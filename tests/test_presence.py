@@ -223,10 +223,28 @@ def test_a_record_that_could_not_be_stored_is_tried_again() -> None:
 
 
 def test_a_record_that_fits_is_whole() -> None:
-    value = encode_record(KEY, sessions(2, 1))
+    value = encode_record(KEY, sessions(1, 2))
     record = decode_record(7, value, KEY)
     assert [s["sessionId"] for s in record.sessions] == ["s2", "s1"]
     assert (record.updated_at, record.omitted) == (5, 0)
+
+
+def test_the_newest_session_is_the_one_made_last_whatever_the_clock_said() -> None:
+    """Its place in the list tells: the clock was set back before the last one was made."""
+    record = decode_record(7, encode_record(KEY, sessions(*range(1000, 1020), 3)), KEY)
+    assert record.sessions[0]["sessionId"] == "s3" and record.omitted > 0
+
+
+def test_the_log_says_how_many_sessions_a_record_leaves_out() -> None:
+    async def work(one: Bench) -> None:
+        one.snapshot = sessions(*range(20))
+        await asyncio.sleep(5)
+        [stored] = one.stored
+        [event] = one.log.events("record-stored")
+        assert event["omitted"] == stored["omitted"] == 20 - event["sessions"] > 0
+        assert len(stored["sessions"]) == event["sessions"]
+
+    on_bench(work)
 
 
 @pytest.mark.parametrize("count", [20, 200])
