@@ -13,7 +13,7 @@ import pytest
 from usages import PERMISSION_MODES, ROOT, TOOLS, usage_names, usage_options
 
 from p2pclaude import claude, log, notify, presence, service, wire
-from p2pclaude.cli import daemon
+from p2pclaude.cli import approve, daemon, filters, send
 from p2pclaude.cli.common import Console, parse_arguments
 from p2pclaude.daemon import SHUTDOWN_SECONDS
 from p2pclaude.hyperdht import relayserver, server
@@ -279,6 +279,39 @@ def test_limits_of_the_relay() -> None:
 
 
 ENVELOPES = {"OUTPUT", "MESSAGE", "TURN", "TURN_CUT", "NOTE", "PERMISSION_REQUEST", "PERMISSION_ANSWER"}
+
+
+def test_limits_of_the_tools() -> None:
+    """What a tool refuses for its length stands in its page, and the longest id in the protocol's."""
+    description = rendered(section(page("p2pclaude-send.1"), "DESCRIPTION"))
+    assert f"as one message, of {send.MAX_MESSAGE_BYTES >> 20} MiB at most" in description
+    text = rendered(page("p2pclaude-approve.1"))
+    assert f"on the standard input, of {approve.MAX_ANSWER_BYTES >> 20} MiB at most" in text
+    assert f"or more than {filters.MAX_OUTPUT_BYTES >> 20} MiB." in text
+    assert f"{wire.MAX_ID_CHARS} characters at most" in section(page("p2pclaude.7"), "FRAMING")
+
+
+def test_environment() -> None:
+    """Each variable that the application looks at stands in a page."""
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
+    for path in (ROOT / "p2pclaude").rglob("*.py"):
+        for name in re.findall(r'environ(?:\.get\(|\[)"(\w+)"', path.read_text(encoding="utf-8")):
+            assert re.search(rf"\bEv (?:\w+ , )*{name}\b", text) or name == "HOME", (path.name, name)
+
+
+def test_the_collecting_example(tmp_path: Path) -> None:
+    """p2pclaude-tail(1)'s collection piece by piece begins by itself and goes on where the last time ended."""
+    displays = re.findall(r"^\.Bd .*?\n(.*?)^\.Ed", section(page("p2pclaude-tail.1"), "EXAMPLES"), re.M | re.S)
+    (script,) = [re.sub(r"^\$ ", "", display, flags=re.M) for display in displays if "--after" in display]
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, body in (("p2pclaude-tail", 'echo "$3" >>asked; echo 7'), ("jq", "cat")):
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        (tools / name).chmod(0o755)
+    for _ in range(2):
+        environ = {"PATH": f"{tools}:/usr/bin:/bin"}
+        subprocess.run(["/bin/sh", "-ec", script], cwd=tmp_path, env=environ, timeout=30, check=True)
+    assert (tmp_path / "asked").read_text(encoding="utf-8").split() == ["0", "7"]
 
 
 def test_methods() -> None:

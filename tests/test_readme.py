@@ -1,10 +1,12 @@
 """The README tells the truth: its commands, options and example are real."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
 
+import pytest
 from free_ports import free_port
 from usages import ROOT, TOOLS, usage_names
 
@@ -46,6 +48,16 @@ def test_layout_names_real_files() -> None:
     for name in names:
         places = (ROOT / "p2pclaude" / name, ROOT / "p2pclaude" / "hyperdht" / name, ROOT / name)
         assert any(place.exists() for place in places) or "MODULE" in name, name
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`tests/soak/(\w+)", README))))
+def test_long_proofs_have_a_help(name: str) -> None:
+    """Each is a command of its own with `--help`."""
+    command = ROOT / "tests" / "soak" / name
+    environ = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run([command, "--help"], env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: tests/soak/{name}")
 
 
 def test_exit_statuses_are_those_of_the_errors() -> None:
