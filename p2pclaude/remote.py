@@ -448,7 +448,7 @@ def _seq(envelope: Mapping[str, Any]) -> int | None:
 def _spawn_error(result: Mapping[str, Any], directory: str | None) -> P2PClaudeError:
     message = str(result.get("errorMessage") or "no reason given")
     error = _daemon_error("no session was started", message)
-    if directory is None and "director" in message.lower():
+    if directory is None and "director" in message.lower() and not isinstance(error, Unavailable):
         error.hint = error.hint or "name a directory with -C"
     return error
 
@@ -465,7 +465,7 @@ _REASONS: tuple[tuple[tuple[str, ...], type[P2PClaudeError]], ...] = (
 )
 
 
-_PATH = re.compile(r"(?s)^/.*?(?=: )|(?<=: )/.*$")
+_PATH = re.compile(r"(?s)^/.*?(?=: | could not be started: )|(?<=: )/.*$")
 """A path in a reason, at its beginning or its end: it may hold any word."""
 
 

@@ -91,6 +91,8 @@ def test_an_old_daemon_needs_a_directory_and_the_hint_says_so() -> None:
         ("Directory does not exist: /srv/full: limits", DataError),
         ("/srv/busy/claude is not a program that can be run (check --claude)", Unavailable),
         ("claude ended at once: permission mode is not allowed", Unavailable),
+        ("/srv/busy/claude could not be started: No such file or directory", Unavailable),
+        ("/srv/busy/claude could not be started: Permission denied", Unavailable),
         ("Not a directory: /x", DataError),
         ("Not a directory: /x\nfull", DataError),
         pytest.param(": /" * 300_000 + "\nfull", Refused, id="hostile"),  # it takes no time
@@ -104,6 +106,11 @@ def test_reasons_become_classes(reason: str, kind: type[P2PClaudeError]) -> None
     assert type(error) is kind
     assert (error.hint == "nothing was done, it may do later") is (kind is TryAgain)
     assert str(error).startswith("no session was started: ")
+
+
+def test_no_directory_is_asked_for_where_claude_is_what_is_missing() -> None:
+    reason = "/srv/claude could not be started: No such file or directory"
+    assert remote._spawn_error({"type": "error", "errorMessage": reason}, None).hint is None
 
 
 @BOTH
