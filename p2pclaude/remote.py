@@ -462,6 +462,7 @@ _REASONS: tuple[tuple[tuple[str, ...], type[P2PClaudeError]], ...] = (
     (("too many", "limit", "maximum", "busy", "full"), TryAgain),
     (("outside", "permission", "not allowed", "denied"), Refused),
     (("not exist", "not a directory", "no such", "already", "invalid", "must be", "required", "missing"), DataError),
+    ((" enoent", " eacces"), Unavailable),  # Node's `spawn claude ENOENT`: no such program, or no such directory
 )
 
 

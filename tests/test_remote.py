@@ -93,6 +93,10 @@ def test_an_old_daemon_needs_a_directory_and_the_hint_says_so() -> None:
         ("claude ended at once: permission mode is not allowed", Unavailable),
         ("/srv/busy/claude could not be started: No such file or directory", Unavailable),
         ("/srv/busy/claude could not be started: Permission denied", Unavailable),
+        ("spawn /usr/bin/claude ENOENT", Unavailable),
+        ("Failed to start: spawn claude EACCES", Unavailable),
+        ("Error: ENOENT: no such file or directory, lstat '/x'", DataError),
+        ("EACCES: permission denied, access '/x'", Refused),
         ("Not a directory: /x", DataError),
         ("Not a directory: /x\nfull", DataError),
         pytest.param(": /" * 300_000 + "\nfull", Refused, id="hostile"),  # it takes no time

@@ -150,6 +150,12 @@ def test_what_is_not_there(tools: Tools, url: str, root: Path) -> None:
     assert outside.status != 0 and outside.out == ""
 
 
+def test_a_claude_that_their_daemon_cannot_start(tools: Tools, peers: Peers, root: Path) -> None:
+    daemon = peers.start("node", "daemon", claude=["/nowhere/claude"])
+    done = tools("send", "-C", str(root), str(daemon.ready["url"]), "x")
+    assert (done.status, done.out) == (69, ""), done
+
+
 def altered(url: str, field: str, value: bytes) -> str:
     """Return a pairing URL with another key in it."""
     prefix, _, code = url.partition("code=")
