@@ -150,6 +150,20 @@ def test_what_is_not_there(tools: Tools, url: str, root: Path) -> None:
     assert outside.status != 0 and outside.out == ""
 
 
+def test_what_their_daemon_does_not_know(tools: Tools, url: str, root: Path) -> None:
+    """As README.md tells under Compatibility."""
+    session = tools.succeed("send", "-C", str(root), url, "hello")
+    assert printed(tools, url, session)
+    assert len(tools.succeed("tail", "--after", "2", url, session).splitlines()) == 3
+    with tools.start("tail", "-f", url, session) as follower:
+        for _ in range(3):
+            follower.line()
+    assert tools.succeed("tail", url, session) == ""
+    assert tools.succeed("send", "--now", "-s", session, url, "more") == session
+    assert [one["type"] for one in printed(tools, url, session)] == ["system", "assistant", "result"]
+    assert (tools("approve", url).status, tools("stop", "--turn", url, session).status) == (76, 76)
+
+
 def test_a_claude_that_their_daemon_cannot_start(tools: Tools, peers: Peers, root: Path) -> None:
     daemon = peers.start("node", "daemon", claude=["/nowhere/claude"])
     done = tools("send", "-C", str(root), str(daemon.ready["url"]), "x")
