@@ -1,5 +1,6 @@
 """A short fuzzing of every target, with random mutations and, where atheris is installed, guided by coverage."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,12 @@ RUN = Path(__file__).with_name("fuzz") / "run"
 SEED = 1
 GUIDED_RUNS = 150
 WITHOUT_ATHERIS = "atheris is not installed: NO COVERAGE-GUIDED FUZZING"
+
+
+def run(*words: str | Path) -> "subprocess.CompletedProcess[str]":
+    """Run the command, as somebody would type it."""
+    environ = os.environ | {"PYTHON": sys.executable}
+    return subprocess.run([RUN, *words], env=environ, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -42,9 +49,7 @@ def test_every_decoder_is_fuzzed() -> None:
 def test_guided_by_coverage() -> None:
     if guided.load_atheris() is None:
         pytest.skip(WITHOUT_ATHERIS)
-    done = subprocess.run(
-        [sys.executable, RUN, "--runs", str(GUIDED_RUNS), "--seed", str(SEED)], capture_output=True, text=True
-    )
+    done = run("--runs", str(GUIDED_RUNS), "--seed", str(SEED))
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[0] for line in lines] == list(TARGETS)
@@ -118,7 +123,7 @@ def test_a_script_ends_with_zeros() -> None:
 def test_the_command_replays_a_file(tmp_path: Path) -> None:
     path = tmp_path / "input"
     path.write_bytes(b"\x03\x01")
-    done = subprocess.run([sys.executable, RUN, "message", path], capture_output=True, text=True)
+    done = run("message", path)
     assert done.returncode == 0, done.stderr
-    refused = subprocess.run([sys.executable, RUN, "--random", "nothing"], capture_output=True, text=True)
+    refused = run("--random", "nothing")
     assert (refused.returncode, refused.stderr) == (64, "tests/fuzz/run: error: no target nothing; --list names them\n")

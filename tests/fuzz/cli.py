@@ -69,3 +69,7 @@ def _replay(target: Target, path: Path) -> int:
     engine.replay(target, path.read_bytes())
     print(f"{target.name}: {path} runs to its end, pid {os.getpid()}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
