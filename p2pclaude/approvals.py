@@ -83,7 +83,7 @@ def _fitting(pending: list[tuple[Session, Request]]) -> list[bytes]:
     """Give the oldest requests as JSON, as many as may be given at once; one always is."""
     texts: list[bytes] = []
     size = 0
-    for session, request in sorted(pending, key=lambda entry: entry[1].created_at):
+    for session, request in sorted(pending, key=lambda entry: entry[1].number):
         texts.append(dump_json(request.describe(session.info.session_id, session.info.directory)))
         size += len(texts[-1])
         if size > MAX_LIST_BYTES and len(texts) > 1:

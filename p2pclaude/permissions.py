@@ -9,9 +9,10 @@ since Claude waits for ever for an answer that does not come; what is wrong with
 would take it for a failure of the tool, sees it.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -55,13 +56,17 @@ _TEXTS |= {"title": "title", "agent_id": "agentId", "tool_use_id": "toolUseId"}
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One tool call that waits for permission. `data` is what Claude said of it; `created_at` in milliseconds."""
+    """One tool call that waits for permission. `data` is what Claude said of it; `created_at` in milliseconds.
+
+    `number` counts the requests of all sessions, in the order in which they came, whatever the clock said.
+    """
 
     request_id: str
     tool_name: str
     input: dict[str, Any]
     data: Json
     created_at: int
+    number: int = field(default_factory=itertools.count().__next__, compare=False)
 
     def describe(self, session_id: str, directory: str) -> dict[str, object]:
         """Give what whoever decides is shown, as an object for JSON."""

@@ -1,7 +1,9 @@
 """Every session's requests in one list: what is in it, waiting for another, whose request is answered."""
 
 import asyncio
+import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from sessions_kit import Place, prepare, read_results, read_until
 from p2pclaude import approvals
 from p2pclaude.methods import MethodError
 from p2pclaude.session import State
+from p2pclaude.wire import PERMISSION_REQUEST
 
 
 @pytest.fixture
@@ -34,6 +37,22 @@ def test_a_list_that_is_too_long_is_cut_and_counted(place: Place, monkeypatch: p
             await call.answer(request, behavior="allow")
         second = await call("list-permissions", version=first["version"], waitMs=20_000)
         assert not {request["requestId"] for request in second["requests"]} & set(shown)
+
+    on_table(place, work)
+
+
+def test_the_oldest_comes_first_whatever_the_clock_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is set back by an hour whenever somebody looks at it."""
+    hours = itertools.count(1_000_000, -1)
+    monkeypatch.setattr(time, "time_ns", lambda: next(hours) * 3_600_000_000_000)
+
+    async def work(call: Caller) -> None:
+        await call.spawn("ASK:" + 'Bash {"n":1}\n' * 3)
+        said = await read_until(call.table, "s", lambda e: bool(e["seq"] >= 2 + 1 + 3 * 2))
+        journaled = [e["requestId"] for e in said if e["type"] == PERMISSION_REQUEST]
+        shown = (await call("list-permissions"))["requests"]
+        assert [request["requestId"] for request in shown] == journaled
+        assert len(shown) == 3 and shown[0]["createdAt"] > shown[2]["createdAt"]
 
     on_table(place, work)
 
