@@ -216,6 +216,7 @@ class Daemon:
             for number in (*_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
             data_dir.unlock()
+            self._log.finish()
 
     def stop(self) -> None:
         """Begin the ordered shutdown."""

@@ -97,6 +97,7 @@ class DHTNode:
         finally:
             for number in (*_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+            self._log.finish()
         return 0
 
     def stop(self) -> None:

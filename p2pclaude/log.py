@@ -5,11 +5,16 @@
 Event names are stable and listed in `Event` (the daemon's) and `NodeEvent`. Values are text, numbers, booleans and
 lists of them: never a pairing URL, a message, Claude's output, or a key other than a relay's public one. When claude
 dies, the first line of what it said on stderr is given. What libraries log by way of `logging` becomes events, too.
+Who reads the log may stop reading: nothing waits for that, some of the log is kept meanwhile and the rest is counted.
 """
 
+import asyncio
 import json
 import logging
+import os
+import select
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -141,36 +146,120 @@ _WARNING_EVENTS = frozenset(
     }
 )
 
+MAX_KEPT_BYTES = 256 * 1024
+"""Of the log while nobody reads it, or the disk is full; what comes then is lost, and counted."""
+AGAIN_SECONDS = 0.1
+"""Pause between attempts to write what is kept."""
+FINISH_SECONDS = 1.0
+"""How long the end of the program waits for a reader of what is kept."""
+
 _PLACES = 12  # of a traceback, the innermost
 
 Field = str | int | float | bool | None | list[str]
 
 
 class Log:
-    """Writes events to a stream, each line flushed.
+    """Writes events to a stream, each line at once.
 
-    A stream that is closed, or whose reader is gone, ends the log and nothing else; a full disk costs lines only.
+    A stream that is closed, or whose reader is gone, ends the log and nothing else. One that takes nothing, because
+    nobody reads it or the disk is full, costs lines only: what is kept of them follows, with the number of the others.
     """
 
     def __init__(self, stream: TextIO | None = None, *, debug: bool = False) -> None:
         self._stream: TextIO | None = sys.stdout if stream is None else stream
+        self._is_file = _has_descriptor(self._stream)
+        self._kept = bytearray()  # whole lines, but for the first, whose beginning may be written
+        self._lost = 0
+        self._timer: asyncio.TimerHandle | None = None
         self.debug = debug
         """Whether debug events are logged."""
 
     def __call__(self, event: Event | NodeEvent, **fields: Field) -> None:
         """Log an event with its fields; fields that are None are left out. Never raises for the stream's sake."""
-        level = _level(event)
-        if self._stream is None or (level == "debug" and not self.debug):
+        if self._stream is None or (_level(event) == "debug" and not self.debug):
             return
-        line: dict[str, Field] = {"time": _now(), "level": level, "event": event.value}
-        line |= {name: value for name, value in fields.items() if value is not None}
+        line = _line(event, fields)
+        self._write()  # what came before may have made room
+        self._keep(line)
+        self._write()
+
+    def finish(self) -> None:
+        """Write what is kept, at the end of the program: waits for a reader, but not for long."""
+        deadline = time.monotonic() + FINISH_SECONDS
+        before = -1  # a full disk is not waited for
+        while self._kept and len(self._kept) != before and (left := deadline - time.monotonic()) > 0:
+            before = len(self._kept)
+            self._write(left)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _keep(self, line: bytes) -> None:
+        """Put a line behind the others, and before it how many are lost there."""
+        text = f"{self._lost} lines of the log are lost: nobody read it, or the disk was full"
+        note = _line(Event.WARNING, {"message": text}) if self._lost else b""
+        if len(self._kept) + len(note) + len(line) > MAX_KEPT_BYTES:
+            self._lost += bool(line)
+        else:
+            self._kept += note + line
+            self._lost = 0
+
+    def _write(self, seconds: float = 0.0) -> None:
+        """Write what is kept as far as that goes without waiting, or after waiting so long at most."""
         try:
-            self._stream.write(json.dumps(line) + "\n")
-            self._stream.flush()
+            while self._kept and self._stream is not None:
+                if not (done := self._write_some(self._stream, seconds)):
+                    self._write_later()
+                    return
+                del self._kept[:done]
+                if not self._kept and self._lost:
+                    self._keep(b"")
         except (BrokenPipeError, ValueError):  # ValueError: the stream object itself is closed
             self._stream = None
+            self._kept.clear()
         except OSError:
-            pass
+            pass  # the next line tries again
+
+    def _write_some(self, stream: TextIO, seconds: float) -> int:
+        if not self._is_file:
+            stream.write(self._kept.decode())
+            stream.flush()
+            return len(self._kept)
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        if not poll.poll(seconds * 1000):
+            return 0
+        # Where there is room at all so much does not wait; whole lines, as others may write there too.
+        end = self._kept.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
+        try:
+            return os.write(stream.fileno(), self._kept[:end])
+        except BlockingIOError:
+            return 0
+
+    def _write_later(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # the next line takes it along
+            return
+        if self._timer is None:
+            self._timer = loop.call_later(AGAIN_SECONDS, self._write_again)
+
+    def _write_again(self) -> None:
+        self._timer = None
+        self._write()
+
+
+def _has_descriptor(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.fileno() >= 0
+    except (OSError, ValueError):
+        return False
+
+
+def _line(event: Event | NodeEvent, fields: Mapping[str, Field]) -> bytes:
+    line: dict[str, Field] = {"time": _now(), "level": _level(event), "event": event.value}
+    line |= {name: value for name, value in fields.items() if value is not None}
+    return json.dumps(line).encode() + b"\n"
 
 
 class _Records(logging.Handler):

@@ -1,6 +1,7 @@
 """The daemon as a whole: what it needs to start, what it serves, how it ends; over a DHT in memory and as a process."""
 
 import asyncio
+import fcntl
 import io
 import json
 import os
@@ -8,13 +9,14 @@ import resource
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon_kit import start
+from daemon_kit import client_of, daemon, start
 from fake_dht import Caller, FakeDHT
 from sessions_kit import Place, prepare, run
 
@@ -390,6 +392,23 @@ def test_the_process_survives_a_closed_log(place: Place) -> None:
         process.wait()
         assert process.stderr is not None
         process.stderr.close()
+
+
+def test_the_process_serves_on_when_nobody_reads_its_log(place: Place) -> None:
+    """The pipe that the log goes into is full: requests are answered, and the end is no later."""
+
+    async def ask() -> None:
+        async with client_of(place) as client:
+            for _ in range(600):
+                await client.call("ping")
+
+    with daemon(place, debug=True) as process:
+        asyncio.run(asyncio.wait_for(ask(), 30))
+        assert process.stdout is not None
+        pending = fcntl.ioctl(process.stdout, termios.FIONREAD, b"\0\0\0\0")
+        assert int.from_bytes(pending, sys.byteorder) > 50_000
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SHUTDOWN_SECONDS) == 0
 
 
 def test_key_pairs_of_the_data_directory_are_the_librarys(place: Place) -> None:

@@ -7,6 +7,8 @@ import io
 import json
 import logging
 import os
+import threading
+import time
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from p2pclaude.log import Event, Log, first_line, short, wants_debug, with_libraries
+from p2pclaude.log import MAX_KEPT_BYTES, Event, Log, first_line, short, wants_debug, with_libraries
 
 
 def test_a_line_is_json_with_time_level_and_event() -> None:
@@ -62,34 +64,102 @@ def test_a_closed_stream_ends_the_log_and_nothing_else() -> None:
     log = Log(stream)
     log(Event.STARTED)
     log(Event.STOPPED)
-    with pytest.raises(BrokenPipeError):
-        stream.close()
+    stream.close()
     log(Event.STOPPED)
     closed = io.StringIO()
     closed.close()
     Log(closed)(Event.STARTED)
 
 
-def test_a_full_disk_costs_lines_and_not_the_log(tmp_path: Path) -> None:
-    class Disk(io.FileIO):
-        is_full = True
+def test_a_full_disk_costs_lines_and_not_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What there was room for is whole; what is not there is counted in its place."""
+    room, write = [1000], os.write
 
-        def write(self, data: Any) -> int:
-            if self.is_full:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return super().write(data)
+    def write_while_there_is_room(descriptor: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done = write(descriptor, data[: room[0]])
+        room[0] -= done
+        return done
 
+    monkeypatch.setattr(os, "write", write_while_there_is_room)
     path = tmp_path / "log"
-    disk = Disk(path, "w")
-    with io.TextIOWrapper(io.BufferedWriter(disk), encoding="utf-8") as stream:
+    with path.open("w") as stream:
         log = Log(stream)
-        for _ in range(1000):
-            log(Event.PAUSED, session="s")
-        disk.is_full = False
+        for number in range(5000):
+            log(Event.MESSAGE, session="s", seq=number)
+        log.finish()
+        room[0] = 1 << 30
         log(Event.UNPAUSED, session="s")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(lines) < 200
-    assert lines[-1]["event"] == "session-continued"
+    check_lost([json.loads(line) for line in path.read_text().splitlines()], 5000)
+
+
+def check_lost(lines: list[dict[str, Any]], count: int) -> None:
+    """Check that of so many messages some are there in order, then the number of the others, then a last word."""
+    *messages, note, last = lines
+    assert [line["seq"] for line in messages] == list(range(len(messages)))
+    assert MAX_KEPT_BYTES // 200 < len(messages) < count
+    assert note["level"] == "warning"
+    assert note["message"].startswith(f"{count - len(messages)} lines of the log are lost")
+    assert last["event"] == "session-continued"
+
+
+def test_nothing_waits_for_a_reader_that_does_not_read(tmp_path: Path) -> None:
+    """The log of a program goes into a pipe that is full: no call takes long, and what is lost is counted."""
+    reader, writer = os.pipe()
+    count = 5000
+
+    async def main() -> bytes:
+        with os.fdopen(writer, "w") as stream:
+            log = Log(stream)
+            for number in range(count):
+                log(Event.MESSAGE, session="s", seq=number)
+            data = await read_until(b" lines of the log are lost")
+            log(Event.UNPAUSED, session="s")
+            log.finish()
+        return data + await read_until(None)
+
+    async def read_until(wanted: bytes | None) -> bytes:
+        data = b""
+        while (wanted is None or wanted not in data) and (more := await asyncio.to_thread(os.read, reader, 65536)):
+            data += more
+        return data
+
+    with os.fdopen(reader, "rb"):
+        lines = asyncio.run(asyncio.wait_for(main(), 20)).splitlines()
+    check_lost([json.loads(line) for line in lines], count)
+
+
+def test_the_end_waits_a_little_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept goes out when the reader reads on, and is given up when it does not."""
+    reader, writer = os.pipe()
+    read = threading.Timer(0.2, lambda: [os.read(reader, 65536) for _ in range(2)])
+    with os.fdopen(writer, "w") as stream:
+        log = Log(stream)
+        for number in range(1000):
+            log(Event.MESSAGE, session="s" * 20, seq=number)
+        read.start()
+        log.finish()
+        read.join()
+        monkeypatch.setattr("p2pclaude.log.FINISH_SECONDS", 0.1)
+        begin = time.monotonic()
+        for number in range(1000):
+            log(Event.MESSAGE, session="s" * 20, seq=1000 + number)
+        log.finish()
+        assert time.monotonic() - begin < 5
+    with os.fdopen(reader, "rb") as rest:
+        assert b'"seq": 999}' in rest.read()
+
+
+def test_a_terminal_that_is_gone_costs_the_log_alone() -> None:
+    master, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as stream:
+        log = Log(stream)
+        log(Event.STARTED)
+        os.close(master)
+        for _ in range(5000):
+            log(Event.STOPPED)
+        log.finish()
 
 
 def test_errors_are_told_by_their_first_line() -> None:
