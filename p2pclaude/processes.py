@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -35,6 +36,7 @@ REAP_SECONDS: Final = 2.0
 """How long a zombie stays at least: one that asyncio started is its own to reap, and that takes no time."""
 
 _POLL_SECONDS = 0.03
+_thread = ThreadPoolExecutor(1, "processes")  # its own: a disk that hangs may hold all the others
 _PR_SET_CHILD_SUBREAPER = 36
 _PS = ("ps", "-axwwE", "-o", "pid=,ppid=,stat=,lstart=,command=")
 _LSTART_WORDS = 5  # Tue Nov 24 14:15:25 2026
@@ -100,7 +102,7 @@ class _Scanner:
     async def _run(self) -> tuple[Table, Marks]:
         async with self._lock:
             self._next = None  # who asks from here on wants to see what happens after this
-            return await asyncio.to_thread(_look)
+            return await asyncio.get_running_loop().run_in_executor(_thread, _look)
 
 
 _scanners: WeakKeyDictionary[asyncio.AbstractEventLoop, _Scanner] = WeakKeyDictionary()
@@ -382,7 +384,7 @@ class Reaper:
         task.add_done_callback(self._tasks.discard)
 
     async def _reap(self) -> None:
-        table = await asyncio.to_thread(processes)
+        table = await asyncio.get_running_loop().run_in_executor(_thread, processes)
         zombies = {one for one in table.values() if one.is_zombie and one.parent == os.getpid()}
         for process in zombies & self._seen:
             _reap(process.pid)

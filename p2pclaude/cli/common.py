@@ -39,7 +39,7 @@ MAX_EXIT = 128
 """A status above it stands for the signal that ended the command."""
 
 BOOTSTRAP_VARIABLE = "P2P_CLAUDE_BOOTSTRAP"
-_NETWORK = "p2pclaude.cli.network"
+_LOOP = "p2pclaude.cli.lean"
 MAX_URL_FILE_BYTES = 1 << 16
 MAX_SECONDS = 1e9
 
@@ -142,7 +142,7 @@ def run(
     execute: Callable[[Options, Console], int],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Run a command and return its exit status, or leave with it at once when the network is loaded.
+    """Run a command and return its exit status, or leave with it at once when there was an event loop.
 
     `parse` checks the arguments (UsageError, DataError); `execute` does the work. Errors are printed here, a closed
     pipe on stdout ends quietly with 0. A process that a signal ended dies of it, which a shell sees as 128 and its
@@ -159,7 +159,7 @@ def run(
         gc.enable()
     if argv is None and status > MAX_EXIT:
         _die(status - 128)
-    if argv is None and _NETWORK in sys.modules and not sys.warnoptions:  # whoever wants warnings gets the last ones
+    if argv is None and _LOOP in sys.modules and not sys.warnoptions:  # whoever wants warnings gets the last ones
         _leave(status)
     return status
 

@@ -157,7 +157,8 @@ def _parse_relay(text: str | None) -> bytes | None:
 
 def execute(options: Options, console: Console) -> int:
     """Serve until a signal, or do what was asked for instead."""
-    from p2pclaude.cli.lean import asyncio, settle
+    from p2pclaude.cli.lean import run as run_loop
+    from p2pclaude.cli.lean import settle
     from p2pclaude.daemon import pairing_url, rotate, run_daemon
 
     settle()
@@ -166,9 +167,9 @@ def execute(options: Options, console: Console) -> int:
     elif options.instead == "rotate":
         write_line(rotate(options.daemon))
     elif options.instead == "check":
-        return asyncio.run(_check(options.daemon))
+        return run_loop(_check(options.daemon))
     else:
-        return asyncio.run(run_daemon(options.daemon))
+        return run_loop(run_daemon(options.daemon))
     return 0
 
 

@@ -10,18 +10,18 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from types import FrameType
 from typing import Any, Self
 
 from p2pclaude.cli.common import Console, Interrupted, Target, is_writing
-from p2pclaude.cli.lean import asyncio, settle
+from p2pclaude.cli.lean import asyncio, run, settle
 from p2pclaude.client import Client, open_client
 from p2pclaude.hintcache import HintCache, cache_directory
 
 
 def run_with_client(
-    target: Target, console: Console, work: Callable[[Client], Awaitable[int]], *, acts: bool = False
+    target: Target, console: Console, work: Callable[[Client], Coroutine[Any, Any, int]], *, acts: bool = False
 ) -> int:
     """Do a command's work with a client of the daemon and return its exit status; the connection is closed in any case.
 
@@ -39,16 +39,16 @@ def run_with_client(
             return await _until_interrupted(lambda: work(client), watch=not acts)
 
     settle()
-    return asyncio.run(use_client())
+    return run(use_client())
 
 
-def run_until_interrupted(work: Callable[[], Awaitable[int]]) -> int:
+def run_until_interrupted(work: Callable[[], Coroutine[Any, Any, int]]) -> int:
     """Run a coroutine that prints and return its exit status; ends early as `run_with_client` says."""
     settle()
-    return asyncio.run(_until_interrupted(work, watch=True))
+    return run(_until_interrupted(work, watch=True))
 
 
-async def _until_interrupted(work: Callable[[], Awaitable[int]], *, watch: bool) -> int:
+async def _until_interrupted(work: Callable[[], Coroutine[Any, Any, int]], *, watch: bool) -> int:
     """Run `work` until it ends, SIGTERM or SIGHUP arrives, or, if they `watch` it, stdout's reader is gone."""
     global _interruption
     with _Interruption() as _interruption:

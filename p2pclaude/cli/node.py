@@ -122,7 +122,8 @@ def _network(arguments: Arguments) -> tuple[str, ...] | None:
 
 def execute(options: Options, console: Console) -> int:
     """Run until a signal, or print the key."""
-    from p2pclaude.cli.lean import asyncio, settle
+    from p2pclaude.cli.lean import run as run_loop
+    from p2pclaude.cli.lean import settle
     from p2pclaude.dhtnode import relay_key, run_node
 
     settle()
@@ -130,4 +131,4 @@ def execute(options: Options, console: Console) -> int:
     if options.print_key:
         write_line(relay_key(options.node))
         return 0
-    return asyncio.run(run_node(options.node))
+    return run_loop(run_node(options.node))

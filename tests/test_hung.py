@@ -1,0 +1,97 @@
+"""What hangs in a thread, a disk or a name server, keeps no command from ending in its time."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli.harness import environment
+from free_ports import free_port
+
+from p2pclaude.daemon import SHUTDOWN_SECONDS
+from p2pclaude.hyperdht import KeyPair
+from p2pclaude.pairing import Pairing, format_url
+
+HANG = """
+import socket, sys, time
+
+def hang(*args, **kwargs):
+    time.sleep(100)
+
+socket.getaddrinfo = hang
+"""
+URL = format_url(Pairing(KeyPair.generate().public_key, b"d" * 32, {}))
+START = "\nfrom p2pclaude.cli.{tool} import main\nsys.argv[0] = 'p2pclaude-{tool}'\nsys.exit(main())"
+
+
+def start(work: Path, tool: str, *arguments: str, before: str = "") -> "subprocess.Popen[bytes]":
+    """Start a tool in whose world things hang."""
+    environ = {**environment(work / "home"), "PYTHONWARNINGS": ""}
+    code = HANG + before + START.format(tool=tool)
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(command, cwd=work, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_tool_does_not_wait_for_names_after_its_end(tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tmp_path, "ping", "--bootstrap", "nowhere.example:1", URL)
+    try:
+        time.sleep(2)
+        process.send_signal(number)
+        assert process.wait(10) == -number
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_tool_does_not_wait_for_names_longer_than_it_shall(tmp_path: Path) -> None:
+    process = start(tmp_path, "ls", "-t", "1", "--bootstrap", "nowhere.example:1", URL)
+    try:
+        assert process.wait(15) in (69, 75)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("tool", ["daemon", "node"])
+def test_a_daemon_ends_while_a_name_is_looked_up(tmp_path: Path, tool: str) -> None:
+    options = ["--bootstrap", "nowhere.example:1", "--host", "127.0.0.1", "--port", str(free_port())]
+    process = start(tmp_path, tool, *options)
+    try:
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SHUTDOWN_SECONDS) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+MANY = """
+import asyncio, p2pclaude.presence as presence
+
+class Presence(presence.Presence):
+    async def run(self):
+        for _ in range(100):
+            asyncio.get_running_loop().run_in_executor(None, hang)
+        await super().run()
+
+presence.Presence = Presence
+"""
+
+
+def test_a_daemon_ends_with_a_disk_that_hangs(tmp_path: Path) -> None:
+    """All threads are taken: the processes of sessions are looked for all the same, and nothing is waited for."""
+    process = start(tmp_path, "daemon", "--private", "--host", "127.0.0.1", "--port", str(free_port()), before=MANY)
+    try:
+        assert process.stdout is not None
+        while b"daemon-started" not in process.stdout.readline():
+            pass
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(SHUTDOWN_SECONDS) == 0
+    finally:
+        process.kill()
+        process.communicate()
