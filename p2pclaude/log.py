@@ -187,9 +187,9 @@ class Log:
         """Write what is kept, at the end of the program: waits for a reader, but not for long."""
         deadline = time.monotonic() + FINISH_SECONDS
         before = -1  # a full disk is not waited for
-        while self._kept and len(self._kept) != before and (left := deadline - time.monotonic()) > 0:
+        while self._kept and len(self._kept) != before and time.monotonic() < deadline:
             before = len(self._kept)
-            self._write(left)
+            self._write(deadline)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -204,11 +204,11 @@ class Log:
             self._kept += note + line
             self._lost = 0
 
-    def _write(self, seconds: float = 0.0) -> None:
-        """Write what is kept as far as that goes without waiting, or after waiting so long at most."""
+    def _write(self, deadline: float = 0.0) -> None:
+        """Write what is kept as far as that goes without waiting, or until then."""
         try:
             while self._kept and self._stream is not None:
-                if not (done := self._write_some(self._stream, seconds)):
+                if not (done := self._write_some(self._stream, deadline)):
                     self._write_later()
                     return
                 del self._kept[:done]
@@ -220,14 +220,14 @@ class Log:
         except OSError:
             pass  # the next line tries again
 
-    def _write_some(self, stream: TextIO, seconds: float) -> int:
+    def _write_some(self, stream: TextIO, deadline: float) -> int:
         if not self._is_file:
             stream.write(self._kept.decode())
             stream.flush()
             return len(self._kept)
         poll = select.poll()
         poll.register(stream.fileno(), select.POLLOUT)
-        if not poll.poll(seconds * 1000):
+        if not poll.poll(max(deadline - time.monotonic(), 0.0) * 1000):
             return 0
         # Where there is room at all so much does not wait; whole lines, as others may write there too.
         end = self._kept.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
