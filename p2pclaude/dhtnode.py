@@ -180,6 +180,10 @@ class DHTNode:
         loop = asyncio.get_running_loop()
         begin = loop.time()
         await relay.listen(key_pair)
+        if not relay.is_announced:
+            self._warn("the relay cannot be found yet: no node takes its announcement; this one goes on trying")
+            while not relay.is_announced:
+                await asyncio.sleep(1)
         self._log(NodeEvent.ANNOUNCED, seconds=round(loop.time() - begin, 3))
         await self._stopping.wait()
 

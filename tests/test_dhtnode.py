@@ -63,6 +63,13 @@ class RunningNode:
                         return line
                 assert self._changed.wait(deadline - time.monotonic()), (event, self.lines)
 
+    def expect_warning(self, words: str, timeout: float = 20.0) -> None:
+        """Wait for a warning with these words."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while not any(words in line.get("message", "") for line in self.lines):
+                assert self._changed.wait(deadline - time.monotonic()), (words, self.lines)
+
     def stop(self, number: int = signal.SIGTERM) -> None:
         """End it as a user does, in good order."""
         self.process.send_signal(number)
@@ -117,14 +124,16 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_a_network_that_does_not_answer_is_not_joined_yet(tmp_path: Path) -> None:
-    """It is said that nobody answers, and that the network is joined only when it is."""
+    """It is said that nobody answers; that the network is joined, and a relay announced there, only when it is."""
     port = free_port()
-    with node(tmp_path, "--bootstrap", f"127.0.0.1:{port}") as alone:
-        assert "no node" in alone.expect("warning")["message"]
-        assert "network-joined" not in [line["event"] for line in alone.lines]
+    with node(tmp_path, "--relay", "--bootstrap", f"127.0.0.1:{port}") as alone:
+        alone.expect_warning("no node of the network answers")
+        alone.expect_warning("cannot be found yet")
+        assert not {"network-joined", "relay-announced"} & {line["event"] for line in alone.lines}
         first = Shell(tmp_path, "").start("node", "--host", "127.0.0.1", "--port", str(port))
         try:
             assert alone.expect("network-joined", timeout=60)["nodes"] == 1
+            alone.expect("relay-announced", timeout=60)
         finally:
             first.kill()
             first.communicate()

@@ -53,6 +53,8 @@ class Announcer:
         self._drifts: deque[float] = deque(maxlen=MAX_DRIFTS)
         self._announced_at: dict[Address, float] = {}  # of the nodes in `relays`
         self._partial = False
+        self.has_succeeded = False
+        """Whether the last attempt did."""
 
     @property
     def relay_addresses(self) -> tuple[Address, ...]:
@@ -86,22 +88,23 @@ class Announcer:
             self._task = None
         told = dict.fromkeys((*(path.relay_address for path in self.relays), *self._asked))
         self.relays = self._asked = ()
+        self.has_succeeded = False
         await asyncio.gather(*map(self._unannounce, told))
 
     async def _run(self, attempted: asyncio.Event) -> None:
         self._wanted.clear()
-        succeeded = await self._guarded_cycle()
+        self.has_succeeded = await self._guarded_cycle()
         attempted.set()
         retry = FIRST_RETRY
         while not self._node.destroyed:  # as `stop` may not have been called
-            if succeeded:
+            if self.has_succeeded:
                 retry = FIRST_RETRY
                 await self._keep_alive()
             else:
                 await self._pause(retry)
                 retry = min(2 * retry, LAST_RETRY)
             self._wanted.clear()
-            succeeded = await self._guarded_cycle()
+            self.has_succeeded = await self._guarded_cycle()
 
     async def _pause(self, seconds: float) -> None:
         """Wait, or until a refresh is wanted."""

@@ -316,6 +316,11 @@ class RelayServer:
         """Announce the relay under a key pair (default: the node's) and serve. Raises ValueError as a server does."""
         await self._server.listen(key_pair)
 
+    @property
+    def is_announced(self) -> bool:
+        """Tell whether the last announcement succeeded; one that did not is tried again behind."""
+        return self._server.is_announced
+
     async def close(self) -> None:
         """Take the announcement back, end all links and connections."""
         if self._closed:

@@ -110,6 +110,11 @@ class Server:
         self._dht.servers.append(self)
         await self._announcer.start()
 
+    @property
+    def is_announced(self) -> bool:
+        """Tell whether the last announcement succeeded."""
+        return self._announcer is not None and self._announcer.has_succeeded
+
     def refresh(self) -> None:
         """Announce anew as soon as possible, as after a change of the network."""
         if self._announcer is not None:
