@@ -4,20 +4,26 @@
 other side.
 """
 
+import asyncio
 import os
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from p2pclaude.claude import PERMISSION_MODES, Launch, has_conversation
-from p2pclaude.errors import DataError, Refused
+from p2pclaude.errors import DataError, Refused, TryAgain
 from p2pclaude.sessionfile import Info
 
 DEFAULT_MAX_SESSIONS = 64
 """Sessions with a process that a daemon runs at once, unless an option says otherwise."""
 DEFAULT_PERMISSION_MODE = "acceptEdits"
 """As the TypeScript daemon's."""
+REACH_SECONDS = 5.0
+"""How long a directory is waited for: it may be on another machine, which is gone."""
+
+_threads = ThreadPoolExecutor(16, "directories")  # their own, as one that hangs is not given back
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,26 @@ class Launcher:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._looks: dict[Path, asyncio.Future[bool]] = {}
+
+    async def reach(self, directory: str | None) -> None:
+        """Wait until a directory answers, whatever it says, so that `spawn` and `resume` need not. Raises TryAgain.
+
+        However often it is asked for, one that hangs takes one thread.
+        """
+        path = self._settings.default_dir / (directory or "")
+        if (look := self._looks.get(path)) is None:
+            look = asyncio.get_running_loop().run_in_executor(_threads, os.access, path, os.F_OK)
+            self._looks[path] = look
+            look.add_done_callback(lambda look: self._seen(path, look))
+        done, _ = await asyncio.wait([look], timeout=REACH_SECONDS)
+        if not done:
+            raise TryAgain(f"Directory does not answer: {path}")
+
+    def _seen(self, path: Path, look: "asyncio.Future[bool]") -> None:
+        del self._looks[path]
+        if not look.cancelled():
+            look.exception()  # marks it as seen: it comes again when the directory is checked
 
     def spawn(self, spawn: Spawn, session_id: str) -> Launch:
         """Give what to start for a new session. Raises DataError, Refused or Unavailable."""

@@ -179,7 +179,10 @@ class SessionTable:
 
         A retry with the same session and message ids gives the session that the first attempt made.
         """
-        if (known := await self._spawned_before(spawn)) is not None:
+        if (known := await self._spawned_before(spawn)) is None:
+            await self._launcher.reach(spawn.directory)
+            known = await self._spawned_before(spawn)  # maybe meanwhile
+        if known is not None:
             return known
         session_id = self._check_id(spawn.session_id)
         launch = self._launcher.spawn(spawn, session_id)
@@ -197,6 +200,7 @@ class SessionTable:
         async with session.lifecycle:
             try:
                 with file_errors(session.path):
+                    await asyncio.to_thread(sync_directory, self._path)
                     await session.create()
                 seq = await self._start(session, launch, Event.SPAWNED, spawn)
             except BaseException:
@@ -403,6 +407,7 @@ class SessionTable:
             raise Refused("Session has ended")
         if session.is_damaged:
             raise DataError(f"the session cannot go on: {info.error}")
+        await self._launcher.reach(info.directory)
         os.close(await self._lock(session))  # what an earlier claude says in its transcript counts when it is gone
         await self._start(session, self._launcher.resume(info), Event.RESUMED)
 
@@ -453,7 +458,6 @@ class SessionTable:
             raise Refused("sessionId is taken")
         with file_errors(path):
             path.mkdir(mode=0o700, exist_ok=True)
-            sync_directory(self._path)
         session = self._sessions[info.session_id] = self._make(path, info)
         return session
 

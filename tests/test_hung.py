@@ -1,19 +1,28 @@
-"""What hangs in a thread, a disk or a name server, keeps no command from ending in its time."""
+"""What hangs, a disk or a name server, holds up nobody else, and keeps no command from ending in its time."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli.harness import environment
 from free_ports import free_port
+from sessions_kit import prepare, run, wait_for_state
 
+from p2pclaude import launcher
 from p2pclaude.daemon import SHUTDOWN_SECONDS
+from p2pclaude.errors import TryAgain
 from p2pclaude.hyperdht import KeyPair
+from p2pclaude.launcher import Spawn
 from p2pclaude.pairing import Pairing, format_url
+from p2pclaude.session import State
 
 HANG = """
 import socket, sys, time
@@ -95,3 +104,59 @@ def test_a_daemon_ends_with_a_disk_that_hangs(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_directory_that_hangs_holds_up_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+) -> None:
+    """As one on another machine that is gone: who asks for it is told so, and others are served meanwhile."""
+    place = prepare(tmp_path, monkeypatch)
+    gone, looks, answers = place.root / "gone", [0], threading.Event()
+    gone.mkdir()
+    answers.set()
+
+    def hanging(look: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(path: object, *rest: object) -> Any:
+            if str(path) == str(gone) and not answers.is_set():
+                looks[0] += 1
+                answers.wait(3)
+            return look(path, *rest)
+
+        return answer
+
+    monkeypatch.setattr(os, "access", hanging(os.access))
+    monkeypatch.setattr(os.path, "realpath", hanging(os.path.realpath))
+    new = Spawn(session_id="there", directory=str(gone), text="hello")
+    monkeypatch.setattr(launcher, "REACH_SECONDS", 0.3)
+
+    async def main() -> None:
+        async with place.table() as table:
+            if resumed:
+                await table.spawn(new)
+                await wait_for_state(table, "there", State.IDLE)
+                assert await table.find("there").sleep()
+            answers.clear()
+
+            async def ask() -> None:
+                if resumed:
+                    await table.send("there", "hello")
+                else:
+                    await table.spawn(new)
+
+            begin = time.monotonic()
+            asked = [asyncio.create_task(ask()) for _ in range(5)]
+            await asyncio.sleep(0.05)
+            assert time.monotonic() - begin < 1
+            for task in asked:
+                with pytest.raises(TryAgain, match="does not answer"):
+                    await task
+            assert looks == [1]
+            answers.set()
+            await ask()
+            await wait_for_state(table, "there", State.IDLE)
+
+    try:
+        run(main())
+    finally:
+        answers.set()
