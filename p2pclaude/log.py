@@ -168,6 +168,7 @@ class Log:
     def __init__(self, stream: TextIO | None = None, *, debug: bool = False) -> None:
         self._stream: TextIO | None = sys.stdout if stream is None else stream
         self._is_file = _has_descriptor(self._stream)
+        self._terminal = None if self._stream is None else _open_terminal(self._stream)
         self._kept = bytearray()  # whole lines, but for the first, whose beginning may be written
         self._lost = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -225,14 +226,15 @@ class Log:
             stream.write(self._kept.decode())
             stream.flush()
             return len(self._kept)
+        descriptor = stream.fileno() if self._terminal is None else self._terminal
         poll = select.poll()
-        poll.register(stream.fileno(), select.POLLOUT)
+        poll.register(descriptor, select.POLLOUT)
         if not poll.poll(max(deadline - time.monotonic(), 0.0) * 1000):
             return 0
         # Where there is room at all so much does not wait; whole lines, as others may write there too.
         end = self._kept.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
         try:
-            return os.write(stream.fileno(), self._kept[:end])
+            return os.write(descriptor, self._kept[:end])
         except BlockingIOError:
             return 0
 
@@ -254,6 +256,18 @@ def _has_descriptor(stream: TextIO | None) -> bool:
         return stream is not None and stream.fileno() >= 0
     except (OSError, ValueError):
         return False
+
+
+def _open_terminal(stream: TextIO) -> int | None:
+    """Open the terminal that a stream is, so that no write waits: there is none that surely does not, as with pipes.
+
+    The stream's own description is that of other programs too, the shell among them, and stays as it is.
+    """
+    try:
+        path = os.ttyname(stream.fileno())
+        return os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return None
 
 
 def _line(event: Event | NodeEvent, fields: Mapping[str, Field]) -> bytes:

@@ -151,6 +151,24 @@ def test_the_end_waits_a_little_for_a_slow_reader(monkeypatch: pytest.MonkeyPatc
         assert b'"seq": 999}' in rest.read()
 
 
+def test_nothing_waits_for_a_terminal_that_shows_nothing() -> None:
+    """As one at the other end of a connection that stalls: it may have room for less than a line."""
+    master, terminal = os.openpty()
+
+    def give_up() -> None:
+        os.close(master)  # whoever waits for the terminal hears of it
+
+    timer = threading.Timer(10, give_up)
+    timer.start()
+    with os.fdopen(terminal, "w") as stream:
+        log = Log(stream)
+        for number in range(5000):
+            log(Event.MESSAGE, session="s", seq=number)
+    timer.cancel()
+    timer.join()
+    os.close(master)
+
+
 def test_a_terminal_that_is_gone_costs_the_log_alone() -> None:
     master, terminal = os.openpty()
     with os.fdopen(terminal, "w") as stream:
