@@ -6,6 +6,7 @@ import pytest
 from udx_pair import Link, Pair, noise
 
 from p2pclaude.hyperdht.udx.packet import DATA, HEADER, MAGIC, SACK, SEQ_MASK, encode_sack
+from p2pclaude.hyperdht.udx.receiver import MAX_SACK_RANGES
 from p2pclaude.hyperdht.udx.recovery import DELIVERED
 from p2pclaude.hyperdht.udx.stream import DataReceived, UdxStream
 
@@ -146,6 +147,39 @@ def test_what_has_no_ranges_does_not_hide_what_a_sack_before_it_said(kind: int, 
     header = HEADER.pack(MAGIC, kind, 0, stream.local_id, 1 << 20, FIRST & SEQ_MASK, (FIRST + ack) & SEQ_MASK)
     stream.receive_datagrams([said, header + b"answer" if kind else header], 9.0)
     assert held(stream)[:2] == (8, [12, 13, 14])
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("ranges", [[], [(FIRST + 12, FIRST + 15)]])
+def test_a_window_that_is_again_what_it_was_is_read_in_data(ranges: list[tuple[int, int]], together: bool) -> None:
+    """It was another one in an acknowledgement between, and the peer's own data says no more than that."""
+    stream = sender()
+    window = 1 << 20
+    header = HEADER.pack(MAGIC, DATA, 0, stream.local_id, window, FIRST & SEQ_MASK, (FIRST + 4) & SEQ_MASK)
+    less = sack(stream, FIRST + 4, 1000, ranges) if ranges else bare(stream, FIRST + 4, 1000)
+    batches = [[less, header + b"answer"]] if together else [[less], [header + b"answer"]]
+    for batch in batches:
+        stream.receive_datagrams(batch, 9.0)
+    assert stream.sender.peer_window == window
+
+
+def test_an_acknowledgement_of_what_was_never_sent_brings_no_window() -> None:
+    """Or no later packet with that number would bring one: libudx looks in this order too."""
+    stream = sender()
+    stream.receive_datagrams([bare(stream, FIRST + PACKETS + 1, 5)], 9.0)
+    assert stream.sender.stats.bad_acks == 1
+    assert stream.sender.peer_window == 1 << 20
+    stream.receive_datagrams([bare(stream, FIRST + 4, 1 << 21)], 9.0)
+    assert stream.sender.peer_window == 1 << 21
+
+
+def test_as_many_ranges_are_read_as_a_peer_sends() -> None:
+    """More cost processor time only: libudx sends 50 at most, and this library `MAX_SACK_RANGES`."""
+    stream = sender()
+    ranges = [(FIRST + 2 * number, FIRST + 2 * number + 1) for number in range(3, MAX_SACK_RANGES + 40)]
+    stream.receive_datagrams([sack(stream, FIRST + 4, 1 << 20, ranges)], 9.0)
+    assert len(stream._last_ranges) == MAX_SACK_RANGES
+    assert held(stream)[1] == [*range(6, PACKETS, 2)]
 
 
 def sack(stream: UdxStream, ack: int, window: int, ranges: list[tuple[int, int]]) -> bytes:

@@ -131,8 +131,8 @@ class Sender:
     # -- acknowledgements
 
     def update_window(self, window: int, seq: int, ack: int, now: float) -> None:
-        """Take the peer's window unless an older packet brought it (the rule of RFC 9293 3.10.7.4)."""
-        if ack < self.acked_below:
+        """Take the peer's window unless an older or impossible packet brought it (the rule of RFC 9293 3.10.7.4)."""
+        if not self.acked_below <= ack <= self.next_seq:
             return
         if self._window_from[0] < seq or (self._window_from[0] == seq and self._window_from[1] <= ack):
             self._window_from = (seq, ack)

@@ -251,6 +251,8 @@ class UdxStream:
                 unacked = (next_seq - ack) & SEQ_MASK
                 latest = data, kind, window, seq, ack
                 ranged = kind == SACK
+                if window != last_window:
+                    last_ack = -1  # what comes with the window of before says something new
                 self.stats.packets += 1
                 self.stats.bytes += size
                 continue
@@ -329,10 +331,12 @@ class UdxStream:
             return
         if kind & SACK:
             # Most ranges are those of the packet before, and there may be dozens.
-            ranges, known, near = decode_sack(data), self._last_ranges, sender.acked_below
+            ranges, known, near = decode_sack(data)[:MAX_SACK_RANGES], self._last_ranges, sender.acked_below
             news = [(unwrap(pair[0], near), unwrap(pair[1], near)) for pair in ranges if pair not in known]
             sender.receive_sack(news, now)
             self._last_ranges = set(ranges)
+            if window != self._last_window:
+                self._last_ack = -1  # a packet with the window of before says something new
         elif ack == sender.acked_below and window == sender.peer_window:
             self._last_ack, self._last_window = wire_ack, window
 
