@@ -4,7 +4,7 @@ import asyncio
 from random import Random
 
 import pytest
-from sim import run
+from sim import Nat, run
 from sim_dht import ask, echo, eventually
 from sim_peers import receive_all, seeds, send_random
 from sim_relay import Place, Side, relay_place
@@ -275,6 +275,31 @@ def test_a_peer_dies() -> None:
             assert await eventually(lambda: _gone(place), 30)
             initiator.connection.abort()
             nat.up = True
+
+    run(main(), seed=1)
+
+
+@pytest.mark.parametrize("mover", [1, 2])
+def test_a_stream_through_the_relay_goes_on_when_a_peer_gets_another_address(mover: int) -> None:
+    """The peer's connection to the relay shows that it is the same one."""
+
+    async def main() -> None:
+        async with relay_place(1) as place:
+            sides = await place.linked()
+            await asyncio.gather(*(side.connection.wait_opened() for side in sides))
+            net = place.network.net
+            nat = net.internet.nodes[f"6.0.0.{mover}"]
+            assert isinstance(nat, Nat)
+            for moves in range(2):
+                nat.rebind(f"6.0.0.{10 + mover + 10 * moves}")
+                for one, two in (sides, sides[::-1]):
+                    rng = net.random(f"body {moves}")
+                    async with asyncio.timeout(12):
+                        sent = send_random(one.connection, 50_000, rng)
+                        said, heard = await asyncio.gather(sent, receive_all(two.connection, 50_000))
+                    assert said == heard
+                await asyncio.sleep(20)
+            assert not any(side.lost or side.connection.closed for side in sides)
 
     run(main(), seed=1)
 

@@ -119,23 +119,24 @@ RelayEvent = ClientConnected | ClientGone | ClientRefused | LinkOpened | LinkClo
 class _RelayStream(Stream):
     """One client's end of a link: packets from the client's host go to the other end as they are."""
 
-    __slots__ = ("_held", "_last", "_remote_id", "host", "link")
+    __slots__ = ("_client", "_held", "_last", "_remote_id", "link")
 
     def __init__(self, streams: StreamSet, core: UdxStream) -> None:
         super().__init__(streams, core)
-        self.host = ""
+        self._client: Connection | None = None
         self.link: _Link | None = None
         self._remote_id = 0
         self._held: deque[bytes] = deque(maxlen=MAX_HELD)
         self._last: bytes | None = None  # the packet that is furthest on: repeated ones are behind
 
-    def join(self, link: "_Link", remote_id: int, host: str) -> None:
-        """Belong to a link: packets out are addressed to `remote_id`, packets in have to come from `host`."""
-        self.link, self._remote_id, self.host = link, remote_id, host
+    def join(self, link: "_Link", remote_id: int, client: Connection) -> None:
+        """Belong to a link: packets out are addressed to `remote_id`, packets in have to come from `client`'s host."""
+        self.link, self._remote_id, self._client = link, remote_id, client
 
     def accepts(self, socket: Socket, source: Address) -> bool:
         """Let the client's host in, and take the way it uses for the way back."""
-        if source[0] != self.host:
+        client = None if self._client is None else self._client.remote_address  # which may have moved
+        if client is None or source[0] != client[0]:
             return False
         if socket is not self.socket or source != self.address:
             self.socket, self.address = socket, source
@@ -221,8 +222,7 @@ class _Link:
         self.clients = (halves[0].session, halves[1].session)
         self.streams = server.create_streams()
         for stream, half in zip(self.streams, halves, strict=True):
-            address = half.session.connection.remote_address
-            stream.join(self, half.message.id, "" if address is None else address[0])
+            stream.join(self, half.message.id, half.session.connection)
         self._expiry: asyncio.TimerHandle | None = None
         if (seconds := server.limits.link_seconds) is not None:
             self._close_after(seconds, "seconds")
