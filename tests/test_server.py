@@ -306,6 +306,31 @@ def test_who_waits_for_a_turn_when_the_server_ends_does_not_come_in(end: str) ->
     run(main(), seed=1)
 
 
+def test_who_comes_again_after_the_server_slept_gets_a_new_answer() -> None:
+    """The one of before names a stream that is gone, and is kept for some time."""
+
+    async def main() -> None:
+        async with swarm(1, 8) as network:
+            loop = asyncio.get_running_loop()
+            node, _ = await place(network, False)
+            host = network.net.host("5.8.0.2")
+            client = await network.join(host)
+            server = await serve(node, node.key_pair)
+            network.net.intercept = lambda packet: packet.destination[0] == host.addresses[0] and bool(server._answers)
+            attempt = asyncio.create_task(client.connect(server.public_key, timeout=DEADLINE))
+            while not server._slots:
+                await asyncio.sleep(0.01)
+            await node.suspend()
+            await node.resume()
+            network.net.intercept = None
+            started = loop.time()
+            async with await attempt as connection:
+                assert await ask(connection, b"hello") == b"hello"
+            assert loop.time() - started < 5
+
+    run(main(), seed=1)
+
+
 def test_a_client_that_cannot_be_answered_leaves_nothing_behind() -> None:
     """The socket to punch from is there already when something else fails."""
 

@@ -86,6 +86,10 @@ class ExpiringMap(Generic[Key, Value]):
         """Remove an entry; False if there was none."""
         return self._entries.pop(key, None) is not None
 
+    def clear(self) -> None:
+        """Drop all entries, silently."""
+        self._entries.clear()
+
     def expire(self, now: float) -> None:
         """Drop all entries that are too old: call it now and then, `set` does."""
         while self._entries:

@@ -141,6 +141,7 @@ class Server:
 
     async def resume(self) -> None:
         """Announce again."""
+        self._answers.clear()  # they name streams that are gone
         if self._announcer is not None and not self.closed:
             await self._announcer.start()
 
