@@ -8,9 +8,12 @@ from sim import Dependence, Host, PortChoice, SimNetwork, run
 from sim_dht import Swarm, echo, swarm
 
 from p2pclaude.hyperdht import pending
+from p2pclaude.hyperdht.announcer import Announcer
+from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import HolepunchError, HyperDHTError
 from p2pclaude.hyperdht.holepunch import ClientHolepunch
+from p2pclaude.hyperdht.noise import NoiseIK
 from p2pclaude.hyperdht.udx.packet import PREFIX
 
 
@@ -109,5 +112,26 @@ def test_a_client_that_gives_up_frees_the_server_soon() -> None:
                 await client.connect(server.public_key)
             await asyncio.sleep(pending.HANDSHAKE_TIMEOUT + 16)
             assert is_clean(server_node) and is_clean(client)
+
+    run(main(), seed=1)
+
+
+def test_probes_begin_in_the_moment_in_which_the_time_is_over() -> None:
+    """Then it is over; the round is answered all the same."""
+
+    async def main() -> None:
+        async with swarm(1, 4) as network:
+            node = await network.join(network.net.host("5.8.0.1"))
+            announcer = Announcer(node.node, node.key_pair)
+            keys = [KeyPair.generate(network.net.random(f"key {number}")) for number in range(4)]
+            initiator = NoiseIK.initiator(keys[0], keys[1].public_key, keys[2])
+            responder = NoiseIK.responder(keys[1], keys[3])
+            responder.read_message(initiator.write_message(b""))
+            client = pending.PendingClient(node, announcer, keys[1].public_key, responder, None)
+            waiting = asyncio.create_task(client.wait_opened())
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_later(pending.HANDSHAKE_TIMEOUT, client._on_punch)
+            assert not await waiting
+            assert asyncio.get_running_loop().time() < pending.PUNCH_TIMEOUT
 
     run(main(), seed=1)

@@ -114,7 +114,7 @@ class PendingClient:
         return None if self._holepunch is None else await self._holepunch.handle(message, request)
 
     def _on_punch(self) -> None:
-        if self._deadline is not None:
+        if self._deadline is not None and not self._deadline.expired():
             self._deadline.reschedule(asyncio.get_running_loop().time() + PUNCH_TIMEOUT)
 
     async def wait_opened(self) -> bool:
