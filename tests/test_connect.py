@@ -5,12 +5,14 @@ import asyncio
 import pytest
 from sim import Host, run
 from sim.realm import Packet
-from sim_dht import Swarm, ask, serve, swarm
+from sim_dht import DEADLINE, Swarm, ask, serve, swarm
 
 from p2pclaude.hyperdht import handshaking as module
+from p2pclaude.hyperdht.connect import MAX_CANDIDATES
 from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
+from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import DecodeError, HolepunchError, HyperDHTError, PeerConnectionFailed, PeerNotFound
 from p2pclaude.hyperdht.messages import Peer, Request, decode_message, encode_peer
 from p2pclaude.hyperdht.query import Query
@@ -260,3 +262,24 @@ def test_a_server_comes_towards_a_client_whose_address_no_nat_changes(
             assert senders[0] == ("client" if natted else "server")
 
     run(main())
+
+
+def test_a_server_that_names_many_addresses_has_few_of_them_pinged() -> None:
+    """Behind the same NAT, where each may be the server's: else it could have a client search the whole network."""
+
+    async def main() -> None:
+        async with swarm(1, 8) as network:
+            nat = network.net.nat("5.9.0.1")
+            nat.hairpin = True
+            server_node, client = [await network.join(nat.host(f"192.168.1.{n}")) for n in (2, 3)]
+            await asyncio.sleep(5)
+            named = tuple((f"192.168.7.{number}", 22) for number in range(150))
+            server_node.own_addresses = lambda: named  # type: ignore[method-assign]
+            server = await serve(server_node, server_node.key_pair)
+            asked: set[Address] = set()
+            network.net.observe = lambda _, packet: asked.add(packet.destination)
+            async with await client.connect(server.public_key, timeout=DEADLINE) as connection:
+                assert await ask(connection, b"hello") == b"hello"
+            assert 0 < len(asked & set(named)) <= MAX_CANDIDATES
+
+    run(main(), seed=1)

@@ -43,6 +43,7 @@ PATH_TIMEOUT: Final = 10.0  # as long as a server keeps the stream of a handshak
 LAST_CHANCE: Final = 1.0
 NEAR_HEAD_START: Final = 0.02  # seconds for the first packet to reach a neighbour, before a hole is punched to it
 RESERVED: Final = ipv4_number("240.0.0.0")  # and above
+MAX_CANDIDATES: Final = 32  # addresses of a server that are tried; a host may have many interfaces
 MAX_PUNCHES: Final = 3
 TRY_LATER_PAUSE: Final = (2.0, 4.0)  # seconds
 
@@ -314,7 +315,7 @@ class Attempt:
             from ipaddress import IPv4Address
 
             candidates += [address for address in named if IPv4Address(address[0]).is_global]
-        return list(dict.fromkeys([*candidates, shaken.server_address]))
+        return list(dict.fromkeys([*candidates[:MAX_CANDIDATES], shaken.server_address]))
 
     def _distance(self, address: Address) -> int:
         """Return how far an address is from ours: a small number for one in the same network."""
