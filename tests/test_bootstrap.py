@@ -109,6 +109,39 @@ def test_a_name_beside_an_address_is_a_fallback() -> None:
     run(main())
 
 
+def test_fallbacks_are_looked_up_beside_names_that_take_their_time() -> None:
+    """The lookup under way may have been begun for another query, which still has nodes to ask."""
+    asked: list[str] = []
+
+    async def resolve(host: str) -> str:
+        asked.append(host)
+        await asyncio.sleep(3 if host == "slow.example" else 1)
+        return "2.2.2.2" if host == "moved.example" else "3.3.3.3"
+
+    async def main() -> None:
+        nodes = Bootstrap(["slow.example:1", "1.1.1.1@moved.example:7"], resolve)
+        first = nodes.lookup(fallbacks=False)
+        await asyncio.sleep(0.5)
+        lookup = nodes.lookup(fallbacks=True)
+        assert lookup is not None and nodes.lookup(fallbacks=True) is nodes.lookup(fallbacks=False) is lookup
+        await lookup
+        assert nodes.known() == [("1.1.1.1", 7), ("2.2.2.2", 7)]
+        assert first is not None
+        await first
+        assert nodes.known() == [("3.3.3.3", 1), ("1.1.1.1", 7), ("2.2.2.2", 7)]
+        assert asked == ["slow.example", "moved.example"]
+        nodes = Bootstrap(["slow.example:1", "1.1.1.1@moved.example:7"], resolve)
+        lookups = [nodes.lookup(fallbacks=fallbacks) for fallbacks in (False, True)]
+        await nodes.close()
+        assert all(lookup is not None and lookup.cancelled() for lookup in lookups)
+        again = nodes.lookup(fallbacks=True)
+        assert again is not None
+        await again
+        assert asked[2:] == ["slow.example", "moved.example"]
+
+    run(main())
+
+
 def test_a_name_server_that_is_silent_holds_nobody_for_ever() -> None:
     async def resolve(host: str) -> str:
         await asyncio.Event().wait()

@@ -6,6 +6,7 @@ already under way. Source of the string forms and of the public network: dht-rpc
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from socket import AF_INET, inet_pton
 from typing import Final
@@ -75,7 +76,7 @@ class Bootstrap:
     ) -> None:
         self._resolve = resolve
         self._remembered = remembered
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []  # lookups under way
         self._entries = []
         for node in nodes:
             host, name, port = parse_node(node)
@@ -90,18 +91,18 @@ class Bootstrap:
         return list(dict.fromkeys((*found, *self._remembered)))
 
     def lookup(self, *, fallbacks: bool) -> asyncio.Task[None] | None:
-        """Begin to look up the names due, or join the lookup under way; None if there is nothing to look up.
+        """Begin to look up the names due, or else join a lookup under way; None if there is nothing to look up.
 
         Only with `fallbacks` are those taken whose address is given too (it did not answer).
         """
-        if self._task is not None and not self._task.done():
-            return self._task
         now = asyncio.get_running_loop().time()
         due = [e for e in self._entries if e.name and (fallbacks or e.address is None) and now >= e.next_try]
-        if not due:
-            return None
-        self._task = asyncio.create_task(self._look_up(due))
-        return self._task
+        self._tasks = [task for task in self._tasks if not task.done()]
+        if due:
+            for entry in due:
+                entry.next_try = math.inf  # while it is looked up
+            self._tasks.append(asyncio.create_task(self._look_up(due)))
+        return self._tasks[-1] if self._tasks else None
 
     async def _look_up(self, entries: list[_Entry]) -> None:
         await asyncio.gather(*map(self._look_up_one, entries))
@@ -118,6 +119,10 @@ class Bootstrap:
 
     async def close(self) -> None:
         """Give up a lookup under way, and those that queries begin because it ended without a result."""
-        while self._task is not None and not self._task.done():
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        while tasks := [task for task in self._tasks if not task.done()]:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        for entry in self._entries:
+            if entry.next_try == math.inf:
+                entry.next_try = 0.0
