@@ -381,9 +381,16 @@ class Connection:
             self._stream.end()
 
     def _arm_keep_alive(self) -> None:
-        """Send an empty message when nothing was written for the interval: NATs forget idle flows."""
-        if not self._keep_alive or self.closed or self._ended:
+        """Send an empty message when nothing was written for the interval: NATs forget idle flows, and peers die.
+
+        Behind the own end no message can be sent; the stream asks instead, or who still reads would wait for ever.
+        """
+        if not self._keep_alive or self.closed:
             return
         if self._loop.time() >= self._last_write + self._keep_alive:
-            self._send(b"")
+            if self._ended:
+                self._last_write = self._loop.time()
+                self._stream.ask()
+            else:
+                self._send(b"")
         self._keep_alive_timer = self._loop.call_at(self._last_write + self._keep_alive, self._arm_keep_alive)

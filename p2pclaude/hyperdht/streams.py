@@ -7,6 +7,7 @@ move between sockets and addresses (hole punching, relays). One timer serves all
 import asyncio
 import heapq
 import logging
+import math
 import random
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -130,10 +131,20 @@ class Stream:
         self.core.end()
         self._flush_soon()
 
+    def ask(self) -> None:
+        """Have the peer show that it is there, though there is nothing to send."""
+        self.core.liveness.ask(self._streams.now())
+        self._streams.schedule(self)
+
     def destroy(self) -> None:
         """Break the stream off; the peer is told, several times."""
         self.core.destroy()
         self.flush()
+
+    def say_again(self) -> None:
+        """Say once more what was to be repeated later, as nobody will be here then: a single packet gets lost."""
+        if self.core.closed and self.socket is not None and self.address is not None:
+            self.socket.send(self.core.datagrams_to_send(math.inf), self.address)
 
     def is_way(self, socket: "Socket", source: Address) -> bool:
         """Tell whether this is the stream's own way at present."""
@@ -283,6 +294,7 @@ class StreamSet:
         """Break off and forget every stream."""
         for stream in list(self._by_id.values()):
             stream.destroy()
+            stream.say_again()
             self.discard(stream)
         self._deadlines.clear()
         if self._alarm is not None:

@@ -17,6 +17,7 @@ from typing import Final
 from .ackrepeat import AckRepeat
 from .burst import BurstHeader
 from .events import Closed, DataReceived, Drained, EndReceived, Event, MessageReceived
+from .liveness import Liveness
 from .mtu import BASE_MTU
 from .packet import (
     DATA,
@@ -37,7 +38,7 @@ from .packet import (
     unwrap,
 )
 from .receiver import MAX_AHEAD, MAX_SACK_RANGES, Receiver
-from .sender import Sender
+from .sender import GIVE_UP_S, Sender
 from .stats import Stats
 
 __all__ = ["Closed", "DataReceived", "Drained", "EndReceived", "Event", "MessageReceived", "UdxStream"]
@@ -87,6 +88,7 @@ class UdxStream:
         self._drain_wanted = False
         self._ack_due = False  # also set before the peer is known: it leaves on connect
         self._ack_repeat = AckRepeat()
+        self.liveness = Liveness()  # asked where there is nothing to send: without an answer the path is dead
         self._came_twice = False  # in this batch
         self._end_told = False
         self._last_heard = 0.0
@@ -446,8 +448,11 @@ class UdxStream:
             return self._destroy_times[0] if self._destroy_times else self._finish_at
         if not self.connected:
             return None
-        timer, again = self._sender.get_timer(), self._ack_repeat.at
-        return timer if again is None or (timer is not None and timer < again) else again
+        timer = self._sender.get_timer()
+        for other in (self._ack_repeat.at, self.liveness.at):
+            if other is not None and (timer is None or other < timer):
+                timer = other
+        return timer
 
     def handle_timer(self, now: float) -> None:
         """Act on what is due at `now`; then call `datagrams_to_send`."""
@@ -460,7 +465,8 @@ class UdxStream:
         self._ack_due |= self._ack_repeat.handle_timer(now)
         sender = self._sender
         sender.handle_timer(now, self._last_heard)
-        if not sender.give_up:
+        sender.window_probe.due |= self.liveness.handle_timer(self._last_heard, now)
+        if not sender.give_up and self.liveness.silence(now) < GIVE_UP_S:
             return
         if self._end_told and sender.only_end_unacked:
             # The peer has all data and ended itself; it closed and forgot the stream before this END reached it.
