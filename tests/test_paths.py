@@ -15,7 +15,8 @@ from sim_peers import seeds
 from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
-from p2pclaude.hyperdht.errors import HolepunchError
+from p2pclaude.hyperdht.errors import ConnectionClosed, HolepunchError
+from p2pclaude.hyperdht.paths import LOST_GRACE
 from p2pclaude.hyperdht.relayserver import RelayServer
 
 RELAY = "5.8.8.8"
@@ -249,3 +250,23 @@ def test_a_link_that_was_not_needed_is_given_back(seed: int) -> None:
             assert await ask(connection, b"hello") == b"hello"
 
     run(main(), seed=seed)
+
+
+def test_a_relay_that_leaves_is_missed_soon() -> None:
+    """It ends its connections to both peers, and says nothing on the stream, as those of blind-relay do."""
+
+    async def main() -> None:
+        async with pair(1, "random", "random") as place:
+            connection = await place.client.connect(place.key, timeout=DEADLINE)
+            assert connection.how == "relayed" and await ask(connection, b"hello") == b"hello"
+            await asyncio.sleep(20)
+            await next(node for node in place.network.joined if node.local_addresses == [RELAY]).destroy()
+            async with asyncio.timeout(LOST_GRACE + 1):
+                with pytest.raises(ConnectionClosed, match="the relay ended the link"):
+                    await connection.read()
+            await asyncio.sleep(1)
+            assert not place.server_node.handlers
+            await asyncio.sleep(30)
+            assert place.is_clean()
+
+    run(main(), seed=1)

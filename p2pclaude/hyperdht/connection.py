@@ -257,6 +257,12 @@ class Connection:
         """The bytes kept for the reader, those of a frame that is not complete yet included."""
         return self._unread + (0 if self._secret is None else self._secret.buffered)
 
+    def fail(self, reason: str) -> None:
+        """Break the connection off because its way is gone; what was received can still be read."""
+        if not self.closed:
+            self._finish(reason)
+            self._stream.destroy()
+
     def limit_frames(self, max_bytes: int) -> None:
         """Break the connection off when the peer announces a larger frame: what a stranger can make us keep."""
         if self._secret is not None:

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 UPGRADE_CHECK: Final = 2.0  # seconds after the move from a relay until a direct way must carry an answer again,
 UPGRADE_ANSWER: Final = 1.5  # and the time it has for that
 UPGRADE_LINGER: Final = 5.0  # seconds for which the server keeps the relay longer than the client
+LOST_GRACE: Final = 4.0  # seconds for a packet on another way, once the relay in use has ended the link: a keep-alive
 TRIES: Final = (0.0, 0.1, 0.3, 0.6)  # seconds at which a way is tried, since packets get lost
 MIGRATION_SILENCE: Final = 0.5  # seconds in which packets come from elsewhere only
 SETTLE_INTERVAL: Final = 0.1
@@ -124,8 +125,22 @@ class Paths:
             link.close()  # a direct way was faster
             return
         self._link = link
+        link.on_lost = lambda: self._lose(link)
         if self._stream.address is None or not self._stream.core.received_any:
             self._take_relay(link)
+
+    def _lose(self, link: RelayLink) -> None:
+        """Do not wait for the peer's silence to show that nothing comes through the relay any more."""
+        self._stream.heard = False
+        asyncio.get_running_loop().call_later(LOST_GRACE, self._give_up, link)
+
+    def _give_up(self, link: RelayLink) -> None:
+        if not self._is_on(link) or self._connection.closed or not self._connection.opened:
+            return
+        if self._stream.heard:  # the link's last packets, as it ends a little later
+            self._lose(link)
+        else:
+            self._connection.fail("the relay ended the link to the peer")
 
     def _is_on(self, link: RelayLink) -> bool:
         socket, address = self._stream.socket, self._stream.address

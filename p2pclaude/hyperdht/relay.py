@@ -145,7 +145,7 @@ class RelayLink:
         if self.closed:
             return
         self.closed = True
-        self._stream.on_forgotten = None
+        self._stream.on_forgotten = self.on_lost = None
         self._client.unpair(self._token)
         self._closing = asyncio.get_running_loop().create_task(self._client.close())
 
