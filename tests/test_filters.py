@@ -148,6 +148,25 @@ def test_a_cancelled_filter_is_ended(tmp_path: Path) -> None:
     eventually_gone(asyncio.run(main()))
 
 
+def test_a_filter_that_is_cancelled_twice_is_killed(tmp_path: Path) -> None:
+    """The request is answered by another, and at once the tool itself is interrupted."""
+
+    async def main() -> int:
+        pid = tmp_path / "pid"
+        command = f"trap '' TERM; echo $$ >{quote(str(pid))}; while :; do sleep 1; done"
+        task = asyncio.create_task(run_filter(command, REQUEST, 60))
+        while not (pid.exists() and pid.read_text()):
+            await asyncio.sleep(0.02)
+        task.cancel()
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return int(pid.read_text())
+
+    eventually_gone(asyncio.run(main()))
+
+
 def test_a_large_request_reaches_a_filter_that_reads_it_and_one_that_does_not() -> None:
     large = {**REQUEST, "input": {"content": "x" * (1 << 20)}}
     assert decide("wc -c >&2; exit 1", request=large).answer == {"behavior": "deny"}

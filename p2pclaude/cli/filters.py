@@ -105,12 +105,19 @@ async def _read(reader: asyncio.StreamReader, output: bytearray) -> None:
 
 async def _end(process: asyncio.subprocess.Process, waiting: asyncio.Task[int]) -> None:
     """End a filter and, when it has had the time for it, what it started and left."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
+    try:
+        _signal(process, signal.SIGTERM)
         await asyncio.wait({waiting}, timeout=KILL_SECONDS)
+    finally:  # also when this is cancelled once more: then there is no more time for it
+        _signal(process, signal.SIGKILL)
+        await asyncio.wait({waiting}, timeout=KILL_SECONDS)
+
+
+def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
 
 
 def judge(status: int, output: bytes) -> Verdict:
