@@ -426,20 +426,19 @@ class SessionTable:
             await asyncio.sleep(0.05)
 
     async def _spawned_before(self, spawn: Spawn) -> tuple[Session, int] | None:
-        session = self._sessions.get(spawn.session_id or "")
-        if session is None or spawn.message_id is None:
-            return None
-        async with session.lifecycle:  # the first attempt may be under way
-            if session.info.session_id not in self._sessions:
+        while (session := self._sessions.get(spawn.session_id or "")) is not None and spawn.message_id is not None:
+            async with session.lifecycle:  # the first attempt may be under way
+                if self._sessions.get(session.info.session_id) is not session:
+                    continue  # it has failed, and another attempt may have begun since
+                journal = await self.open_journal(session)
+                seq = session.seq_of(spawn.message_id)
+                if seq is not None:
+                    await journal.synced(seq)
+                    return session, seq
+                if journal.last_seq == 0 and not session.is_live:  # a crash cut the first attempt short
+                    await session.remove(ignore_errors=True)
+                    del self._sessions[session.info.session_id]
                 return None
-            journal = await self.open_journal(session)
-            seq = session.seq_of(spawn.message_id)
-            if seq is not None:
-                await journal.synced(seq)
-                return session, seq
-            if journal.last_seq == 0 and not session.is_live:  # a crash cut the first attempt short
-                await session.remove(ignore_errors=True)
-                del self._sessions[session.info.session_id]
         return None
 
     def _check_id(self, session_id: str | None) -> str:

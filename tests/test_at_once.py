@@ -1,0 +1,64 @@
+"""Two operations at once on one session: retries of a spawn, a message beside a claude that ends."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sessions_kit import Place, prepare, read_results, run
+
+from p2pclaude.claude import ClaudeProcess
+from p2pclaude.errors import Unavailable
+from p2pclaude.launcher import Spawn
+from p2pclaude.sessions import SessionTable
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Give a place to run sessions in."""
+    return prepare(tmp_path, monkeypatch)
+
+
+async def spawn_thrice(table: SessionTable) -> list[Any]:
+    """Spawn as a client does whose connection is lost twice while the first attempt is under way."""
+    spawn = Spawn(session_id="s", text="once", message_id="m")
+    return await asyncio.gather(*(table.spawn(spawn) for _ in range(3)), return_exceptions=True)
+
+
+def test_retries_at_once_of_a_spawn_cut_short_by_a_crash_give_one_session(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(Spawn(session_id="s"))
+        async with place.table() as table:
+            found = await spawn_thrice(table)
+            assert found == [(table.find("s"), 1)] * 3
+            async with asyncio.timeout(20):
+                await read_results(table, "s")
+        assert place.messages() == ["once"]
+
+    run(main())
+
+
+def test_retries_at_once_of_a_spawn_whose_first_attempt_fails_give_one_session(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, attempts = ClaudeProcess.start, iter(range(9))
+
+    async def fail_first(*args: Any, **options: Any) -> ClaudeProcess:
+        if next(attempts) == 0:
+            await asyncio.sleep(0.1)  # the others come
+            raise Unavailable("no")
+        return await start(*args, **options)
+
+    monkeypatch.setattr(ClaudeProcess, "start", fail_first)
+
+    async def main() -> None:
+        async with place.table() as table:
+            failed, *found = await spawn_thrice(table)
+            assert isinstance(failed, Unavailable)
+            assert found == [(table.find("s"), 1)] * 2
+            async with asyncio.timeout(20):
+                await read_results(table, "s")
+        assert place.messages() == ["once"]
+
+    run(main())
