@@ -376,7 +376,7 @@ class SessionTable:
             self._starting.discard(session)
             if lock is not None:
                 os.close(lock)
-        await session.save()
+        # Nothing is waited for from here on: whoever accepts a message next shall find claude alive, or hear of it.
         self._log(
             event,
             session=session.info.session_id,

@@ -1,15 +1,17 @@
 """Two operations at once on one session: retries of a spawn, a message beside a claude that ends."""
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sessions_kit import Place, prepare, read_results, run
+from sessions_kit import Place, prepare, read_results, run, wait_for_state
 
 from p2pclaude.claude import ClaudeProcess
 from p2pclaude.errors import Unavailable
 from p2pclaude.launcher import Spawn
+from p2pclaude.session import Session, State
 from p2pclaude.sessions import SessionTable
 
 
@@ -60,5 +62,37 @@ def test_retries_at_once_of_a_spawn_whose_first_attempt_fails_give_one_session(
             async with asyncio.timeout(20):
                 await read_results(table, "s")
         assert place.messages() == ["once"]
+
+    run(main())
+
+
+def test_a_message_beside_a_claude_that_ends_as_soon_as_it_is_resumed_is_not_left_in_a_dormant_session(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Session.save
+
+    async def end_in_between(session: Session) -> None:
+        process = session._process
+        if session.state == State.IDLE and process is not None and next(endings, False):
+            stdin = process._stdin()
+            assert stdin is not None
+            stdin.close()  # it ends with status 0
+            while session.pid is not None:
+                await asyncio.sleep(0.01)
+        await save(session)
+
+    endings: Iterator[bool] = iter(())
+    monkeypatch.setattr(Session, "save", end_in_between)
+
+    async def main() -> None:
+        nonlocal endings
+        async with place.table() as table:
+            await table.spawn(Spawn(session_id="s", text="first"))
+            await read_results(table, "s")
+        async with place.table() as table:
+            endings = iter([True] * 3)
+            await table.send("s", "second")
+            async with asyncio.timeout(20):
+                await wait_for_state(table, "s", State.IDLE, State.FAILED)  # as it ends before or after its turn
 
     run(main())
