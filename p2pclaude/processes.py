@@ -32,6 +32,8 @@ TERM_SECONDS: Final = 0.4
 """From SIGTERM to SIGKILL."""
 END_SECONDS: Final = 1.2
 """After that it is given up: a process may start others faster than they are ended, or hang in the kernel."""
+KILL_LOOKS: Final = 5
+"""How often `kill_leftovers` looks, at the most."""
 REAP_SECONDS: Final = 2.0
 """How long a zombie stays at least: one that asyncio started is its own to reap, and that takes no time."""
 
@@ -123,8 +125,12 @@ async def end_leftovers(mark: Mark, family: Collection[Process] = ()) -> int:
 
 def kill_leftovers(mark: Mark) -> None:
     """End what carries a mark at once, for a process that has no time left."""
-    for process in _leftovers(*_look(), mark, ()):
-        send_signal(process, signal.SIGKILL)
+    for _ in range(KILL_LOOKS):  # a shell whose command is killed starts the next one before its own turn comes
+        found = _leftovers(*_look(), mark, ())
+        for process in found:
+            send_signal(process, signal.SIGKILL)
+        if not found:
+            break
 
 
 async def end_descendants() -> int:

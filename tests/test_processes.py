@@ -120,6 +120,25 @@ def test_what_carries_the_mark_is_ended(kind: str, tmp_path: Path, started: list
 
 
 @linux_only
+def test_a_shell_that_goes_on_with_the_next_command_leaves_none(
+    tmp_path: Path, started: list[Started], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send_slowly(process: Process, number: signal.Signals) -> bool:
+        sent = send_signal(process, number)
+        time.sleep(0.1)  # the shell takes notice of its command's end
+        return sent
+
+    look = module._look
+    monkeypatch.setattr(module, "send_signal", send_slowly)
+    monkeypatch.setattr(module, "_look", lambda: (dict(reversed(look()[0].items())), look()[1]))
+    mark = Mark.of_session(tmp_path / "sessions" / "s")
+    started.append(Started(tmp_path, "setsid sh -c 'echo $$; while :; do sleep 1000; done' &", mark))
+    eventually(lambda: len(module.marked(mark)) == 3)
+    kill_leftovers(mark)
+    eventually(lambda: not module.marked(mark))
+
+
+@linux_only
 def test_others_are_left_alone(tmp_path: Path, started: list[Started]) -> None:
     ours = Mark.of_session(tmp_path / "sessions" / "s")
     others = [
