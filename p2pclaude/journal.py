@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
+from p2pclaude.inbox import Inbox, Recovery
 from p2pclaude.journalfile import PAGE_BYTES, DiskFull, JournalFile, Page, is_full
+from p2pclaude.permissions import History
 from p2pclaude.wire import OUTPUT
 
-__all__ = ["MAX_UNSYNCED_BYTES", "PAGE_BYTES", "RETRY_SECONDS", "DiskFull", "Journal", "Page"]
+__all__ = ["MAX_UNSYNCED_BYTES", "PAGE_BYTES", "RETRY_SECONDS", "DiskFull", "Journal", "Page", "recover"]
 
 MAX_UNSYNCED_BYTES = 4 * 1024 * 1024
 """What may be written before a sync has covered it; `room` waits."""
@@ -193,3 +195,19 @@ class Journal:
             return
         if self._unsynced:  # nobody waits for room any more, and so nobody for a sync
             raise error
+
+
+def recover(path: Path) -> tuple[JournalFile, Inbox, History]:
+    """Open a journal and learn what it says of messages and permission requests; it belongs in a thread."""
+    recovery, asked = Recovery(), History()
+
+    def learn(seq: int, line: bytes) -> None:
+        recovery.learn(seq, line)
+        asked.learn(line)
+
+    file = JournalFile.open(path, on_other=learn)
+    try:
+        return file, recovery.finish(lambda seq: file.read(seq - 1, limit=1).lines[0], file.last_seq), asked
+    except BaseException:
+        file.close()
+        raise

@@ -18,11 +18,10 @@ from typing import Any
 from p2pclaude.asking import Asking
 from p2pclaude.claude import ClaudeGone, ClaudeProcess, Launch, decode_line, describe_exit, knows_message, user_message
 from p2pclaude.errors import P2PClaudeError, TryAgain, Unavailable
-from p2pclaude.inbox import MAX_ATTEMPTS, Inbox, Message, Recovery
-from p2pclaude.journal import DiskFull, Journal
-from p2pclaude.journalfile import JournalFile
+from p2pclaude.inbox import MAX_ATTEMPTS, Inbox, Message
+from p2pclaude.journal import DiskFull, Journal, recover
 from p2pclaude.log import Event, Log, first_line
-from p2pclaude.permissions import History, interrupt_request
+from p2pclaude.permissions import interrupt_request
 from p2pclaude.processes import Mark
 from p2pclaude.sessionfile import LIVE, SAVE_AGAIN_SECONDS, Info, State, delete_directory, save_last_words
 from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, REPLAY, TURN, TURN_CUT, Results
@@ -124,7 +123,7 @@ class Session:
         """Open the journal unless it is open, `anew` also if its disk has failed; learn which messages are not done."""
         async with self._opening:
             if self.journal is None or (anew and self.journal.is_broken):
-                file, inbox, asked = await asyncio.to_thread(_recover, self.path / "journal.jsonl")
+                file, inbox, asked = await asyncio.to_thread(recover, self.path / "journal.jsonl")
                 if self.journal is not None:
                     self.journal.close()
                 self.journal, self.inbox = Journal(file, self._pause), inbox
@@ -186,7 +185,7 @@ class Session:
             reason = self.info.error or describe_exit(self.info.exit_status)
             raise Unavailable(f"claude ended at once: {reason}")
         if self.info.state == State.STARTING and not self.is_orphaned:
-            self._set_state(State.IDLE)
+            self._set_state(State.RUNNING if self.inbox or self.inbox.handed else State.IDLE)
         return seq
 
     async def accept(self, text: str, message_id: str | None = None, priority: str | None = None) -> int:
@@ -206,6 +205,8 @@ class Session:
             self.inbox.accept(message_id, Message(seq, data))
             self._news.set()
             self._log(Event.MESSAGE, session=self.info.session_id, seq=seq)
+            if self.info.state == State.IDLE:  # until it is handed over the disk may take its time, and it is not done
+                self._set_state(State.RUNNING)
         await self.journal.synced(seq)
         return seq
 
@@ -482,18 +483,3 @@ class Session:
         self.info.last_seq = self.last_seq
         if self.journal is not None:
             self.info.queued = len(self.inbox) + len(self.inbox.handed)
-
-
-def _recover(path: Path) -> tuple[JournalFile, Inbox, History]:
-    recovery, asked = Recovery(), History()
-
-    def learn(seq: int, line: bytes) -> None:
-        recovery.learn(seq, line)
-        asked.learn(line)
-
-    file = JournalFile.open(path, on_other=learn)
-    try:
-        return file, recovery.finish(lambda seq: file.read(seq - 1, limit=1).lines[0], file.last_seq), asked
-    except BaseException:
-        file.close()
-        raise

@@ -1,6 +1,8 @@
 """Two operations at once on one session: retries of a spawn, a message beside a claude that ends."""
 
 import asyncio
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,5 +96,40 @@ def test_a_message_beside_a_claude_that_ends_as_soon_as_it_is_resumed_is_not_lef
             await table.send("s", "second")
             async with asyncio.timeout(20):
                 await wait_for_state(table, "s", State.IDLE, State.FAILED)  # as it ends before or after its turn
+
+    run(main())
+
+
+def test_a_session_with_an_accepted_message_is_not_idle(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, ready = os.fdatasync, threading.Event()
+
+    def sync_slowly(descriptor: int) -> None:
+        if place.log.events("message-accepted"):
+            ready.wait(20)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", sync_slowly)
+
+    async def main() -> None:
+        changes: list[str] = []
+
+        def note() -> None:
+            changes.extend(session.state for session in found)
+
+        found: list[Session] = []
+        async with place.table(on_change=note) as table:
+            session, _ = await table.spawn(Spawn(session_id="s"))
+            found.append(session)
+            sending = asyncio.create_task(table.send("s", "first"))
+            try:
+                while not session.inbox.handed:
+                    await asyncio.sleep(0.01)
+                assert session.state == State.RUNNING
+                assert changes == [State.RUNNING] * len(changes) != []  # whoever waits for it hears of it
+            finally:
+                ready.set()
+            await sending
+            await read_results(table, "s")
+            await wait_for_state(table, "s", State.IDLE)
 
     run(main())
