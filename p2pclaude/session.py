@@ -356,17 +356,22 @@ class Session:
             process.kill()
         finally:
             feeder.cancel()
-            status, words = await process.finish(), process.last_words()
+            await self._wind_up(process, error)
+
+    async def _wind_up(self, process: ClaudeProcess, error: str | None) -> None:
+        """Settle what claude leaves behind; cancelled, because the disk takes too long, it is over all the same."""
+        status, self._orderly = None, self._ending
+        try:
+            status = await process.finish()
             self._orderly = self._ending or (status == 0 and not self.inbox.handed)
             await self.asking.abandon()
-            try:
-                # Whoever is told that the session is over has been shown all that it said.
-                await self.settle_turns(first_line(words) or describe_exit(status))
-            except OSError as failure:
-                error = f"the journal cannot be written: {failure}"
-            finally:  # also when the disk took too long and this is cancelled
-                await asyncio.to_thread(save_last_words, self.path, words)
-                self._over(status, words, error)
+            await asyncio.to_thread(save_last_words, self.path, process.last_words())
+            # Whoever is told that the session is over has been shown all that it said.
+            await self.settle_turns(first_line(process.last_words()) or describe_exit(status))
+        except OSError as failure:
+            error = f"the journal cannot be written: {failure}"
+        finally:
+            self._over(status, process.last_words(), error)
 
     async def _feed(self, process: ClaudeProcess, journal: Journal) -> None:
         """Hand claude one message whenever it is idle, so that answers pair with messages, and urgent ones at once."""

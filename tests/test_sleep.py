@@ -3,12 +3,14 @@
 import asyncio
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from sessions_kit import Place, outputs, prepare, read_results, run, wait_for_state
 
 from p2pclaude import claude as claude_module
+from p2pclaude import session as session_module
 from p2pclaude.claude import ClaudeProcess
 from p2pclaude.errors import TryAgain
 from p2pclaude.launcher import Spawn
@@ -175,5 +177,24 @@ def test_who_sleeps_after_an_error_is_dormant_as_well(place: Place) -> None:
             await table.spawn(Spawn(session_id="b", text="x"))
             output = await table.read("a", after=0, limit=None, clear=False, wait_ms=0)
             assert (output.state, output.error) == (State.DORMANT, None)
+
+    run(main())
+
+
+def test_a_disk_that_takes_its_time_over_the_last_words_leaves_no_session_without_claude(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "save_last_words", lambda *_: time.sleep(2.5))
+
+    async def main() -> None:
+        async with place.table() as table:
+            session, _ = await table.spawn(Spawn(session_id="a", text="first"))
+            await read_results(table, "a")
+            await wait_for_state(table, "a", State.IDLE)
+            assert await session.sleep()
+            assert session.state == State.DORMANT
+            await table.send("a", "second")
+            async with asyncio.timeout(20):
+                await read_results(table, "a", 2)
 
     run(main())
