@@ -311,6 +311,24 @@ def marked(mark: Mark) -> list[Process]:
     return [one for pid, one in table.items() if mark.covers(marks.get(pid, {})) and not one.is_zombie]
 
 
+def holders(path: Path) -> list[Process]:
+    """Give what holds the lock (flock) on a file, by inheriting it as a rule; on Linux alone. Call it in a thread."""
+    if sys.platform != "linux":
+        return []
+    real = os.path.realpath(path)
+    return [one for one in processes().values() if not one.is_zombie and _holds(one.pid, real)]
+
+
+def _holds(pid: int, path: str) -> bool:
+    try:
+        for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 (as above)
+            if os.readlink(f"/proc/{pid}/fd/{name}") == path and b"\nlock:" in _read(f"/proc/{pid}/fdinfo/{name}"):  # noqa: PTH115
+                return True
+    except OSError:
+        pass  # it is gone or not ours, or closes files: it is looked at again
+    return False
+
+
 def is_running(process: Process) -> bool:
     """Tell whether a process that was seen still runs."""
     if sys.platform == "linux":

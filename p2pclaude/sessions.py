@@ -22,7 +22,7 @@ from p2pclaude.inbox import NOW
 from p2pclaude.journal import Journal, Page
 from p2pclaude.launcher import DEFAULT_PERMISSION_MODE, Launcher, Settings, Spawn
 from p2pclaude.log import Event, Log, first_line
-from p2pclaude.processes import Mark, end_leftovers
+from p2pclaude.processes import Mark, end_leftovers, holders
 from p2pclaude.session import Session
 from p2pclaude.sessionfile import LIVE, Info, State, try_lock
 from p2pclaude.wire import SESSION_NOT_FOUND
@@ -420,7 +420,9 @@ class SessionTable:
                 lock = try_lock(session.path)
             if lock is not None:
                 return lock
-            await end_leftovers(Mark.of_session(session.path))  # what an earlier daemon left, not seen when this began
+            # What an earlier daemon left, not seen when this began, and what inherited the lock and dropped the mark.
+            heirs = await asyncio.to_thread(holders, session.path / "lock")
+            await end_leftovers(Mark.of_session(session.path), heirs)
             if loop.time() > deadline:
                 raise TryAgain("an earlier claude still works in this session, which is busy until it is done")
             await asyncio.sleep(0.05)

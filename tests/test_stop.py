@@ -95,6 +95,26 @@ def test_nothing_that_the_tools_left_survives_a_stop(place: Place) -> None:
     run(main())
 
 
+def test_what_dropped_its_mark_and_kept_the_lock_does_not_keep_the_session_busy(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            pid = place.path / "pid"
+            hidden = f"env -i PATH={shlex.quote(os.environ['PATH'])} setsid -f sh -c 'echo $$ >{pid}; exec sleep 1000'"
+            session, _ = await table.spawn(Spawn(session_id="s", text=f"LEAVE:{hidden} </dev/null >/dev/null 2>&1"))
+            await wait_for_state(table, "s", State.IDLE)
+            eventually(lambda: pid.exists() and pid.read_text().strip() != "")
+            assert session.pid is not None
+            os.kill(session.pid, signal.SIGKILL)
+            await wait_for_state(table, "s", State.FAILED)
+            assert running({int(pid.read_text())})  # nothing tells whose it is, but the lock
+            await table.send("s", "second")
+            await wait_for_state(table, "s", State.IDLE)
+            assert not running({int(pid.read_text())})
+        assert place.messages()[1:] == ["second"]
+
+    run(main())
+
+
 def test_nothing_that_the_tools_left_survives_a_claude_that_dies(place: Place) -> None:
     async def main() -> None:
         async with place.table() as table:
