@@ -318,10 +318,14 @@ class ClaudeProcess:
         if stdin is not None:
             stdin.close()
 
-    async def has_family(self) -> bool:
-        """Tell whether anything runs that it has started, in the background too."""
+    async def has_background(self) -> bool:
+        """Tell whether anything runs that its tools have started.
+
+        Each of these has a process group of its own. What claude itself keeps running, an MCP server as a rule, shares
+        claude's group and its end.
+        """
         running = await (descendants_of(self.pid) if self._mark is None else family_of(self._mark))
-        return any(process.pid != self.pid for process in running)
+        return any(_group_of(process) not in (None, self.pid) for process in running)
 
     async def _look_around(self) -> None:
         """Note what runs below it: once it is gone only the mark tells, and not every process keeps that."""
@@ -354,6 +358,13 @@ class ClaudeProcess:
 
     def _stdin(self) -> asyncio.WriteTransport | None:
         return cast("asyncio.WriteTransport | None", self._transport.get_pipe_transport(0))
+
+
+def _group_of(process: Process) -> int | None:
+    try:
+        return os.getpgid(process.pid)
+    except ProcessLookupError:
+        return None
 
 
 class _Pipes(asyncio.SubprocessProtocol):

@@ -232,7 +232,7 @@ class Session:
 
         The session is dormant then. A message that comes meanwhile has another claude started.
         """
-        if self._process is None or await self._process.has_family() or not self.is_at_rest:
+        if self._process is None or await self._process.has_background() or not self.is_at_rest:
             return False
         await self._end_process()
         await self.save()

@@ -1,13 +1,17 @@
 """Sessions that make room for others: who is put to sleep, how it is shown then, and what comes to it meanwhile."""
 
 import asyncio
+import json
 import os
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from real_claude import needs_claude, real_place
 from sessions_kit import Place, outputs, prepare, read_results, run, wait_for_state
+from stub_api import stub_api
 
 from p2pclaude import claude as claude_module
 from p2pclaude import session as session_module
@@ -46,13 +50,65 @@ def test_who_is_idle_the_longest_makes_room(place: Place) -> None:
 def test_a_session_with_something_in_the_background_is_left_alone(place: Place) -> None:
     async def main() -> None:
         async with place.table(max_sessions=1) as table:
-            await table.spawn(Spawn(session_id="a", text="LEAVE:sleep 60 &"))
+            await table.spawn(Spawn(session_id="a", text="LEAVE:bash -c 'set -m; sleep 60 &'"))
             await read_results(table, "a")
             with pytest.raises(TryAgain, match="1 sessions run"):
                 await table.spawn(Spawn(session_id="b", text="x"))
             assert [s["sessionId"] for s in table.listing()] == ["a"]
 
     run(main())
+
+
+def test_helpers_of_claude_itself_keep_nobody_from_making_room(place: Place) -> None:
+    async def main() -> None:
+        async with place.table(max_sessions=1) as table:
+            await table.spawn(Spawn(session_id="a", text="LEAVE:sleep 60 &"))  # in claude's own process group
+            await read_results(table, "a")
+            await table.spawn(Spawn(session_id="b", text="x"))
+            assert [s["sessionId"] for s in table.listing()] == ["b"]
+
+    run(main())
+
+
+MCP_SERVER = """
+import json, sys
+
+for line in sys.stdin:
+    request = json.loads(line)
+    version = request.get("params", {}).get("protocolVersion")
+    info = {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": {"name": "x", "version": "1"}}
+    result = {"initialize": info, "tools/list": {"tools": []}}.get(request["method"], {})
+    if "id" in request:
+        print(json.dumps({"jsonrpc": "2.0", "id": request["id"], "result": result}), flush=True)
+"""
+
+
+@needs_claude
+def test_real_claude_with_an_mcp_server_makes_room_unless_a_tool_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main(place: Place) -> None:
+        async with place.table(permission_mode="bypassPermissions") as table:
+            session, _ = await table.spawn(Spawn(session_id="a", text="hello"))
+            envelopes = await read_results(table, "a")
+            [first] = [one for one in outputs(envelopes, "system") if one.get("subtype") == "init"]
+            assert first["mcp_servers"] == [{"name": "x", "status": "connected"}]
+            await table.send("a", "BACKGROUND: sleep 60")
+            await read_results(table, "a", 2)
+            await wait_for_state(table, "a", State.IDLE)
+            assert not await session.sleep()
+            await table.stop("a")
+            session, _ = await table.spawn(Spawn(session_id="b", text="hello"))
+            await read_results(table, "b")
+            await wait_for_state(table, "b", State.IDLE)
+            assert await session.sleep()
+
+    with stub_api() as api:
+        place = real_place(tmp_path, monkeypatch, api)
+        (tmp_path / "server.py").write_text(MCP_SERVER)
+        server = {"command": sys.executable, "args": [str(tmp_path / "server.py")]}
+        (tmp_path / "home" / ".claude.json").write_text(json.dumps({"mcpServers": {"x": server}}))
+        run(main(place))
 
 
 @pytest.mark.parametrize("before", [None, "first"])
