@@ -17,14 +17,14 @@ from typing import Any
 
 from p2pclaude.asking import Asking
 from p2pclaude.claude import ClaudeGone, ClaudeProcess, Launch, decode_line, describe_exit, knows_message, user_message
-from p2pclaude.errors import P2PClaudeError, TryAgain, Unavailable
+from p2pclaude.errors import NoSession, P2PClaudeError, TryAgain, Unavailable
 from p2pclaude.inbox import MAX_ATTEMPTS, Inbox, Message
 from p2pclaude.journal import DiskFull, Journal, recover
 from p2pclaude.log import Event, Log, first_line
 from p2pclaude.permissions import interrupt_request
 from p2pclaude.processes import Mark
 from p2pclaude.sessionfile import LIVE, SAVE_AGAIN_SECONDS, Info, State, delete_directory, save_last_words
-from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, REPLAY, TURN, TURN_CUT, Results
+from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, REPLAY, SESSION_NOT_FOUND, TURN, TURN_CUT, Results
 
 __all__ = ["LIVE", "MAX_QUEUED", "Info", "Session", "State"]
 
@@ -73,6 +73,7 @@ class Session:
         self._news = asyncio.Event()
         self._final: State | None = None  # what to become when the process ends because it was told to
         self._paused = self._unsaved = False  # there is no room for output; session.json is out of date
+        self._removed = False
         self._opening = asyncio.Lock()
         self._saving = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -120,8 +121,13 @@ class Session:
         return self.inbox.seq_of(message_id)
 
     async def open_journal(self, *, anew: bool = False) -> Journal:
-        """Open the journal unless it is open, `anew` also if its disk has failed; learn which messages are not done."""
+        """Open the journal unless it is open, `anew` also if its disk has failed; learn which messages are not done.
+
+        Raises NoSession once the session is deleted, and OSError.
+        """
         async with self._opening:
+            if self._removed:
+                raise NoSession(SESSION_NOT_FOUND)
             if self.journal is None or (anew and self.journal.is_broken):
                 file, inbox, asked = await asyncio.to_thread(recover, self.path / "journal.jsonl")
                 if self.journal is not None:
@@ -290,10 +296,12 @@ class Session:
         """Delete the session with all it has said. Raises OSError, maybe with some of it deleted."""
         await self.settle_writes()
         self._unsaved = False
-        if self.journal is not None:
-            self.journal.close()
-            self.journal = None
-        await asyncio.to_thread(delete_directory, self.path, ignore_errors=ignore_errors)
+        async with self._opening:  # whoever reads it is woken, and would make its journal anew
+            if self.journal is not None:
+                self.journal.close()
+                self.journal = None
+            await asyncio.to_thread(delete_directory, self.path, ignore_errors=ignore_errors)
+            self._removed = True
 
     async def settle_turns(self, reason: str) -> None:
         """Say of each message that claude was handed and never answered what becomes of it; no claude may run.

@@ -248,7 +248,10 @@ class SessionTable:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + min(wait_ms, MAX_WAIT_MS) / 1000
         while True:
-            journal = await self.open_journal(session)
+            try:
+                journal = await self.open_journal(session)
+            except NoSession:  # it was deleted meanwhile
+                return Output(Page([], max(after or 0, 0)), None)
             page = self._page(session, journal, after, limit, clear)
             left = deadline - loop.time()
             if page.lines or limit == 0 or left <= 0 or session.state in _OVER:

@@ -1,8 +1,9 @@
-"""Two operations at once on one session: retries of a spawn, a message beside a claude that ends."""
+"""Two operations at once on one session: retries of a spawn, a message or a reader beside a claude that ends."""
 
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 from sessions_kit import Place, prepare, read_results, run, wait_for_state
 
+from p2pclaude import session as session_module
 from p2pclaude.claude import ClaudeProcess
 from p2pclaude.errors import Unavailable
 from p2pclaude.launcher import Spawn
 from p2pclaude.session import Session, State
+from p2pclaude.sessionfile import delete_directory
 from p2pclaude.sessions import SessionTable
 
 
@@ -131,5 +134,33 @@ def test_a_session_with_an_accepted_message_is_not_idle(place: Place, monkeypatc
             await sending
             await read_results(table, "s")
             await wait_for_state(table, "s", State.IDLE)
+
+    run(main())
+
+
+def test_who_reads_a_session_whose_start_fails_does_not_bring_it_back(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delete, deleting = delete_directory, threading.Event()
+
+    def delete_slowly(path: Path, *, ignore_errors: bool = False) -> None:
+        deleting.set()
+        time.sleep(0.3)
+        delete(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(session_module, "delete_directory", delete_slowly)
+    monkeypatch.setenv("FAKE_CLAUDE", "die")
+
+    async def main() -> None:
+        async with place.table() as table:
+            spawning = asyncio.create_task(table.spawn(Spawn(session_id="s")))
+            assert await asyncio.to_thread(deleting.wait, 20)
+            session = table.find("s")
+            output = await table.read("s", after=0, limit=None, clear=False, wait_ms=0)
+            with pytest.raises(Unavailable):
+                await spawning
+            assert (output.page.lines, output.state) == ([], None)
+            assert session.journal is None  # and no file is left open
+            assert list(place.sessions.iterdir()) == []
 
     run(main())
