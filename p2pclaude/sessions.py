@@ -68,6 +68,7 @@ class SessionTable:
         self._max_sessions = settings.max_sessions
         self._ask_timeout = settings.ask_timeout
         self._starting: set[Session] = set()
+        self._new: set[Session] = set()  # these are deleted if their start fails
         self._turnstile = asyncio.Semaphore(REVIVE_AT_ONCE)
         self._log = log
         self._notify = on_change
@@ -196,7 +197,7 @@ class SessionTable:
             ask=launch.ask,
             number=1 + max((session.info.number for session in self._sessions.values()), default=0),
         )
-        session = self._create(info)
+        self._new.add(session := self._create(info))
         async with session.lifecycle:
             try:
                 with file_errors(session.path):
@@ -208,13 +209,17 @@ class SessionTable:
                 del self._sessions[session_id]
                 self._changed()
                 raise
+            finally:
+                self._new.discard(session)
         return session, seq
 
     async def send(self, session_id: str, text: str, message_id: str | None = None, priority: str | None = None) -> int:
         """Accept a message and give its seq; a session without a process gets one first. Raises NoSession."""
         if priority not in (None, NOW):
             raise DataError(f"priority must be {NOW}")
-        session = self.find(session_id)
+        while (session := self.find(session_id)) in self._new:
+            async with session.lifecycle:  # what it accepted would be deleted with it
+                pass
         journal = await self.open_journal(session)
         known = None if message_id is None else session.seq_of(message_id)
         if known is not None and session.inbox.is_done(known):

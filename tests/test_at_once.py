@@ -13,7 +13,7 @@ from sessions_kit import Place, prepare, read_results, run, wait_for_state
 
 from p2pclaude import session as session_module
 from p2pclaude.claude import ClaudeProcess
-from p2pclaude.errors import Unavailable
+from p2pclaude.errors import NoSession, Unavailable
 from p2pclaude.launcher import Spawn
 from p2pclaude.session import Session, State
 from p2pclaude.sessionfile import delete_directory
@@ -96,9 +96,11 @@ def test_a_message_beside_a_claude_that_ends_as_soon_as_it_is_resumed_is_not_lef
             await read_results(table, "s")
         async with place.table() as table:
             endings = iter([True] * 3)
-            await table.send("s", "second")
-            async with asyncio.timeout(20):
-                await wait_for_state(table, "s", State.IDLE, State.FAILED)  # as it ends before or after its turn
+            seq = await table.send("s", "second")
+            session = table.find("s")
+            async with asyncio.timeout(20):  # it runs, or the session says that it has failed
+                while session.state is not State.FAILED and not session.inbox.is_done(seq):
+                    await asyncio.sleep(0.01)
 
     run(main())
 
@@ -162,5 +164,22 @@ def test_who_reads_a_session_whose_start_fails_does_not_bring_it_back(
             assert (output.page.lines, output.state) == ([], None)
             assert session.journal is None  # and no file is left open
             assert list(place.sessions.iterdir()) == []
+
+    run(main())
+
+
+def test_no_message_is_accepted_by_a_session_whose_start_fails(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "SETTLE_SECONDS", 10.0)
+    monkeypatch.setenv("FAKE_CLAUDE", "die")
+
+    async def main() -> None:
+        async with place.table() as table:
+            spawning = asyncio.create_task(table.spawn(Spawn(session_id="s")))
+            while "s" not in table._sessions or table.find("s").journal is None:
+                await asyncio.sleep(0)
+            with pytest.raises(NoSession):
+                await table.send("s", "x")
+            with pytest.raises(Unavailable):
+                await spawning
 
     run(main())
