@@ -8,6 +8,7 @@
 `session` stands above, the file system below.
 """
 
+import asyncio
 import fcntl
 import os
 import shutil
@@ -16,8 +17,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from p2pclaude.datadir import write_atomically
-from p2pclaude.errors import WireError
+from p2pclaude.datadir import file_errors, write_atomically
+from p2pclaude.errors import TryAgain, WireError
+from p2pclaude.processes import Mark, end_leftovers, holders
 from p2pclaude.wire import dump_json, load_json
 
 
@@ -45,6 +47,8 @@ class State(StrEnum):
 LIVE = frozenset({State.STARTING, State.IDLE, State.RUNNING, State.WAITING, State.PAUSED})
 """The states in which there is a process, or is about to be one."""
 
+LOCK_SECONDS = 3.0
+"""How long a new claude waits for an earlier one of its session to be gone."""
 SAVE_AGAIN_SECONDS = 30.0
 """Pause between attempts to write `session.json`."""
 
@@ -135,12 +139,28 @@ def save_last_words(path: Path, text: str) -> None:
         pass
 
 
-def try_lock(path: Path) -> int | None:
-    """Take a session's lock and give its descriptor; None if a claude holds it. Raises OSError.
+async def take_lock(path: Path) -> int:
+    """Take a session's lock, so that never two claudes serve it, and give its descriptor.
 
     The child inherits the descriptor and the daemon closes its own: the lock lasts as long as claude, whatever becomes
-    of the daemon.
+    of the daemon. Raises TryAgain if an earlier claude stays.
     """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + LOCK_SECONDS
+    while True:
+        with file_errors(path):
+            lock = _try_lock(path)
+        if lock is not None:
+            return lock
+        # What an earlier daemon left, not seen when this began, and what inherited the lock and dropped the mark.
+        heirs = await asyncio.to_thread(holders, path / "lock")
+        await end_leftovers(Mark.of_session(path), heirs)
+        if loop.time() > deadline:
+            raise TryAgain("an earlier claude still works in this session, which is busy until it is done")
+        await asyncio.sleep(0.05)
+
+
+def _try_lock(path: Path) -> int | None:
     descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,9 +22,9 @@ from p2pclaude.inbox import NOW
 from p2pclaude.journal import Journal, Page
 from p2pclaude.launcher import DEFAULT_PERMISSION_MODE, Launcher, Settings, Spawn
 from p2pclaude.log import Event, Log, first_line
-from p2pclaude.processes import Mark, end_leftovers, holders
+from p2pclaude.processes import Mark, end_leftovers
 from p2pclaude.session import Session
-from p2pclaude.sessionfile import LIVE, Info, State, try_lock
+from p2pclaude.sessionfile import LIVE, Info, State, take_lock
 from p2pclaude.wire import SESSION_NOT_FOUND
 
 MAX_WAIT_MS = 30_000
@@ -38,8 +38,6 @@ MAX_OPEN_JOURNALS = 16
 MAX_TEXT_FIELD = 4096
 """Longest directory, model, session id or message id, in characters."""
 
-LOCK_SECONDS = 3.0
-"""How long a new claude waits for an earlier one of its session to be gone."""
 REVIVE_SECONDS = 2.0
 """Pause between attempts to start a session again that has messages to run."""
 REVIVE_AT_ONCE = 4
@@ -375,7 +373,7 @@ class SessionTable:
         self._note_open(session)  # the journal is about to be, and may be read by nobody ever
         lock: int | None = None
         try:
-            lock = await self._lock(session)
+            lock = await take_lock(session.path)
             seq = await session.start(launch, text, message_id, lock=lock)
         except (P2PClaudeError, OSError) as error:
             self._log(Event.SPAWN_FAILED, session=session.info.session_id, error=first_line(str(error)))
@@ -416,24 +414,8 @@ class SessionTable:
         if session.is_damaged:
             raise DataError(f"the session cannot go on: {info.error}")
         await self._launcher.reach(info.directory)
-        os.close(await self._lock(session))  # what an earlier claude says in its transcript counts when it is gone
+        os.close(await take_lock(session.path))  # what an earlier claude says in its transcript counts when it is gone
         await self._start(session, self._launcher.resume(info), Event.RESUMED)
-
-    async def _lock(self, session: Session) -> int:
-        """Take the session's lock, so that never two claudes serve it. Raises TryAgain if one stays."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + LOCK_SECONDS
-        while True:
-            with file_errors(session.path):
-                lock = try_lock(session.path)
-            if lock is not None:
-                return lock
-            # What an earlier daemon left, not seen when this began, and what inherited the lock and dropped the mark.
-            heirs = await asyncio.to_thread(holders, session.path / "lock")
-            await end_leftovers(Mark.of_session(session.path), heirs)
-            if loop.time() > deadline:
-                raise TryAgain("an earlier claude still works in this session, which is busy until it is done")
-            await asyncio.sleep(0.05)
 
     async def _spawned_before(self, spawn: Spawn) -> tuple[Session, int] | None:
         while (session := self._sessions.get(spawn.session_id or "")) is not None and spawn.message_id is not None:

@@ -15,6 +15,7 @@ from sessions_kit import Place, outputs, prepare, read_all, read_results, read_u
 
 from p2pclaude import journal as journal_module
 from p2pclaude import session as session_module
+from p2pclaude import sessionfile
 from p2pclaude import sessions as sessions_module
 from p2pclaude.errors import DataError, TryAgain, Unavailable
 from p2pclaude.journalfile import DiskFull, JournalFile
@@ -27,7 +28,7 @@ from p2pclaude.wire import dump_json
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Give a place to run sessions in."""
-    monkeypatch.setattr(sessions_module, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(sessionfile, "LOCK_SECONDS", 0.2)
     monkeypatch.setattr(sessions_module, "REVIVE_SECONDS", 0.05)
     return prepare(tmp_path, monkeypatch)
 
