@@ -185,7 +185,8 @@ def descendants(table: Table, roots: Iterable[int]) -> list[Process]:
 
 def _leftovers(table: Table, marks: Marks, mark: Mark, family: Collection[Process]) -> list[Process]:
     spared = _ancestry(table, os.getpid())
-    roots = {process.pid: process for process in family if _is_same(table.get(process.pid), process)}
+    known = (process for process in family if process.pid not in spared)
+    roots = {process.pid: process for process in known if _is_same(table.get(process.pid), process)}
     for pid, process in table.items():
         if pid not in spared and not process.is_zombie and mark.covers(marks.get(pid, {})):
             roots[pid] = process

@@ -119,6 +119,15 @@ def test_what_carries_the_mark_is_ended(kind: str, tmp_path: Path, started: list
     assert asyncio.run(end_leftovers(mark)) == 0
 
 
+def test_this_process_among_the_family_spares_what_runs_below_it(tmp_path: Path) -> None:
+    """As when it holds a session's lock itself: its children serve other sessions."""
+    own, child = Process(os.getpid(), os.getppid(), "now"), Process(10**7, os.getpid(), "now")
+    table = {process.pid: process for process in (own, child)}
+    mark = Mark.of_session(tmp_path / "sessions" / "s")
+    assert module._leftovers(table, {}, mark, [own]) == []
+    assert module._leftovers(table, {}, mark, [own, child]) == [child]
+
+
 @linux_only
 def test_a_shell_that_goes_on_with_the_next_command_leaves_none(
     tmp_path: Path, started: list[Started], monkeypatch: pytest.MonkeyPatch
