@@ -363,14 +363,19 @@ def test_real_stop_in_a_turn_then_an_error_and_resume(
     with_real(real, work)
 
 
+async def spawn_to_a_turn_of_its_own(table: SessionTable) -> None:
+    """Start a session `s`, and wait until Claude has begun a turn because a task in the background has ended."""
+    session, _ = await table.spawn(Spawn(session_id="s", text="BACKGROUND:sleep 0.5"))
+    await read_results(table, "s")
+    await read_until(table, "s", lambda e: e.get("data", {}).get("subtype") == "task_notification")
+    while session.state is not State.RUNNING:
+        await asyncio.sleep(0.01)
+
+
 @needs_claude
 def test_real_turn_that_claude_begins_by_itself(real: Place) -> None:
     async def work(table: SessionTable) -> None:
-        session, _ = await table.spawn(Spawn(session_id="s", text="BACKGROUND:sleep 0.5"))
-        await read_results(table, "s")
-        await read_until(table, "s", lambda e: e.get("data", {}).get("subtype") == "task_notification")
-        while session.state is not State.RUNNING:
-            await asyncio.sleep(0.01)
+        await spawn_to_a_turn_of_its_own(table)
         seq = await table.send("s", "mine")
         envelopes = await read_results(table, "s", 2, after=seq)
         own, mine = outputs(envelopes, "result")
@@ -387,11 +392,7 @@ def test_real_turn_that_claude_begins_by_itself(real: Place) -> None:
 @needs_claude
 def test_real_urgent_message_that_ends_a_turn_of_claudes_own_before_one_that_waits(real: Place) -> None:
     async def work(table: SessionTable) -> None:
-        session, _ = await table.spawn(Spawn(session_id="s", text="BACKGROUND:sleep 0.5"))
-        await read_results(table, "s")
-        await read_until(table, "s", lambda e: e.get("data", {}).get("subtype") == "task_notification")
-        while session.state is not State.RUNNING:
-            await asyncio.sleep(0.01)
+        await spawn_to_a_turn_of_its_own(table)
         seqs = [await table.send("s", "waits"), await table.send("s", "urgent", priority="now")]
         envelopes = await read_results(table, "s", 3, after=seqs[0])
         said = [one.get("result", "").strip() for one in outputs(envelopes, "result")]  # none if it was cut at once
