@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -394,21 +395,29 @@ def test_a_spawn_on_a_full_disk_leaves_nothing(place: Place, monkeypatch: pytest
     run(main())
 
 
+def fail_slowly(
+    starting: asyncio.Event, release: asyncio.Event, reason: str
+) -> Callable[..., Awaitable[ClaudeProcess]]:
+    """Give a start of claude that says when it has begun and, when it is released, fails for a reason."""
+
+    async def start(*_: Any, **__: Any) -> ClaudeProcess:
+        starting.set()
+        await release.wait()
+        raise Unavailable(reason)
+
+    return start
+
+
 def test_a_message_accepted_while_a_start_fails_is_not_forgotten(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     start, starting, sent = ClaudeProcess.start, asyncio.Event(), asyncio.Event()
     reason = "claude could not be started: no such file or directory"
-
-    async def fail_slowly(*_: Any, **__: Any) -> ClaudeProcess:
-        starting.set()
-        await sent.wait()
-        raise Unavailable(reason)
 
     async def main() -> None:
         async with place.table() as table:
             await table.spawn(spawn(text="first"))
             await read_results(table, "s")
         async with place.table() as table:
-            monkeypatch.setattr(ClaudeProcess, "start", fail_slowly)
+            monkeypatch.setattr(ClaudeProcess, "start", fail_slowly(starting, sent, reason))
             first = asyncio.create_task(table.send("s", "refused"))
             await starting.wait()
             seq = await table.send("s", "accepted")
@@ -430,17 +439,12 @@ def test_a_message_accepted_while_claude_is_started_survives_a_crash(
 ) -> None:
     start, starting, crashed = ClaudeProcess.start, asyncio.Event(), asyncio.Event()
 
-    async def fail_slowly(*_: Any, **__: Any) -> ClaudeProcess:
-        starting.set()
-        await crashed.wait()
-        raise Unavailable("it is too late")
-
     async def main() -> None:
         async with place.table() as table:
             await table.spawn(spawn(text="first"))
             await read_results(table, "s")
         async with place.table() as table:
-            monkeypatch.setattr(ClaudeProcess, "start", fail_slowly)
+            monkeypatch.setattr(ClaudeProcess, "start", fail_slowly(starting, crashed, "it is too late"))
             first = asyncio.create_task(table.send("s", "never accepted"))
             await starting.wait()
             seq = await table.send("s", "accepted")
