@@ -122,6 +122,7 @@ class Home:
     public: str
     loss: float = 0.0
     _forwards: dict[int, int] = field(default_factory=dict)
+    _zone: int = 1
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """Return a command line that runs on the host."""
@@ -142,13 +143,15 @@ class Home:
         former = self._forwards.values()
         unused = (port for port in range(20_000, 30_000) if port not in former)
         self._forwards = {port: next(unused) for port in sorted(self.bound_ports())}
-        self._set_rules()
-        self._reconnect(self.public)
+        self._forget()
         return self._forwards
 
     def move_public(self) -> None:
         """Give the NAT another public address, as a provider does over night; the old mappings end."""
-        self._reconnect(self.lab.next_public())
+        assert self.nat is not None
+        former, self.public = self.public, self.lab.next_public()
+        _ip(f"addr del {former}/16 dev wan", f"addr add {self.public}/16 dev wan", namespace=self.nat)
+        self._forget()
 
     def move_address(self) -> None:
         """Give the host another address in its network, as another access point does."""
@@ -167,12 +170,11 @@ class Home:
         assert self.nat is not None
         _ip(*(f"link set {device} mtu {mtu}" for device in ("wan", "lan")), namespace=self.nat)
 
-    def _reconnect(self, public: str) -> None:
-        # A masquerading NAT drops its mappings when the interface goes down.
-        assert self.nat is not None
-        former, self.public = self.public, public
-        commands = ["link set wan down", f"addr del {former}/16 dev wan", f"addr add {public}/16 dev wan"]
-        _ip(*commands, "link set wan up", namespace=self.nat)
+    def _forget(self) -> None:
+        # What was mapped in another zone is unknown in this one, at once. An interface that goes down has its mappings
+        # dropped too, but later, and not at all while the kernel is busy with other interfaces (nf_nat_masquerade.c).
+        self._zone += 1
+        self._set_rules()
 
     def _set_rules(self) -> None:
         if self.nat is None:
@@ -181,6 +183,7 @@ class Home:
         # Bound ports are few; a socket bound later keeps its port, which is a mapping as good as any.
         forwards = ", ".join(f"{port} : {new}" for port, new in self._forwards.items())
         rules = _NAT_RULES.format(
+            zone=self._zone,
             min_ttl=MIN_TTL,
             loss=self._loss_rule(),
             moved=f"oifname wan meta l4proto udp masquerade to : udp sport map {{ {forwards} }}" if forwards else "",
@@ -222,6 +225,7 @@ delete table ip lab
 table ip lab {{
     chain prerouting {{
         type filter hook prerouting priority -300
+        ct zone set {zone}
         iifname wan ip ttl < {min_ttl} drop
     }}
     chain input {{
