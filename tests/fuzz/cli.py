@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=1, metavar="S", help="what random choices begin with (1)")
     made.add_argument("--keep", action="store_true", help="with --runs too, go on from and keep what is found")
     made.add_argument("--random", action="store_true", help="mutate at random even where atheris is installed")
-    made.add_argument("--codecs", action="store_true", help="without TARGET: only the decoders of packets and messages")
+    made.add_argument("--quick", action="store_true", help="without TARGET: only what tries a million in half a minute")
     made.add_argument("--list", action="store_true", help="print the targets' names")
     made.add_argument("words", nargs="*", metavar="TARGET", help="what to fuzz (all), or TARGET FILE to replay")
     return made
@@ -39,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     atheris = None if options.random or options.list or replays else guided.load_atheris()
     with nullcontext() if atheris is None else guided.instrument(atheris):
         targets: Mapping[str, Target] = importlib.import_module("fuzz.targets").TARGETS
-        codecs: Sequence[Target] = importlib.import_module("fuzz.decoders").TARGETS
     if options.list:
         print("\n".join(targets))
         return 0
@@ -52,11 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if atheris is None and not options.random:
         print("tests/fuzz/run: atheris is not installed: NO COVERAGE GUIDANCE, random mutations only", file=sys.stderr)
     failed = False
-    for target in [targets[word] for word in words] or (codecs if options.codecs else targets.values()):
+    for target in [targets[word] for word in words] or [each for each in targets.values() if _wanted(each, options)]:
         result = _run_one(atheris, target, options)
         print(result, flush=True)
         failed = failed or result.crash is not None
     return int(failed)
+
+
+def _wanted(target: Target, options: argparse.Namespace) -> bool:
+    return target.quick or not options.quick
 
 
 def _run_one(atheris: object, target: Target, options: argparse.Namespace) -> Result:

@@ -137,11 +137,11 @@ def frame_seeds() -> list[bytes]:
 
 
 def _codec_target(name: str, decode: Callable[[bytes], T], encode: Callable[[T], bytes], *seeds: str) -> Target:
-    return Target(name, partial(_codec, decode, encode), 10_000, seeds=partial(_seeds, *seeds))
+    return Target(name, partial(_codec, decode, encode), seeds=partial(_seeds, *seeds))
 
 
 TARGETS: Final = (
-    Target("encoding", _read_values, 10_000, max_bytes=300, seeds=_encoding_seeds),
+    Target("encoding", _read_values, max_bytes=300, seeds=_encoding_seeds),
     _codec_target("message", messages.decode_message, _encode_message, "datagrams", "requests", "responses"),
     _codec_target("peer", messages.decode_peer, messages.encode_peer, "messages", "peer"),
     _codec_target("announce", messages.decode_announce, messages.encode_announce, "messages", "announce"),
@@ -180,6 +180,6 @@ TARGETS: Final = (
     ),
     _codec_target("relay_pair", handshakes.decode_relay_pair, handshakes.encode_relay_pair, "protomux", "pair"),
     _codec_target("relay_unpair", handshakes.decode_relay_unpair, handshakes.encode_relay_unpair, "protomux", "unpair"),
-    Target("protomux", _read_frames, 10_000, max_bytes=400, seeds=frame_seeds),
-    Target("udx_packet", _read_packet, 10_000, seeds=packet_seeds),
+    Target("protomux", _read_frames, max_bytes=400, seeds=frame_seeds),
+    Target("udx_packet", _read_packet, seeds=packet_seeds),
 )

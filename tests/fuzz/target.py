@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Final
 
 __all__ = ["Script", "Target", "no_seeds"]
+
+QUICK_RUNS: Final = 10_000  # in the short run
 
 
 def no_seeds() -> Iterable[bytes]:
@@ -21,9 +24,14 @@ class Target:
 
     name: str
     run: Callable[[bytes], object]
-    runs: int = 10_000
+    runs: int = QUICK_RUNS
     max_bytes: int = 1500
     seeds: Callable[[], Iterable[bytes]] = no_seeds
+
+    @property
+    def quick(self) -> bool:
+        """Whether a million inputs take half a minute at most: all but state machines and what writes files."""
+        return self.runs >= QUICK_RUNS
 
 
 class Script:
