@@ -25,7 +25,7 @@ from p2pclaude.daemon import SHUTDOWN_SECONDS
 from p2pclaude.journal import Journal
 from p2pclaude.launcher import Spawn
 from p2pclaude.processes import Mark, descendants, processes
-from p2pclaude.session import State
+from p2pclaude.session import Session, State
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc, which only Linux has")
 
@@ -65,6 +65,12 @@ def below(pid: int) -> set[int]:
     return {process.pid for process in descendants(processes(), [pid])}
 
 
+def family_of(session: Session, place: Place) -> set[int]:
+    """Give all that a session has started."""
+    assert session.pid is not None
+    return below(session.pid) | set(marked_in(place))
+
+
 def eventually(check: Callable[[], bool]) -> None:
     """Wait for what the kernel, or another process, is about to do."""
     deadline = time.monotonic() + 30
@@ -85,8 +91,8 @@ def test_nothing_that_the_tools_left_survives_a_stop(place: Place) -> None:
             session, _ = await table.spawn(Spawn(session_id="s", text=f"LEAVE:{LEAVES}"))
             await wait_for_state(table, "s", State.IDLE)
             assert session.pid is not None
-            family = below(session.pid) | set(marked_in(place))
-            assert len(family) >= 4
+            eventually(lambda: len(family_of(session, place)) >= 4)
+            family = family_of(session, place)
             with timed(AT_ONCE):
                 assert await table.stop("s")
             assert not running(family)
