@@ -7,6 +7,7 @@ import pytest
 from sim import Link, Packet, SimNetwork, SimulationError, run
 from sim_peers import connect_ends
 
+from p2pclaude.hyperdht.connection import WRITE_HIGH_WATER
 from p2pclaude.hyperdht.constants import PacketType
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.endpoint import Endpoint, Socket
@@ -245,6 +246,60 @@ def test_an_acknowledgement_does_not_wait_for_a_slow_reader() -> None:
         await asyncio.sleep(0.5)
         assert [round(at - began, 3) for at in times] == [0.01, 0.02]
         net.observe = None
+        for end in (left, right):
+            end.endpoint.close()
+
+    run(main(), seed=1)
+
+
+@pytest.mark.parametrize(("latency", "left_at_once", "packets"), [(0.0001, 1, 2), (0.01, 0, 1)])
+def test_what_a_peer_nearby_waits_for_leaves_at_once(latency: float, left_at_once: int, packets: int) -> None:
+    """The first of small writes does, the others share a packet; on a longer way all do."""
+    seen: list[bytes] = []
+
+    def observe(event: str, one: Packet) -> None:
+        if event == "sent" and one.data[2] & PacketType.DATA:
+            seen.append(one.data)
+
+    async def main() -> None:
+        net = SimNetwork(1, Link(latency=(latency, latency)))
+        left, right = await connect_ends(net)
+        await left.connection.write(b"hello")
+        assert await right.connection.read() == b"hello"
+        await asyncio.sleep(1)
+        net.observe = observe
+        counts = []
+        for word in (b"one", b"two", b"three"):
+            await left.connection.write(word)
+            counts.append(len(seen))
+        assert counts == [left_at_once] * 3
+        await asyncio.sleep(1)
+        net.observe = None
+        for end in (left, right):
+            end.endpoint.close()
+
+    run(main(), seed=1)
+    assert len(seen) == packets
+
+
+def test_many_writers_wait_in_turn_for_room() -> None:
+    """What a call of `write` carries stays together, and no more than the limit waits to be sent."""
+    size, writers = 200 << 10, 60
+
+    async def main() -> None:
+        net = SimNetwork(1, Link(latency=(0.0001, 0.0001)))
+        left, right = await connect_ends(net)
+        tasks = [asyncio.create_task(left.connection.write(bytes([number]) * size)) for number in range(writers)]
+        await asyncio.sleep(1)
+        assert WRITE_HIGH_WATER - size < left.connection.unsent < WRITE_HIGH_WATER + 2 * size
+        assert 0 < sum(task.done() for task in tasks) < writers
+        received = bytearray()
+        while len(received) < size * writers:
+            received += await right.connection.read()
+        assert all(task.done() for task in tasks)
+        numbers = [received[at] for at in range(0, len(received), size)]
+        assert sorted(numbers) == list(range(writers))
+        assert received == b"".join(bytes([number]) * size for number in numbers)
         for end in (left, right):
             end.endpoint.close()
 

@@ -137,7 +137,14 @@ class Connection:
 
         Raises ConnectionClosed when the connection is closed or breaks in the meantime.
         """
+        if 0 < len(data) <= WRITE_CHUNK and not self._write_lock.locked():  # the usual case needs no lock
+            self._send(data)
+            self._stream.hurry()
+            if self.unsent <= WRITE_HIGH_WATER:
+                return
+            data = b""
         async with self._write_lock:
+            await self._drain()
             for start in range(0, len(data), WRITE_CHUNK):
                 self._send(data[start : start + WRITE_CHUNK])
                 await self._drain()

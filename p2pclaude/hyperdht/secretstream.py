@@ -114,17 +114,20 @@ class SecretStream:
         """
         if self._failed:
             raise DecodeError("the stream is broken")
-        self._buffer += data
         try:
-            return self._take_messages()
+            return self._take_messages(data)
         except DecodeError:
             self._failed = True
             self._buffer.clear()
             raise
 
-    def _take_messages(self) -> list[bytes]:
+    def _take_messages(self, data: bytes | bytearray | memoryview) -> list[bytes]:
         messages = []
-        buffer, start = self._buffer, 0
+        buffer: bytes | bytearray | memoryview = data  # most packets begin with a frame, and need no copy
+        if self._buffer:
+            self._buffer += data
+            buffer = self._buffer
+        start = 0
         while len(buffer) - start >= 3:
             size = buffer[start] | buffer[start + 1] << 8 | buffer[start + 2] << 16
             self._check_size(size)
@@ -137,7 +140,10 @@ class SecretStream:
             else:
                 self._open(body)
             start = end
-        del buffer[:start]  # costs nothing: CPython moves the beginning, not the bytes
+        if self._buffer:
+            del self._buffer[:start]  # costs nothing: CPython moves the beginning, not the bytes
+        elif start < len(data):
+            self._buffer += data[start:]
         return messages
 
     def _check_size(self, size: int) -> None:

@@ -116,6 +116,14 @@ class Stream:
         self.core.write(data)
         self._flush_soon()
 
+    def hurry(self) -> None:
+        """Let what is queued leave at once where an answer is near and nothing is under way (not from a handler).
+
+        What is written before the answer comes still shares packets.
+        """
+        if self.core.may_hurry:
+            self.flush()
+
     def send_message(self, data: bytes) -> None:
         """Send one unreliable message of at most a packet."""
         self.core.send_message(data)
@@ -188,7 +196,7 @@ class Stream:
         now = self._streams.now()
         datagrams = self.core.datagrams_to_send(now)
         if datagrams and self.socket is not None and self.address is not None:
-            whole, oversized = self.core.part(datagrams)
+            whole, oversized = self.core.sender.search.part(datagrams)
             self.socket.send(whole, self.address)
             if oversized:
                 self.socket.send(oversized, self.address, fragment=True)

@@ -13,6 +13,7 @@ import asyncio
 import errno
 import functools
 import os
+import select
 import socket
 import struct
 import sys
@@ -30,6 +31,7 @@ TRAIN_BYTES: Final = 65507  # what one IPv4 datagram could hold: the kernel's li
 TRAIN_DATAGRAMS: Final = 64  # linux/udp.h UDP_MAX_SEGMENTS, before it was raised
 BUFFER_BYTES: Final = 2 << 20
 MAX_AWAKE_S: Final = 0.0005
+POLLS: Final = 8  # looks at the socket a turn of the event loop, which takes as long itself
 MAX_BACKLOG: Final = 4096  # datagrams kept while the kernel's buffer is full; more are lost, as on any wire
 PLAIN: Final = "P2PCLAUDE_PLAIN_UDP"
 """An environment variable for tests: if it is not empty no trains are used, as on systems that have none."""
@@ -66,6 +68,8 @@ class UdpSocket:
             raise
         self.address: Address = self._socket.getsockname()
         self._ttl = self._socket.getsockopt(socket.IPPROTO_IP, socket.IP_TTL)
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
         self._loop.add_reader(self._socket, self._readable)
 
     def _set_options(self) -> None:
@@ -164,13 +168,21 @@ class UdpSocket:
 
     def _turn(self) -> None:
         self._turning = self._loop.time() < self._awake_until
-        if self._turning:
-            self._loop.call_soon(self._turn)
+        if not self._turning:
+            return
+        self._loop.call_soon(self._turn)
+        for _ in range(POLLS):
+            if self._poll.poll(0):
+                self._read(1)  # it came just now: to ask for another would take longer than to be called again
+                break
 
     def _readable(self) -> None:
+        self._read(BATCH)
+
+    def _read(self, left: int) -> None:
+        """Take that many datagrams, or what there is if it is less, or the train that has the last of them."""
         batch: list[Arrival] = []
         receive = self._receive_train if self._receives_trains else self._receive_one
-        left = BATCH
         while left > 0:
             try:
                 datagrams, source = receive()

@@ -6,7 +6,7 @@ Sizes are whole IP packets. The search halves the unknown interval; padding limi
 
 from typing import Final
 
-from .packet import MAX_PADDING
+from .packet import DATAGRAM_OVERHEAD_BYTES, MAX_PADDING
 
 BASE_MTU: Final = 1200  # carried by practically every path; libudx UDX_MTU_BASE
 BLACK_HOLE_MTU: Final = 1000  # used when not even that passes
@@ -39,10 +39,13 @@ class MtuSearch:
         """Tell whether nothing is left to try."""
         return self._high - self.mtu < CLOSE_ENOUGH and not (self.mtu < self._high == self._max)
 
-    @property
-    def narrowed(self) -> bool:
-        """Tell whether packets may be under way that are larger than what is safe now."""
-        return self.mtu < self._largest
+    def part(self, datagrams: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+        """Part what leaves whole or not at all from packets that once were small enough, and may be fragmented now."""
+        if self.mtu >= self._largest:
+            return datagrams, []
+        most = self.mtu - DATAGRAM_OVERHEAD_BYTES
+        oversized = [data for data in datagrams if len(data) > most and not data[3]]  # a padded one is to be lost
+        return [data for data in datagrams if len(data) <= most or data[3]], oversized
 
     def _choose(self) -> int:
         """Return the size to probe now, or 0 while a probe is under way or the search is over."""

@@ -97,6 +97,8 @@ class Receiver:
         What waits behind a gap costs nothing if the reader is quick: it will be gone with the gap, and a long path
         needs it for its full rate. The slower the reader, the more it counts, up to its full size.
         """
+        if not self._early_bytes:
+            return self.window - self.unread
         slowness = min(4 * self.unread / self.window, 1.0)
         return self.window - self.unread - int(self._early_bytes * slowness)
 

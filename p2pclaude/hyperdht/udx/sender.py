@@ -81,7 +81,7 @@ class Sender:
     @property
     def has_work(self) -> bool:
         """Whether there is something to send, as soon as it may leave."""
-        return bool(self._lost or self._probes_due or self._queue.size or self._end_due)
+        return bool(self._queue.size or self._lost or self._probes_due or self._end_due)
 
     @property
     def end_acked(self) -> bool:
@@ -295,9 +295,8 @@ class Sender:
             return []
         if not self._packets:
             self._progress_at = self._answered_at = now
-        congestion = self.congestion
-        budget = self._pacer.budget(now, congestion.pacing_rate, congestion.quantum)
-        allowance = min(congestion.window - self.in_flight, budget)
+        budget = self._pacer.budget(now, self.congestion.pacing_rate, self.congestion.quantum)
+        allowance = min(self.congestion.window - self.in_flight, budget)
         if self._ran_dry and allowance > 0:
             self._rate.mark_app_limited(self.in_flight)
         burst = Burst(burst_header, self._rate.start_flight(now, self.in_flight))
@@ -442,15 +441,16 @@ class Sender:
 
     def _after_send(self, allowance: int, budget: int, now: float) -> None:
         """Note why nothing more leaves: pacing (END waits for it too), a window, or no data."""
-        more = bool(self._lost or self.queued or self._end_due)
+        self._ran_dry = not self.has_work
+        if self._ran_dry:
+            self.window_probe.watch(False, 0.0, now)
+            return
         window_closed = self.queued > 0 and not self._packets and self.peer_window <= 0
         full = self.next_seq >= self.acked_below + MAX_PACKETS_UNDER_WAY
-        if more and budget <= 0 and not window_closed:
-            congestion = self.congestion
-            self._paced_until = self._pacer.ready_at(congestion.pacing_rate, congestion.quantum)
+        if budget <= 0 and not window_closed:
+            self._paced_until = self._pacer.ready_at(self.congestion.pacing_rate, self.congestion.quantum)
         elif allowance > 0 and self.queued and not full and self._window_room() >= self.search.mtu:
             self._paced_until = now  # the burst's limit of packets was reached
-        self._ran_dry = not more
         self.window_probe.watch(window_closed, self.rtt.probe_timeout(0), now)
 
     # -- timers

@@ -21,7 +21,6 @@ from .liveness import Liveness
 from .mtu import BASE_MTU
 from .packet import (
     DATA,
-    DATAGRAM_OVERHEAD_BYTES,
     DESTROY,
     END,
     HEADER,
@@ -112,14 +111,6 @@ class UdxStream:
         """The size of the largest IP packet in use."""
         return self._sender.search.mtu
 
-    def part(self, datagrams: list[bytes]) -> tuple[list[bytes], list[bytes]]:
-        """Part what leaves whole or not at all from packets that once were small enough, and may be fragmented now."""
-        if not self._sender.search.narrowed:
-            return datagrams, []
-        most = self.mtu - DATAGRAM_OVERHEAD_BYTES
-        oversized = [data for data in datagrams if len(data) > most and not data[3]]  # a padded one is to be lost
-        return [data for data in datagrams if len(data) <= most or data[3]], oversized
-
     @property
     def buffered(self) -> int:
         """The bytes written and not yet sent for the first time; `Drained` comes when few are left."""
@@ -137,6 +128,12 @@ class UdxStream:
         if srtt is None or srtt > PROMPT_RTT_S or not 0 < self._sender.unacked <= PROMPT_BYTES:
             return 0.0
         return 2 * srtt
+
+    @property
+    def may_hurry(self) -> bool:
+        """Whether what is queued is the little that a peer nearby waits for: it knows all that was sent before."""
+        srtt = self._sender.rtt.srtt
+        return srtt is not None and srtt <= PROMPT_RTT_S and not self._sender.unacked and self.buffered <= PROMPT_BYTES
 
     @property
     def owes_only_ack(self) -> bool:
