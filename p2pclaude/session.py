@@ -17,14 +17,14 @@ from typing import Any
 
 from p2pclaude.asking import Asking
 from p2pclaude.claude import ClaudeGone, ClaudeProcess, Launch, decode_line, describe_exit, knows_message, user_message
-from p2pclaude.errors import NoSession, P2PClaudeError, TryAgain, Unavailable
+from p2pclaude.errors import NoSession, P2PClaudeError, Refused, TryAgain, Unavailable
 from p2pclaude.inbox import MAX_ATTEMPTS, Inbox, Message
 from p2pclaude.journal import DiskFull, Journal, recover
 from p2pclaude.log import Event, Log, first_line
 from p2pclaude.permissions import interrupt_request
 from p2pclaude.processes import Mark
 from p2pclaude.sessionfile import LIVE, SAVE_AGAIN_SECONDS, Info, State, delete_directory, save_last_words
-from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, REPLAY, SESSION_NOT_FOUND, TURN, TURN_CUT, Results
+from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, REPLAY, SESSION_ENDED, SESSION_NOT_FOUND, TURN, TURN_CUT, Results
 
 __all__ = ["LIVE", "MAX_QUEUED", "Info", "Session", "State"]
 
@@ -198,12 +198,14 @@ class Session:
         """Take a message for a live session and give its seq once it is on disk.
 
         The same `message_id` again gives the same seq. With priority "now" it does not wait for the end of a turn.
-        Raises DiskFull or TryAgain (too many wait): then it was not accepted.
+        Raises DiskFull, TryAgain (too many wait) or Refused (it is being stopped): then it was not accepted.
         """
         message_id = str(uuid.uuid4()) if message_id is None else message_id
         if self.journal is None:
             raise RuntimeError("the journal is not open")
         if (seq := self.inbox.seq_of(message_id)) is None:
+            if self._final is State.ENDED:
+                raise Refused(SESSION_ENDED)
             if len(self.inbox) >= MAX_QUEUED:
                 raise TryAgain(f"{MAX_QUEUED} messages wait already in this session")
             data = user_message(text, message_id, priority)
@@ -445,9 +447,8 @@ class Session:
                 self._set_state(State.RUNNING)
         answered = self.inbox.observe(value)
         if kind == "result":
-            error = value.get("is_error") is True
-            seq = None if answered is None else answered.seq
-            self._log(Event.TURN_ENDED, session=self.info.session_id, seq=seq, is_error=error)
+            seq, failed = None if answered is None else answered.seq, value.get("is_error") is True
+            self._log(Event.TURN_ENDED, session=self.info.session_id, seq=seq, is_error=failed)
             self._turns += answered is not None
             self._news.set()
             if not self.inbox.handed and not self.inbox:

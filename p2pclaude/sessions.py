@@ -25,7 +25,7 @@ from p2pclaude.log import Event, Log, first_line
 from p2pclaude.processes import Mark, end_leftovers
 from p2pclaude.session import Session
 from p2pclaude.sessionfile import LIVE, Info, State, take_lock
-from p2pclaude.wire import SESSION_NOT_FOUND
+from p2pclaude.wire import SESSION_ENDED, SESSION_NOT_FOUND
 
 MAX_WAIT_MS = 30_000
 """Longest time that `get-output` waits for something new, whatever `waitMs` asks for."""
@@ -410,7 +410,7 @@ class SessionTable:
         if self._sessions.get(info.session_id) is not session:  # its start has failed, or it was deleted
             raise NoSession(SESSION_NOT_FOUND)
         if info.state == State.ENDED:
-            raise Refused("Session has ended")
+            raise Refused(SESSION_ENDED)
         if session.is_damaged:
             raise DataError(f"the session cannot go on: {info.error}")
         await self._launcher.reach(info.directory)

@@ -22,6 +22,7 @@ from p2pclaude import claude as claude_module
 from p2pclaude import processes as module
 from p2pclaude.claude import ClaudeProcess, Launch
 from p2pclaude.daemon import SHUTDOWN_SECONDS
+from p2pclaude.errors import Refused
 from p2pclaude.journal import Journal
 from p2pclaude.launcher import Spawn
 from p2pclaude.processes import Mark, descendants, processes
@@ -146,6 +147,37 @@ def test_an_interrupt_brings_the_result_of_the_turn(place: Place, monkeypatch: p
             assert signals == []  # none was needed
             assert session.info.exit_status == 0
             assert outputs(await read_all(table, "s"), "result")[0]["result"] == "interrupted"
+
+    run(main())
+
+
+def test_a_message_that_comes_while_its_session_is_ended_is_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would never run, and whoever sent it shall know."""
+    stop = ClaudeProcess.stop
+
+    async def main() -> None:
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def stop_slowly(process: ClaudeProcess, **how: bool) -> int | None:
+            begun.set()
+            await go_on.wait()
+            return await stop(process, **how)
+
+        monkeypatch.setattr(ClaudeProcess, "stop", stop_slowly)
+        async with place.table() as table:
+            session, seq = await table.spawn(Spawn(session_id="s", text="first", message_id="m"))
+            await wait_for_state(table, "s", State.IDLE)
+            stopping = asyncio.create_task(table.stop("s"))
+            await begun.wait()
+            with pytest.raises(Refused, match="Session has ended"):
+                await table.send("s", "late")
+            assert await table.send("s", "first", "m") == seq  # accepted long ago, and done
+            go_on.set()
+            assert await stopping
+            assert session.state is State.ENDED
+            assert place.messages() == ["first"]
 
     run(main())
 

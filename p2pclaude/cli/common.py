@@ -62,8 +62,11 @@ _is_writing = False
 
 _URL_HINT = "give the pairing URL itself, or the path of a file that holds it"
 
-_CONTROL = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)))
-_CONTROL_IN_JSON = re.compile(rb"\x7f|\xc2[\x80-\x9f]")  # what JSON holds unescaped, as UTF-8
+# Those of the last two ranges turn text around, so that a command looks like another one (Unicode UAX #9).
+_CONTROL = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
+_CONTROL_IN_JSON = re.compile(
+    rb"\x7f|\xc2[\x80-\x9f]|\xe2(?:\x80[\xaa-\xae]|\x81[\xa6-\xa9])"  # what JSON holds unescaped, as UTF-8
+)
 _CONTROL_IN_TEXT = dict.fromkeys(_CONTROL.keys() - {0x09, 0x0A})
 
 

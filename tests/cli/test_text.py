@@ -18,6 +18,7 @@ def assistant(*blocks: Any) -> dict[str, Any]:
     [
         (assistant({"type": "text", "text": "one\ntwo\n"}), ["one\ntwo"]),
         (assistant({"type": "text", "text": "bell\x07 \x1b]0;title\x07 \x9b31m tab\t"}), ["bell ]0;title 31m tab\t"]),
+        (assistant({"type": "text", "text": "rm \u202eelif\u202c \u2066x\u2069 \u200f"}), ["rm elif x \u200f"]),
         (assistant({"type": "text", "text": "  \n"}), []),
         (assistant({"type": "thinking", "thinking": "hm"}), []),
         (assistant({"type": "tool_use", "name": "Read", "input": {"file_path": "/a"}}), ["[Read] /a"]),

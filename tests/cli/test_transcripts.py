@@ -441,11 +441,11 @@ def on_terminal(shell: Shell, tool: str, *arguments: str, typed: tuple[bytes, by
 
 def test_json_on_a_terminal_holds_nothing_that_it_would_obey(shell: Shell) -> None:
     """JSON itself escapes neither DEL nor the controls beyond ASCII, and a terminal takes U+009B for ESC [."""
-    text = "rm -rf ~\x9b2K\x9b1Gls\x7f"
+    text = "rm -rf ~\x9b2K\x9b1Gls\x7f \u202eturned\u2069"
     [session] = shell.succeed("send", "@", text)
     shown = on_terminal(shell, "tail", "--meta", "@", session)
-    assert r"rm -rf ~\u009b2K\u009b1Gls\u007f" in shown
-    assert not {"\x9b", "\x7f"} & set(shown)
+    assert r"rm -rf ~\u009b2K\u009b1Gls\u007f \u202eturned\u2069" in shown
+    assert not {"\x9b", "\x7f", "\u202e", "\u2069"} & set(shown)
     assert text in "\n".join(shell.succeed("tail", "--meta", "@", session))
 
 
