@@ -151,6 +151,9 @@ def run(
     pipe on stdout ends quietly with 0. A process that a signal ended dies of it, which a shell sees as 128 and its
     number; with `argv` given that status is returned.
     """
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # KeyboardInterrupt gets lost where Python calls something by itself, as at the end of an import.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.disable()  # while modules load, which makes much and no garbage; `lean.settle` turns it on
     try:
         status = _run(Console(name), usage, parse, execute, sys.argv[1:] if argv is None else list(argv))

@@ -89,7 +89,7 @@ class _Interruption:
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             former = signal.getsignal(number)
-            # nohup ignores SIGHUP, and so it must stay; SIGINT's handler is that of asyncio.run
+            # nohup ignores SIGHUP, and so it must stay; where SIGINT has a handler it is that of asyncio.run
             if former is signal.SIG_DFL or (number == signal.SIGINT and callable(former)):
                 self._former[number] = signal.signal(number, self._on_signal)
         return self

@@ -86,6 +86,31 @@ run(ls.NAME, ls.USAGE, lambda arguments, console: None, execute)
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
 
+def test_no_ctrl_c_gets_lost(offline: Shell) -> None:
+    """Python drops an exception in what it calls by itself, as when an import is done or an object goes."""
+    script = """
+import os, signal
+from p2pclaude.cli import ls
+from p2pclaude.cli.common import run
+
+class Going:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+
+def execute(options: object, console: object) -> int:
+    Going()
+    print("runs on")
+    return 0
+
+run(ls.NAME, ls.USAGE, lambda arguments, console: None, execute)
+"""
+    env = environment(offline.work / "home")
+    result = subprocess.run([sys.executable, "-c", script, "url"], env=env, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_a_daemon_without_standard_streams(offline: Shell) -> None:
     line = " ".join(map(shlex.quote, command("daemon", "--private", "--data-dir", "d", "--port", str(free_port()))))
     process = subprocess.Popen(
