@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=1, metavar="S", help="what random choices begin with (1)")
     made.add_argument("--keep", action="store_true", help="with --runs too, go on from and keep what is found")
     made.add_argument("--random", action="store_true", help="mutate at random even where atheris is installed")
-    made.add_argument("--quick", action="store_true", help="without TARGET: only what tries a million in half a minute")
+    made.add_argument("--quick", action="store_true", help="without TARGET: only those quick at a million")
     made.add_argument("--list", action="store_true", help="print the targets' names")
     made.add_argument("words", nargs="*", metavar="TARGET", help="what to fuzz (all), or TARGET FILE to replay")
     return made

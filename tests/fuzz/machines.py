@@ -489,5 +489,5 @@ TARGETS: Final = (
     Target("udx_hostile", _attack, 4000, max_bytes=1000, seeds=_attack_seeds),
     Target("noise", _run_noise, 600, max_bytes=600, seeds=_noise_seeds),
     Target("secret_stream", _run_secret_stream, 5000, max_bytes=600, seeds=_secret_seeds),
-    Target("secret_frames", _hostile_frames, seeds=_frame_seeds),
+    Target("secret_frames", _hostile_frames, 5000, seeds=_frame_seeds),
 )

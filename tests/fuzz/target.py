@@ -30,7 +30,7 @@ class Target:
 
     @property
     def quick(self) -> bool:
-        """Whether a million inputs take half a minute at most: all but state machines and what writes files."""
+        """Whether a million inputs take 20 s at most: neither state machines nor long lines, and no files."""
         return self.runs >= QUICK_RUNS
 
 

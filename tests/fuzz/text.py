@@ -483,7 +483,7 @@ TARGETS: Final = (
     Target("hints", _read_hints, seeds=_hint_seeds),
     Target("wire_lines", _cut_lines, seeds=_line_seeds),
     Target("sealed", _open_sealed, seeds=_sealed_seeds),
-    Target("claude_line", _read_claude, max_bytes=4096, seeds=_claude_seeds),
+    Target("claude_line", _read_claude, 5000, max_bytes=4096, seeds=_claude_seeds),
     Target("session_info", _read_session, seeds=_session_seeds),
     Target("session_record", _read_record, seeds=_record_seeds),
     Target("journal", _load_journal, 3000, max_bytes=4096, seeds=_journal_seeds),
