@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from sim import Host, run
+from sim import Host, Link, run
 from sim.realm import Packet
 from sim_dht import DEADLINE, Swarm, ask, serve, swarm
 
@@ -13,7 +13,14 @@ from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.errors import DecodeError, HolepunchError, HyperDHTError, PeerConnectionFailed, PeerNotFound
+from p2pclaude.hyperdht.errors import (
+    DecodeError,
+    HolepunchError,
+    HyperDHTError,
+    PeerConnectionFailed,
+    PeerNotFound,
+    Suspended,
+)
 from p2pclaude.hyperdht.messages import Peer, Request, decode_message, encode_peer
 from p2pclaude.hyperdht.query import Query
 from p2pclaude.hyperdht.requests import IncomingRequest
@@ -281,5 +288,44 @@ def test_a_server_that_names_many_addresses_has_few_of_them_pinged() -> None:
             async with await client.connect(server.public_key, timeout=DEADLINE) as connection:
                 assert await ask(connection, b"hello") == b"hello"
             assert 0 < len(asked & set(named)) <= MAX_CANDIDATES
+
+    run(main(), seed=1)
+
+
+def test_a_node_that_is_suspended_while_a_handshake_is_on_its_way_says_so() -> None:
+    """The search has ended by then: the handshake alone tells what happened."""
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            _, client, server, host = await peers(network)
+            network.net.intercept = lambda packet: packet.origin is host and is_request(packet, Command.PEER_HANDSHAKE)
+            connecting = asyncio.create_task(client.connect(server.public_key))
+            await asyncio.sleep(2)
+            await client.suspend()
+            with pytest.raises(Suspended):
+                await connecting
+
+    run(main(), seed=1)
+
+
+def test_a_peer_that_breaks_off_before_its_answer_is_here_is_a_failed_connection() -> None:
+    """Its packets come straight, the answer through a node that is far away."""
+
+    async def main() -> None:
+        async with swarm(1, 12) as network:
+            net = network.net
+            node, client = [await network.join(net.host(f"5.8.0.{i}")) for i in (1, 2)]
+            server = await serve(node, node.key_pair)
+            for other in [net.host("5.0.0.1"), *net.hosts(12)]:
+                net.set_path(other, net.host("5.8.0.2"), Link(latency=(0.5, 0.5)))
+            connecting = asyncio.create_task(client.connect(server.public_key, early_data=b"first"))
+            while not server._slots:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            await server.close()
+            with pytest.raises(PeerConnectionFailed, match="broke the connection off"):
+                await connecting
+            await asyncio.sleep(60)
+            assert len(client.endpoint.streams) == 0
 
     run(main(), seed=1)

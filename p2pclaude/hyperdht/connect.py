@@ -135,6 +135,9 @@ class Attempt:
             shaken = await handshaking.run(encode_noise_payload(self._payload()))
             self._avoid.add(shaken.relay_address)
             await self._open(shaken)
+        except ConnectionClosed as error:
+            self._dht.check_usable()  # else we ended it ourselves
+            raise PeerConnectionFailed("the peer broke the connection off at once") from error
         except BaseException:
             self._connection.abort()
             raise
@@ -228,9 +231,6 @@ class Attempt:
             if opened.done():
                 opened.result()
                 return
-        except ConnectionClosed as error:
-            self._dht.check_usable()  # else we ended it ourselves
-            raise PeerConnectionFailed("the peer broke the connection off at once") from error
         finally:
             opened.cancel()
         causes = [task.exception() for task in efforts]

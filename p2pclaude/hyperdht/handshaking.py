@@ -17,10 +17,12 @@ from .encoding import Address
 from .endpoint import Socket
 from .errors import (
     DecodeError,
+    Destroyed,
     HandshakeFailed,
     HyperDHTError,
     PeerConnectionFailed,
     PeerNotFound,
+    Suspended,
     Timeout,
     TooFewNodes,
 )
@@ -223,7 +225,7 @@ class Handshaking:
             del tasks[relay]
             if (error := task.exception()) is None:
                 return task.result()
-            if not isinstance(error, HyperDHTError):
+            if isinstance(error, Suspended | Destroyed) or not isinstance(error, HyperDHTError):
                 raise error
             if isinstance(error, HandshakeFailed):
                 self._refusals.append(error)
