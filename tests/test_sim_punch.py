@@ -18,6 +18,7 @@ from p2pclaude.hyperdht.errors import HolepunchError, HyperDHTError
 from p2pclaude.hyperdht.handshakes import Holepunch
 from p2pclaude.hyperdht.holepunch import ServerHolepunch
 from p2pclaude.hyperdht.puncher import Puncher
+from p2pclaude.hyperdht.relayserver import RelayServer
 from p2pclaude.hyperdht.requests import IncomingRequest
 from p2pclaude.hyperdht.router import Answer
 from p2pclaude.hyperdht.udx.packet import DESTROY
@@ -197,6 +198,29 @@ def test_a_process_with_few_file_descriptors_punches_with_what_it_gets(monkeypat
             assert left < 0
 
     monkeypatch.setattr(Puncher, "_bind", scarce)
+    run(main(), seed=2)
+
+
+def test_a_client_without_a_file_descriptor_for_punching_takes_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relay leads to the server all the same; without one there is no path, which is said as it always is."""
+
+    async def refuse(puncher: Puncher) -> Socket:
+        raise OSError(EMFILE, "too many open files")
+
+    async def main() -> None:
+        async with swarm(2, 12, internet()) as network:
+            server_node, client = await _pair(network, "cone", "cone")
+            server = await serve(server_node, server_node.key_pair)
+            relay = RelayServer(network.bootstrap)
+            await relay.listen()
+            monkeypatch.setattr(Puncher, "_bind", refuse)
+            with pytest.raises(HolepunchError):
+                await client.connect(server.public_key)
+            async with await client.connect(server.public_key, relay_through=relay.public_key) as connection:
+                assert connection.how == "relayed"
+                assert await ask(connection, b"hello") == b"hello"
+            await relay.close()
+
     run(main(), seed=2)
 
 

@@ -251,7 +251,11 @@ class Attempt:
         puncher = Puncher(
             self._dht.node, self._dht.rng, self._dht.throttle, is_initiator=True, on_path=self._paths.hear_probe
         )
-        await puncher.open()
+        try:
+            await puncher.open()
+        except OSError:  # too many open files: there may be another way
+            log.warning("no socket for hole punching is to be had")
+            return None
         return puncher
 
     async def _punch(self, shaken: Shaken, puncher: Puncher) -> None:
