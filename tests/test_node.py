@@ -435,6 +435,23 @@ def test_the_end_settles_everything_and_leaves_nothing() -> None:
     run(main(), check_timers=True)
 
 
+def test_nobody_waits_for_a_node_whose_end_was_cut_short() -> None:
+    async def main() -> None:
+        host = SimNetwork().host("8.8.8.8")
+        node = make_node(host, bootstrap=["9.9.9.9:1"])
+        await node.start()
+        waiting = asyncio.create_task(node.bootstrapped.wait())
+        await asyncio.sleep(0.1)
+        ending = asyncio.create_task(node.destroy())
+        await asyncio.sleep(0)
+        ending.cancel()
+        await asyncio.wait([ending])
+        assert ending.cancelled() and not host.sockets
+        await asyncio.wait_for(waiting, 1)
+
+    run(main(), check_timers=True)
+
+
 @pytest.mark.parametrize("action", ["destroy", "suspend"])
 def test_no_name_is_looked_up_behind_the_end(action: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The query that waited for the name asks for fallbacks when the lookup is given up."""

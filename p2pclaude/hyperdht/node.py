@@ -277,8 +277,10 @@ class Node:
         if self.destroyed:
             return
         self.destroyed = True
-        await self._halt(lambda: Destroyed("the node is destroyed"))
-        self.bootstrapped.set()  # nobody shall wait for it any longer
+        try:
+            await self._halt(lambda: Destroyed("the node is destroyed"))
+        finally:
+            self.bootstrapped.set()  # nobody shall wait for it any longer
 
     async def _halt(self, reason: Callable[[], HyperDHTError]) -> None:
         if self._ticker is not None:
