@@ -4,7 +4,7 @@ import asyncio
 from random import Random
 
 import pytest
-from sim import Nat, run
+from sim import Nat, SimLoop, run
 from sim_dht import ask, echo, eventually
 from sim_peers import receive_all, seeds, send_random
 from sim_relay import Place, Side, relay_place
@@ -445,3 +445,29 @@ def test_a_node_goes_with_its_links() -> None:
             await initiator.link.wait_closed()
 
     run(main(), seed=1)
+
+
+def test_a_listener_that_fails_costs_nobody_a_link(caplog: pytest.LogCaptureFixture) -> None:
+    """Two meet as always, and when they are gone nothing is left that would count against the limits."""
+
+    def fail(event: object) -> None:
+        raise RuntimeError(f"a bug at {type(event).__name__}")
+
+    async def main() -> None:
+        async with relay_place(1) as place:
+            place.relay._on_event = fail
+            initiator, responder = await place.linked()
+            serving = asyncio.create_task(echo(responder.connection))
+            assert await ask(initiator.connection, b"hello") == b"hello"
+            await initiator.connection.close()
+            await serving
+            await responder.connection.close()
+            await asyncio.sleep(60)
+            assert (place.relay.links, place.relay.waiting, place.relay.connections) == (0, 0, 0)
+
+    loop = SimLoop()
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+    assert not loop.swallowed and "a relay's listener failed" in caplog.text

@@ -465,8 +465,12 @@ class RelayServer:
             link.end_soon()
 
     def _tell(self, event: RelayEvent) -> None:
-        if self._on_event is not None:
+        if self._on_event is None:
+            return
+        try:
             self._on_event(event)
+        except Exception:  # a bug in who listens must cost no client its connection, and leave none counted
+            log.exception("a relay's listener failed")
 
 
 async def _close_when_idle(session: _Session) -> None:
