@@ -65,7 +65,8 @@ class Place:
 
     def told(self) -> list[dict[str, Any]]:
         """Give what the fake claudes noted: their starts, and the messages they got."""
-        return [json.loads(line) for line in self.notes.read_text().splitlines()] if self.notes.exists() else []
+        lines = self.notes.read_text().splitlines(keepends=True) if self.notes.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half written
 
     def messages(self) -> list[str]:
         """Give the texts that the fake claudes got."""

@@ -143,14 +143,15 @@ def test_a_session_with_an_accepted_message_is_not_idle(place: Place, monkeypatc
 def test_who_reads_a_session_whose_start_fails_does_not_bring_it_back(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    delete, deleting = delete_directory, threading.Event()
+    delete, deleting, reads = delete_directory, threading.Event(), threading.Event()
 
     def delete_slowly(path: Path, *, ignore_errors: bool = False) -> None:
         deleting.set()
-        time.sleep(0.3)
+        reads.wait(20)
         delete(path, ignore_errors=ignore_errors)
 
     monkeypatch.setattr(session_module, "delete_directory", delete_slowly)
+    monkeypatch.setattr(session_module, "SETTLE_SECONDS", 10.0)  # it is over as soon as the child is dead
     monkeypatch.setenv("FAKE_CLAUDE", "die")
 
     async def main() -> None:
@@ -158,7 +159,10 @@ def test_who_reads_a_session_whose_start_fails_does_not_bring_it_back(
             spawning = asyncio.create_task(table.spawn(Spawn(session_id="s")))
             assert await asyncio.to_thread(deleting.wait, 20)
             session = table.find("s")
-            output = await table.read("s", after=0, limit=None, clear=False, wait_ms=0)
+            reading = asyncio.create_task(table.read("s", after=0, limit=None, clear=False, wait_ms=0))
+            await asyncio.sleep(0)
+            reads.set()
+            output = await reading
             with pytest.raises(Unavailable):
                 await spawning
             assert (output.page.lines, output.state) == ([], None)

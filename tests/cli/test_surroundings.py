@@ -118,7 +118,7 @@ def test_a_daemon_without_standard_streams(offline: Shell) -> None:
     )
     try:
         url = str(offline.work / "d" / "pairing.url")
-        eventually(lambda: offline.run("ping", url, "-t", "1").status == 0)
+        eventually(lambda: offline.run("ping", url, "-t", "10").status == 0)
         process.terminate()
         assert process.wait(30) == 0
     finally:
