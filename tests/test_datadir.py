@@ -136,7 +136,7 @@ def test_a_directory_in_use_is_said_with_the_pid(tmp_path: Path) -> None:
             DataDir(tmp_path).lock()
     finally:
         ours.send(None)
-        process.join(10)
+        process.join(60)
     data_dir = DataDir(tmp_path)
     data_dir.lock()  # what a dead process held is free
     data_dir.unlock()

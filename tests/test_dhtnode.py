@@ -63,7 +63,7 @@ class RunningNode:
                         return line
                 assert self._changed.wait(deadline - time.monotonic()), (event, self.lines)
 
-    def expect_warning(self, words: str, timeout: float = 20.0) -> None:
+    def expect_warning(self, words: str, timeout: float = 50.0) -> None:
         """Wait for a warning with these words."""
         deadline = time.monotonic() + timeout
         with self._changed:

@@ -1,15 +1,17 @@
 """Runs the commands as a user does: own processes, own environment, and everything they say is looked at."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from free_ports import free_port
 
@@ -133,3 +135,8 @@ def eventually(check: Callable[[], bool]) -> None:
     while not check():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.05)
+
+
+def unread(pipe: IO[Any]) -> int:
+    """Tell how many bytes wait in a pipe."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)

@@ -285,17 +285,19 @@ def clients_of(shell: Shell) -> int:
 
 
 def test_two_approvers_race_and_one_wins(shell: Shell) -> None:
-    before = clients_of(shell)
-    racers = [shell.start("approve", "-v", "-f", "--filter", f"exit {status}", "@") for status in (0, 1, 0, 1)]
-    eventually(lambda: clients_of(shell) - before == len(racers))
+    before, said = clients_of(shell), shell.work / "said"
+    with said.open("ab") as out:
+        racers = [
+            shell.start("approve", "-v", "-f", "--filter", f"exit {status}", "@", stdout=out) for status in (0, 1, 0, 1)
+        ]
+    eventually(lambda: clients_of(shell) - before >= len(racers))
     sessions = [ask_only(shell, "ASK:ls") for _ in range(3)]
     answers = [answer_of(shell, session) for session in sessions]
-    decided: list[dict[str, Any]] = []
+    eventually(lambda: said.read_bytes().count(b"\n") >= len(sessions))  # who has won says so when it has heard of it
     for racer in racers:
         racer.terminate()
-        out, err = racer.communicate(timeout=50)
-        decided += map(json.loads, out.splitlines())
-        assert b"error" not in err
+        assert b"error" not in racer.communicate(timeout=50)[1]
+    decided = [json.loads(line) for line in said.read_text().splitlines()]
     assert sorted(line["sessionId"] for line in decided) == sorted(sessions)
     for session, answer in zip(sessions, answers, strict=True):
         [line] = [line for line in decided if line["sessionId"] == session]

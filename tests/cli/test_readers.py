@@ -4,13 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cli.harness import Shell, eventually
+from cli.harness import Shell, eventually, unread
 
 
 @contextmanager
@@ -58,7 +57,7 @@ def test_waiting_ends_when_nobody_reads_any_more(shell: Shell) -> None:
     while b"get-output" not in (line := waiting.stderr.readline()):
         assert line, "it did not wait"
     waiting.stdout.close()
-    assert waiting.wait(timeout=10) == 0
+    assert waiting.wait(timeout=50) == 0
     waiting.stderr.close()
 
 
@@ -90,11 +89,12 @@ def test_signals_end_a_tool_whose_reader_has_stopped(
 ) -> None:
     process = shell.start("tail", *options, "@", long_session, stdin=subprocess.DEVNULL)
     assert process.stdout and process.stderr
+    stdout = process.stdout
     try:
-        process.stdout.read(1)
-        time.sleep(0.5)  # the pipe is full by then
+        stdout.read(1)
+        eventually(lambda: unread(stdout) > 50_000)  # so that there is no room for the rest
         process.send_signal(number)
-        assert process.wait(timeout=10) == -number
+        assert process.wait(timeout=50) == -number
         assert process.stderr.read() == b""
     finally:
         process.kill()

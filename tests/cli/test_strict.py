@@ -19,8 +19,8 @@ PINGS = 6
 
 def events(shell: Shell, name: str) -> list[dict[str, object]]:
     """Give the daemon's log lines of one event."""
-    lines = [json.loads(line) for line in (shell.work / "daemon.log").read_text().splitlines()]
-    return [line for line in lines if line["event"] == name]
+    *lines, _ = (shell.work / "daemon.log").read_text().split("\n")  # the last one may be half written
+    return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
 def use_all_at_once(shell: Shell) -> None:
