@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from pathlib import Path
 
 from free_ports import free_port
@@ -57,7 +57,8 @@ def daemon(place: Place, *, environ: dict[str, str] | None = None, **more: objec
         process.kill()
         process.communicate()
         for left in marked(place):
-            os.kill(left.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # a claude may end by itself once its daemon is gone
+                os.kill(left.pid, signal.SIGKILL)
 
 
 def pairing_of(place: Place) -> Pairing:

@@ -208,7 +208,7 @@ some_params = st.dictionaries(st.sampled_from(names), values)
 
 
 @given(st.sampled_from(["send-message", "get-output", "stop-session", "list-sessions", "ping"]), some_params)
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 def test_any_params_are_answered(place: Place, method: str, params: dict[str, Any]) -> None:
     async def main() -> None:
         table = SessionTable(place.sessions, place.settings(), place.log)

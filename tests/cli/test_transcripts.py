@@ -329,11 +329,18 @@ def test_a_wrong_key(shell: Shell, tmp_path: Path) -> None:
         assert "wrong key" in wrong.fail(77, *words)
 
 
-@pytest.mark.parametrize("line", ["tail $U $S", "tail -f $U $S", "tail --text $U $S", "ls --json $U", "ping -c 100 $U"])
-def test_a_closed_pipe_ends_a_tool_quietly(shell: Shell, line: str) -> None:
+@pytest.fixture(scope="module")
+def counted(shell: Shell) -> str:
+    """Give a session that has printed some lines."""
     [session] = shell.succeed("send", "@", "COUNT:50")
+    eventually(lambda: len(shell.succeed("tail", "@", session)) == 53)
+    return session
+
+
+@pytest.mark.parametrize("line", ["tail $U $S", "tail -f $U $S", "tail --text $U $S", "ls --json $U", "ping -c 100 $U"])
+def test_a_closed_pipe_ends_a_tool_quietly(shell: Shell, counted: str, line: str) -> None:
     started = time.monotonic()
-    result = shell_line(shell, f"{line} | head -n 1", S=session)
+    result = shell_line(shell, f"{line} | head -n 1", S=counted)
     assert (result.returncode, result.stderr) == (0, "")
     assert len(result.stdout.splitlines()) == 1
     assert time.monotonic() - started < 50  # a hundred pings take longer
@@ -398,15 +405,18 @@ def test_following_and_waiting_outlive_the_daemon(tmp_path: Path) -> None:
         port = re.search(r":(\d+)$", own.succeed("ping", "@")[0])
         assert port
         follower = own.start("tail", "-f", "@", session)
+        assert follower.stdout
+        shown = [follower.stdout.readline()]  # it follows
     try:
         with daemon(work, port=int(port[1])) as restarted:
             assert restarted.succeed("send", "-w", "-s", session, "@", "two") == ["echo: two"]
             restarted.succeed("stop", "@", session)
-            out, err = follower.communicate(timeout=60)
+            shown += follower.stdout.readlines()
+            err = follower.communicate(timeout=60)[1]
     finally:
         follower.kill()
         follower.communicate()
-    results = [o["result"] for o in map(json.loads, out.splitlines()) if o["type"] == "result"]
+    results = [o["result"] for o in map(json.loads, shown) if o["type"] == "result"]
     assert (results, err, follower.returncode) == (["echo: one", "echo: two"], b"", 0)
 
 
