@@ -5,13 +5,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
-from sim import Host, Link, SimNetwork
+from sim import Dependence, Host, Link, PortChoice, SimNetwork
+from sim.realm import Packet
 
 from p2pclaude.hyperdht.connection import Connection
+from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.errors import HyperDHTError
+from p2pclaude.hyperdht.errors import DecodeError, HyperDHTError
+from p2pclaude.hyperdht.messages import Request, decode_message
 from p2pclaude.hyperdht.server import Server
 
 BOOTSTRAP: Final[Address] = ("5.0.0.1", 49737)
@@ -22,6 +25,26 @@ INTERNET: Final = (0.01, 0.04)  # seconds one way
 def internet(loss: float = 0.0, duplicate: float = 0.0) -> Link:
     """Return the usual path: 10 to 40 ms, so that packets overtake each other."""
     return Link(latency=INTERNET, loss=loss, duplicate=duplicate, hops=8)
+
+
+def cone(net: SimNetwork, number: int) -> Host:
+    """Return a host behind a port-preserving NAT."""
+    return net.nat(f"5.8.0.{number}").host(f"192.168.{number}.2")
+
+
+def symmetric(net: SimNetwork, number: int) -> Host:
+    """Return a host behind a NAT with another random port for every remote endpoint."""
+    nat = net.nat(f"5.8.0.{number}", mapping=Dependence.ADDRESS_AND_PORT, ports=PortChoice.RANDOM)
+    return nat.host(f"192.168.{number}.2")
+
+
+def is_request(packet: Packet, command: Command) -> bool:
+    """Tell whether a packet asks for that."""
+    try:
+        message = decode_message(packet.data)
+    except DecodeError:
+        return False
+    return isinstance(message, Request) and not message.internal and message.command == command
 
 
 class Swarm:

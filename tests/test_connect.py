@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from sim import Host, Link, run
 from sim.realm import Packet
-from sim_dht import DEADLINE, Swarm, ask, serve, swarm
+from sim_dht import DEADLINE, Swarm, ask, cone, is_request, serve, swarm
 
 from p2pclaude.hyperdht import handshaking as module
 from p2pclaude.hyperdht.connect import MAX_CANDIDATES
@@ -14,14 +14,13 @@ from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import (
-    DecodeError,
     HolepunchError,
     HyperDHTError,
     PeerConnectionFailed,
     PeerNotFound,
     Suspended,
 )
-from p2pclaude.hyperdht.messages import Peer, Request, decode_message, encode_peer
+from p2pclaude.hyperdht.messages import Peer, encode_peer
 from p2pclaude.hyperdht.query import Query
 from p2pclaude.hyperdht.requests import IncomingRequest
 from p2pclaude.hyperdht.server import Server
@@ -30,21 +29,11 @@ from p2pclaude.hyperdht.udx.packet import PREFIX
 
 async def peers(network: Swarm) -> tuple[HyperDHT, HyperDHT, Server, Host]:
     """Start a server and a client, each behind a NAT of its own."""
-    net = network.net
-    node = await network.join(net.nat("5.8.0.1").host("192.168.1.2"))
-    host = net.nat("5.8.0.2").host("192.168.2.2")
+    node = await network.join(cone(network.net, 1))
+    host = cone(network.net, 2)
     client = await network.join(host)
     await asyncio.sleep(5)
     return node, client, await serve(node, node.key_pair), host
-
-
-def is_request(packet: Packet, command: Command) -> bool:
-    """Tell whether a packet asks for that."""
-    try:
-        message = decode_message(packet.data)
-    except DecodeError:
-        return False
-    return isinstance(message, Request) and not message.internal and message.command == command
 
 
 def test_what_a_lost_answer_hid_is_found_by_another_lookup() -> None:
@@ -251,7 +240,7 @@ def test_a_server_comes_towards_a_client_whose_address_no_nat_changes(
         async with swarm(5, 24) as network:
             net = network.net
             node = await network.join(net.host("5.8.0.1"))
-            host = net.nat("5.8.0.2").host("192.168.2.2") if natted else net.host("5.8.0.2")
+            host = cone(net, 2) if natted else net.host("5.8.0.2")
             client = await network.join(host)
             await asyncio.sleep(5)
             monkeypatch.setattr(client.node, "remote_address", lambda: None)  # a new one does not know yet

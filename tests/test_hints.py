@@ -6,14 +6,13 @@ from collections.abc import Sequence
 import pytest
 from sim import Host, Link, run
 from sim.realm import Packet
-from sim_dht import Swarm, ask, serve, swarm
+from sim_dht import Swarm, ask, cone, is_request, serve, swarm
 
 from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.errors import DecodeError, PeerConnectionFailed, PeerNotFound
-from p2pclaude.hyperdht.messages import Request, decode_message
+from p2pclaude.hyperdht.errors import PeerConnectionFailed, PeerNotFound
 from p2pclaude.hyperdht.server import Server
 
 LATENCY = 0.05  # one way, between any two hosts
@@ -79,10 +78,10 @@ def test_behind_nats_the_remembered_relays_are_asked_at_once() -> None:
 
     async def main() -> None:
         async with swarm(2, 12, Link(latency=(LATENCY, LATENCY))) as network:
-            server = await server_on(network, network.net.nat("5.8.0.1").host("192.168.1.2"))
+            server = await server_on(network, cone(network.net, 1))
             remembered = await remembered_by_another(network, network.net.host("5.8.0.3"), server.public_key)
             assert [address for address in remembered if address[0].startswith("192.168.")] == []
-            host = network.net.nat("5.8.0.2").host("192.168.2.2")
+            host = cone(network.net, 2)
             client = await fresh_client(network, host, remembered, server.public_key)
             asked: list[Address] = []
 
@@ -99,15 +98,6 @@ def test_behind_nats_the_remembered_relays_are_asked_at_once() -> None:
             assert asked and asked[0] in remembered
 
     run(main(), seed=2)
-
-
-def is_request(packet: Packet, command: Command) -> bool:
-    """Tell whether a packet asks for that."""
-    try:
-        message = decode_message(packet.data)
-    except DecodeError:
-        return False
-    return isinstance(message, Request) and not message.internal and message.command == command
 
 
 @pytest.mark.parametrize("stale", ["silent", "another node", "another server", "itself"])
@@ -214,7 +204,7 @@ def test_early_data_saves_a_round_trip_and_arrives_once(remember: bool) -> None:
     async def main() -> tuple[float, float]:
         async with swarm(7, 12, Link(latency=(LATENCY, LATENCY))) as network:
             server = await server_on(network, network.net.host("5.8.0.1"))
-            host = network.net.host("5.8.0.2") if remember else network.net.nat("5.8.0.2").host("192.168.2.2")
+            host = network.net.host("5.8.0.2") if remember else cone(network.net, 2)
             remembered = await remembered_by_another(network, host, server.public_key) if remember else ()
             client = await fresh_client(network, host, remembered, server.public_key)
             return await connect_seconds(client, server.public_key, b"hello")
@@ -229,9 +219,9 @@ def test_early_data_goes_through_nats_and_loss() -> None:
 
     async def main() -> None:
         async with swarm(8, 12, Link(latency=(0.01, 0.04), loss=0.1, duplicate=0.05)) as network:
-            server = await server_on(network, network.net.nat("5.8.0.1").host("192.168.1.2"))
+            server = await server_on(network, cone(network.net, 1))
             for n in range(2, 8):
-                client = await network.join(network.net.nat(f"5.8.0.{n}").host("192.168.2.2"))
+                client = await network.join(cone(network.net, n))
                 async with await client.connect(server.public_key, early_data=b"first ") as connection:
                     answer = await ask(connection, b"second")
                     await connection.write_eof()

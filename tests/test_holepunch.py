@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 from reachability import PAIRS, connect_group, measure
-from sim import Dependence, Host, PortChoice, SimNetwork, run
+from sim import SimNetwork, run
 from sim.realm import Packet
-from sim_dht import DEADLINE, Swarm, ask, can_ask, echo, serve, swarm
+from sim_dht import DEADLINE, Swarm, ask, can_ask, cone, echo, serve, swarm, symmetric
 from sim_peers import seeds
 
 from p2pclaude.hyperdht.constants import Command, Mode
@@ -53,17 +53,6 @@ def test_an_attempt_is_counted_as_failed_if_it_is() -> None:
 
 
 # Servers that are busy
-
-
-def symmetric(net: SimNetwork, number: int) -> Host:
-    """Return a host behind a NAT with another random port for every remote endpoint."""
-    nat = net.nat(f"5.8.0.{number}", mapping=Dependence.ADDRESS_AND_PORT, ports=PortChoice.RANDOM)
-    return nat.host(f"192.168.{number}.2")
-
-
-def cone(net: SimNetwork, number: int) -> Host:
-    """Return a host behind a port-preserving NAT."""
-    return net.nat(f"5.8.0.{number}").host(f"192.168.{number}.2")
 
 
 @pytest.mark.parametrize("seed", seeds(2))

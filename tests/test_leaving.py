@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from sim import Dependence, PortChoice, run
-from sim_dht import Swarm, serve, swarm
+from sim_dht import Swarm, cone, serve, swarm
 
 from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.dht import HyperDHT
@@ -65,7 +65,7 @@ def test_a_client_that_leaves_as_soon_as_it_is_connected_keeps_no_socket(leave: 
     async def main() -> None:
         async with swarm(1, 8) as network:
             net = network.net
-            node = await network.join(net.nat("5.8.0.1").host("192.168.1.2"))
+            node = await network.join(cone(net, 1))
             host = net.nat("5.8.0.2", mapping=mapping, ports=PortChoice.RANDOM).host("192.168.2.2")
             client = await network.join(host)
             await asyncio.sleep(5)

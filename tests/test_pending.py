@@ -4,8 +4,8 @@ import asyncio
 from contextlib import suppress
 
 import pytest
-from sim import Dependence, Host, PortChoice, SimNetwork, run
-from sim_dht import Swarm, echo, swarm
+from sim import Host, run
+from sim_dht import Swarm, cone, echo, swarm, symmetric
 
 from p2pclaude.hyperdht import pending
 from p2pclaude.hyperdht.announcer import Announcer
@@ -15,17 +15,6 @@ from p2pclaude.hyperdht.errors import HolepunchError, HyperDHTError
 from p2pclaude.hyperdht.holepunch import ClientHolepunch
 from p2pclaude.hyperdht.noise import NoiseIK
 from p2pclaude.hyperdht.udx.packet import PREFIX
-
-
-def symmetric(net: SimNetwork, number: int) -> Host:
-    """Return a host behind a NAT with another random port for every remote endpoint."""
-    nat = net.nat(f"5.8.0.{number}", mapping=Dependence.ADDRESS_AND_PORT, ports=PortChoice.RANDOM)
-    return nat.host(f"192.168.{number}.2")
-
-
-def cone(net: SimNetwork, number: int) -> Host:
-    """Return a host behind a port-preserving NAT."""
-    return net.nat(f"5.8.0.{number}").host(f"192.168.{number}.2")
 
 
 async def joined(network: Swarm, host: Host) -> HyperDHT:
