@@ -30,11 +30,11 @@ class Caller:
         assert (answer["type"], answer["ask"]) == ("success", True)
 
     async def pending(self, count: int = 1, **params: Any) -> list[dict[str, Any]]:
-        """Wait until so many requests are pending, and give them."""
+        """Wait until so many requests are pending, and give them; the last ones may not fit."""
         version = ""
         while True:
             found = await self("list-permissions", version=version, waitMs=20_000, **params)
-            if len(found["requests"]) == count:
+            if len(found["requests"]) + found.get("omitted", 0) == count:
                 return list(found["requests"])
             version = found["version"]
 
