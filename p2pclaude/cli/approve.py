@@ -132,10 +132,11 @@ def execute(options: Options, console: Console) -> int:
 
 def _read_reply() -> Mapping[str, object]:
     """Make a reply of the JSON object on standard input. Raises DataError."""
+    from p2pclaude.cli.stdin import read_all
     from p2pclaude.errors import WireError
     from p2pclaude.wire import load_json
 
-    data = b"" if sys.stdin is None else sys.stdin.buffer.read(MAX_ANSWER_BYTES + 1)
+    data = b"" if sys.stdin is None else read_all(MAX_ANSWER_BYTES)
     if len(data) > MAX_ANSWER_BYTES:
         raise DataError(f"the answer is longer than {MAX_ANSWER_BYTES >> 20} MiB")
     try:

@@ -12,6 +12,7 @@ import gc
 import math
 import os
 import re
+import select
 import signal
 import stat
 import sys
@@ -441,13 +442,16 @@ def write_lines(lines: Sequence[bytes]) -> None:
 
 
 def _write_all(stream: BinaryIO, data: bytes) -> None:
-    """Write to the end: the stream is raw, and a full disk or a signal has it write a part."""
+    """Write to the end: the stream is raw, and a full disk, a full pipe or a signal has it write a part."""
     rest = memoryview(data)
     while rest:
         written = stream.write(rest)
-        if written is None:  # as a raw stream says that it would block
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        rest = rest[written:]
+        if written is None:  # a program that shares it, such as ssh, has made it non-blocking, and it is full
+            waiting = select.poll()
+            waiting.register(stream.fileno(), select.POLLOUT)
+            waiting.poll()
+        else:
+            rest = rest[written:]
 
 
 def is_terminal() -> bool:

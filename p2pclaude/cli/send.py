@@ -139,11 +139,13 @@ def execute(options: Options, console: Console) -> int:
 
 def _read_message(console: Console) -> str:
     """Read the message from standard input."""
+    from p2pclaude.cli.stdin import read_all
+
     if sys.stdin is None:
         raise DataError("no message: there is no standard input", hint=_EMPTY_HINT)
     if sys.stdin.isatty():
         console.hint("type the message and end it with ctrl-d on a line of its own")
-    return _checked(sys.stdin.buffer.read(MAX_MESSAGE_BYTES + 1))
+    return _checked(read_all(MAX_MESSAGE_BYTES))
 
 
 _EMPTY_HINT = "give the message as TEXT or on standard input"

@@ -1,13 +1,36 @@
-"""Lines of standard input for a coroutine, whatever standard input is: a terminal, a pipe or a file."""
+"""Standard input, whatever it is: all of it, or its lines for a coroutine.
+
+It may have been made non-blocking by a program that shares it, as `ssh` and Node do: nothing there yet is no end of it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import select
 import threading
 from collections.abc import AsyncIterator
 
 _CHUNK = 1 << 16
+
+
+def read_all(max_bytes: int) -> bytes:
+    """Read to the end, or until it is more than so many bytes, which are for the caller to refuse. Raises OSError."""
+    data = bytearray()
+    while len(data) <= max_bytes and (chunk := _read_some()):
+        data += chunk
+    return bytes(data[: max_bytes + 1])
+
+
+def _read_some() -> bytes:
+    """Wait for some bytes of standard input; none are its end."""
+    while True:
+        try:
+            return os.read(0, _CHUNK)
+        except BlockingIOError:
+            waiting = select.poll()
+            waiting.register(0, select.POLLIN)
+            waiting.poll()
 
 
 async def read_lines(max_bytes: int) -> AsyncIterator[bytes]:
@@ -42,7 +65,7 @@ def _read(loop: asyncio.AbstractEventLoop, chunks: asyncio.Queue[bytes | OSError
     while isinstance(chunk, bytes) and chunk:
         wanted.acquire()
         try:
-            chunk = os.read(0, _CHUNK)
+            chunk = _read_some()
         except OSError as error:
             chunk = error
         try:

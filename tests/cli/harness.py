@@ -137,6 +137,6 @@ def eventually(check: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def unread(pipe: IO[Any]) -> int:
+def unread(pipe: IO[Any] | int) -> int:
     """Tell how many bytes wait in a pipe."""
     return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)

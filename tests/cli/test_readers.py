@@ -82,20 +82,37 @@ def long_session(shell: Shell) -> str:
     return session
 
 
+def test_a_slow_reader_gets_all_although_stdout_does_not_block(shell: Shell, long_session: str) -> None:
+    """Who shares stdout may have made it so, as ssh does."""
+    whole = "".join(line + "\n" for line in shell.succeed("tail", "@", long_session)).encode()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    process = shell.start("tail", "@", long_session, stdout=writer)
+    os.close(writer)
+    eventually(lambda: unread(reader) > 50_000)
+    with os.fdopen(reader, "rb") as rest:
+        assert rest.read() == whole
+    assert (process.wait(timeout=30), process.communicate()[1]) == (0, b"")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("blocking", [True, False])
 @pytest.mark.parametrize("options", [[], ["-f"]])
 def test_signals_end_a_tool_whose_reader_has_stopped(
-    shell: Shell, long_session: str, number: signal.Signals, options: list[str]
+    shell: Shell, long_session: str, number: signal.Signals, options: list[str], blocking: bool
 ) -> None:
-    process = shell.start("tail", *options, "@", long_session, stdin=subprocess.DEVNULL)
-    assert process.stdout and process.stderr
-    stdout = process.stdout
+    reader, writer = os.pipe()
+    os.set_blocking(writer, blocking)
+    process = shell.start("tail", *options, "@", long_session, stdin=subprocess.DEVNULL, stdout=writer)
+    os.close(writer)
+    assert process.stderr
     try:
-        stdout.read(1)
-        eventually(lambda: unread(stdout) > 50_000)  # so that there is no room for the rest
+        os.read(reader, 1)
+        eventually(lambda: unread(reader) > 50_000)  # so that there is no room for the rest
         process.send_signal(number)
         assert process.wait(timeout=50) == -number
         assert process.stderr.read() == b""
     finally:
+        os.close(reader)
         process.kill()
         process.communicate()

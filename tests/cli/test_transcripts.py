@@ -154,6 +154,21 @@ def test_messages_to_unknown_and_ended_sessions(shell: Shell) -> None:
     assert "session has ended" in shell.fail(77, "send", "-s", session, "@", "hi")
 
 
+@pytest.mark.parametrize("option", ["-w", "--lines"])
+def test_input_that_does_not_block_is_read_to_its_end(shell: Shell, option: str) -> None:
+    """Who shares stdin may have made it so, as ssh does: what is not there yet still belongs to the message."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    process = shell.start("send", option, "@", stdin=reader)
+    os.close(reader)
+    with os.fdopen(writer, "wb", 0) as text:
+        for part in (b"first, ", b"second\n"):
+            text.write(part)
+            time.sleep(1.0)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, b"echo: first, second\n"), err
+
+
 def test_a_chat_in_a_pipe(shell: Shell) -> None:
     result = shell.run("send", "--lines", "-w", "@", text="one\n\n  \ntwo\nFAIL\nno newline")
     assert result.status == 1
