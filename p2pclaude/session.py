@@ -358,8 +358,7 @@ class Session:
                 data, value = decode_line(line)
                 await self._write_patiently(journal, partial(self._take, journal, data, value))
                 await self.asking.receive(value, len(data), process.write)
-            if not process.has_exited:
-                # Without its stdout nobody could see what it does.
+            if not process.has_exited:  # without its stdout nobody could see what it does
                 await process.stop()
         except (OSError, P2PClaudeError) as failure:
             error = f"the journal cannot be written: {failure}"
@@ -464,7 +463,8 @@ class Session:
     def _over(self, status: int | None, last_words: str, error: str | None) -> None:
         self.info.exit_status, self._paused = status, False
         if self._final is not None:
-            self._become(self._final)
+            if self.info.state != self._final:  # else `stop` has not waited for a full disk, and has said so
+                self._become(self._final)
         elif self.inbox and (self._turns or self._ending) and error is None:
             # Each claude that ends by itself has done away with one message at least, so this comes to an end.
             self._become(State.STARTING)

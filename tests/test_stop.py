@@ -24,6 +24,7 @@ from p2pclaude.claude import ClaudeProcess, Launch
 from p2pclaude.daemon import SHUTDOWN_SECONDS
 from p2pclaude.errors import Refused
 from p2pclaude.journal import Journal
+from p2pclaude.journalfile import DiskFull, JournalFile
 from p2pclaude.launcher import Spawn
 from p2pclaude.processes import Mark, descendants, processes
 from p2pclaude.session import Session, State
@@ -205,8 +206,6 @@ def test_a_flood_is_drained_to_the_end_of_the_child(place: Place, monkeypatch: p
 
 
 def test_a_full_disk_holds_up_no_stop(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    from p2pclaude.journal import DiskFull
-
     def refuse(self: Journal, data: bytes, kind: str) -> int:
         raise DiskFull("no space left on the disk")
 
@@ -222,6 +221,35 @@ def test_a_full_disk_holds_up_no_stop(place: Place, monkeypatch: pytest.MonkeyPa
             assert session.state is State.ENDED
 
     run(main())
+
+
+def test_the_end_of_a_session_that_was_stopped_on_a_full_disk_is_said_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, full = JournalFile._write, False
+
+    def write_if_room(file: JournalFile, data: bytes, start: int) -> None:
+        if full:
+            raise DiskFull("no space left on the disk")
+        write(file, data, start)
+
+    async def main() -> None:
+        nonlocal full
+        monkeypatch.setattr(JournalFile, "_write", write_if_room)
+        async with place.table() as table:
+            await table.spawn(Spawn(session_id="s", text=f"HOLD:{place.path / 'hold'}"))
+            await wait_for_state(table, "s", State.RUNNING)
+            full = True
+            (place.path / "hold").touch()
+            await wait_for_state(table, "s", State.PAUSED)
+            assert await table.stop("s")
+            full = False
+            while not place.log.events("turn-cut"):  # it is written as soon as there is room
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+        assert [event["state"] for event in place.log.events("session-ended")] == ["ended"]
+
+    run(main(), 15)
 
 
 def test_half_a_line_at_the_end_is_kept(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
