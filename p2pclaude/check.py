@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2pclaude.claude import child_environment, find_claude
-from p2pclaude.daemon import DaemonOptions, data_dir_of, new_dht, root_of, start_dht
+from p2pclaude.daemon import DaemonOptions, data_dir_of, default_dir_of, new_dht, start_dht
 from p2pclaude.datadir import DataDir, file_errors, write_atomically
 from p2pclaude.errors import P2PClaudeError, TryAgain, Unavailable, WireError
 from p2pclaude.log import first_line
@@ -162,14 +162,11 @@ def _check_sessions(path: Path) -> list[Finding]:
 
 def _check_root(options: DaemonOptions) -> Finding:
     try:
-        root = root_of(options)
+        directory = default_dir_of(options)
     except P2PClaudeError as error:
         return Finding.of("root directory", error)
-    if root is None:
-        return Finding(Level.OK, "root directory", "none: sessions may start anywhere")
-    if not os.access(root, os.R_OK | os.X_OK):
-        return Finding(Level.ERROR, "root directory", f"{root} cannot be entered", status=77)
-    return Finding(Level.OK, "root directory", str(root))
+    text = "none: sessions may start anywhere" if options.root_dir is None else str(directory)
+    return Finding(Level.OK, "root directory", text)
 
 
 async def _check_network(options: DaemonOptions, *, beside_daemon: bool) -> AsyncIterator[Finding]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from p2pclaude import __version__
 from p2pclaude.claude import PERMISSION_MODES, find_claude
 from p2pclaude.datadir import DataDir, Identity
-from p2pclaude.errors import Unavailable, UsageError, cannot_bind
+from p2pclaude.errors import Refused, Unavailable, UsageError, cannot_bind
 from p2pclaude.launcher import DEFAULT_MAX_SESSIONS, DEFAULT_PERMISSION_MODE, Settings
 from p2pclaude.log import Event, Log, short, wants_debug, with_libraries
 from p2pclaude.methods import Methods
@@ -163,6 +163,7 @@ def _give_memory_back() -> None:
 
 def rotate(options: DaemonOptions, environ: Mapping[str, str] | None = None) -> str:
     """Make a new data key and give the new pairing URL (`--rotate`). Raises TryAgain while a daemon runs."""
+    root_of(options)  # what is wrong with it must be said while the old key is there
     data_dir = data_dir_of(options, os.environ if environ is None else environ, lambda _: None)
     data_dir.lock()
     try:
@@ -362,11 +363,10 @@ class Daemon:
             return None
 
     def _settings(self) -> Settings:
-        root = root_of(self._options)
         return Settings(
             find_claude=lambda: find_claude(self._options.claude, self._environ),
-            default_dir=root or Path.cwd(),
-            root_dir=root,
+            default_dir=default_dir_of(self._options),
+            root_dir=root_of(self._options),
             permission_mode=self._options.permission_mode or DEFAULT_PERMISSION_MODE,
             model=self._options.model,
             max_sessions=self._options.max_sessions,
@@ -400,12 +400,25 @@ def _real_directory(path: str) -> Path:
     real = Path(os.path.realpath(path))
     if not os.access(real, os.F_OK) or not real.is_dir():
         raise UsageError(f"the root directory {path} is not a directory")
+    if not os.access(real, os.R_OK | os.X_OK):
+        raise Refused(f"the root directory {path} cannot be entered")
     return real
 
 
 def root_of(options: DaemonOptions) -> Path | None:
-    """Give the real path of the root directory, None if there is none. Raises UsageError if it is no directory."""
+    """Give the real path of the root directory, None if there is none.
+
+    Raises UsageError if it is no directory, Refused if no session could start there.
+    """
     return None if options.root_dir is None else _real_directory(options.root_dir)
+
+
+def default_dir_of(options: DaemonOptions) -> Path:
+    """Give the directory of sessions for which the client names none. Raises as `root_of`."""
+    try:
+        return root_of(options) or Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the current directory is gone", hint="start in another one, or name a --root-dir") from None
 
 
 def data_dir_of(options: DaemonOptions, environ: Mapping[str, str], warn: Callable[[str], None]) -> DataDir:

@@ -15,7 +15,8 @@ from sessions_kit import Place, prepare, run
 from p2pclaude import check as module
 from p2pclaude.check import Finding, Level, check
 from p2pclaude.cli.daemon import main
-from p2pclaude.daemon import DaemonOptions
+from p2pclaude.daemon import Daemon, DaemonOptions
+from p2pclaude.errors import Refused
 from p2pclaude.hyperdht import KeyPair
 
 
@@ -137,6 +138,23 @@ def test_a_disk_that_is_full(place: Place, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_root_that_is_none(place: Place) -> None:
     finding = of(findings(place, root_dir=str(place.path / "none")), "root directory")
     assert (finding.level, finding.status) == (Level.ERROR, 64)
+
+
+def test_a_root_that_cannot_be_entered_keeps_a_daemon_from_starting_too(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK or (path != place.root and real(path, mode)))
+    finding = of(findings(place), "root directory")
+    assert (finding.level, finding.status) == (Level.ERROR, 77)
+    assert "cannot be entered" in finding.text
+
+    async def start() -> None:
+        options = DaemonOptions(private=True, data_dir=str(place.path / "data"), root_dir=str(place.root))
+        with pytest.raises(Refused, match="cannot be entered"):
+            await Daemon(options).run()
+
+    run(start())
 
 
 def test_beside_a_daemon_that_runs(place: Place) -> None:

@@ -103,6 +103,8 @@ def test_rotation_revokes_urls_and_keeps_the_rest(tmp_path: Path) -> None:
         refused = old.fail(75, "daemon", *options, "--rotate")
         assert "in use" in refused
         assert old.succeed("ping", "@")
+    assert "not a directory" in old.fail(64, "daemon", *options, "--rotate", "--root-dir", "nowhere")
+    assert old.succeed("daemon", *options, "--print-url") == [old.url]  # what fails has revoked nothing
     (url,) = old.succeed("daemon", *options, "--rotate")
     before, after = parse_url(old.url), parse_url(url)
     assert after.public_key == before.public_key

@@ -19,6 +19,19 @@ def test_a_data_directory_that_cannot_be(offline: Shell) -> None:
         assert place in offline.fail(77, "daemon", "--private", "--data-dir", place)
 
 
+def test_a_current_directory_that_is_gone(offline: Shell) -> None:
+    options = ["--private", "--host", "127.0.0.1", "--port", str(free_port()), "--data-dir", str(offline.work / "d")]
+    options += ["--claude", sys.executable]
+    for more, status in (([], 64), (["--check"], 64), (["--print-url"], 0)):
+        line = shlex.join(command("daemon", *options, *more))
+        line = f"mkdir gone && cd gone && rmdir ../gone && exec {line}"
+        env = environment(offline.work / "home")
+        process = ["sh", "-c", line]
+        result = subprocess.run(process, cwd=offline.work, env=env, capture_output=True, text=True, timeout=60)
+        assert result.returncode == status, result
+        assert not status or "the current directory is gone" in result.stdout + result.stderr
+
+
 def test_an_address_of_another_host(offline: Shell) -> None:
     for tool, options in (("daemon", ["--data-dir", "d", "--private"]), ("node", [])):
         err = offline.fail(69, tool, "--host", "192.0.2.1", *options)
