@@ -116,9 +116,10 @@ class SessionTable:
         except OSError:  # there is none, or the directory may not be entered
             created = None
         what = "a session is left out" if created is None else "a session cannot go on"
-        self._log(Event.WARNING, message=f"{what}: {error}", session=path.name)
+        reason = f"session.json: {(error.strerror or '').lower()}" if isinstance(error, OSError) else str(error)
+        self._log(Event.WARNING, message=f"{what}: {reason}", session=path.name)
         if created is not None:
-            info = Info(path.name, "", "", created, DEFAULT_PERMISSION_MODE, state=State.FAILED, error=str(error))
+            info = Info(path.name, "", "", created, DEFAULT_PERMISSION_MODE, state=State.FAILED, error=reason)
             session = self._sessions[path.name] = self._make(path, info)
             session.is_damaged = True
 

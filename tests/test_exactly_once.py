@@ -456,6 +456,18 @@ def test_a_damaged_session_can_be_read_and_takes_no_messages(place: Place) -> No
     run(main())
 
 
+def test_a_session_whose_file_cannot_be_read_says_so_in_words(place: Place) -> None:
+    async def main() -> None:
+        await one_turn(place)
+        (place.sessions / "s" / "session.json").unlink()
+        (place.sessions / "s" / "session.json").mkdir()
+        async with place.table() as table:
+            with pytest.raises(DataError, match=r"cannot go on: session\.json: is a directory$"):
+                await table.send("s", "x")
+
+    run(main())
+
+
 def test_a_directory_that_vanished_while_it_runs(place: Place) -> None:
     async def main() -> None:
         async with place.table() as table:
