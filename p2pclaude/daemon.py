@@ -322,6 +322,8 @@ class Daemon:
         """Do one step of the shutdown; its failure must not keep the others from happening."""
         try:
             await function(*args)
+        except TimeoutError:
+            self._warn("shutdown: a step took too long and was given up")
         except Exception as error:
             self._log(Event.WARNING, message=f"shutdown: {type(error).__name__}: {error}")
 
