@@ -289,6 +289,7 @@ class AnswerFinder:
         self._results = Results()
         self._before: int | None = 0 if seq is None else None  # results that come first; None: it was not handed
         self._uuid: object = None  # by which Claude knows it
+        self._rival: object = None  # by which it knows one that was handed during the turn of this one
         self._taken = False
 
     def feed(self, envelope: Envelope) -> Mapping[str, Any] | None:
@@ -303,7 +304,9 @@ class AnswerFinder:
                     f"the turn was cut off: {envelope.get('reason')}", hint="p2pclaude-tail shows how far it came"
                 )
             self._before = None if kind == TURN_CUT else 1 if envelope.get("steers") is not None else 0
-            self._uuid, self._taken = envelope.get("uuid"), False
+            self._uuid, self._rival, self._taken = envelope.get("uuid"), None, False
+        elif kind == TURN and envelope.get("steers") == self._seq:
+            self._rival = envelope.get("uuid")
         elif kind == TURN_CUT and self._before:
             self._before -= 1
         if kind not in (OUTPUT, REPLAY) or not isinstance(data, dict):
@@ -318,8 +321,8 @@ class AnswerFinder:
     def _note_taken(self, uuid: object) -> None:
         if uuid == self._uuid:
             self._taken, self._before = True, 0
-        elif not self._taken:
-            self._before = 1  # it goes first
+        elif uuid == self._rival is not None and not self._taken:
+            self._before, self._rival = 1, None  # it goes first; of any other, as /compact makes one, nothing follows
 
 
 async def wait_for_answer(

@@ -407,6 +407,20 @@ def test_real_urgent_message_that_ends_a_turn_of_claudes_own_before_one_that_wai
 
 
 @needs_claude
+def test_real_commands_of_claudes_own_are_answered(real: Place) -> None:
+    async def work(table: SessionTable) -> None:
+        await table.spawn(Spawn(session_id="s", text="hello"))
+        await read_results(table, "s")
+        for text in ("enough to compact", "/compact", "/context"):
+            seq = await table.send("s", text)
+            finder = AnswerFinder(seq)
+            found = [one for e in await read_results(table, "s", after=seq) if (one := finder.feed(e)) is not None]
+            assert [one["is_error"] for one in found] == [False], text
+
+    with_real(real, work)
+
+
+@needs_claude
 def test_real_resume_of_a_session_whose_first_turn_was_cut_short(real: Place) -> None:
     async def work(table: SessionTable) -> None:
         session, _ = await table.spawn(Spawn(session_id="s", text="SLOW:4"))

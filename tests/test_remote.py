@@ -168,6 +168,18 @@ def test_a_message_that_claude_takes_in_first_is_answered_first() -> None:
             assert next(found for e in envelopes if (found := finder.feed(e)) is not None) == answer["data"]
 
 
+def test_what_claude_takes_in_by_itself_is_no_message_that_is_answered_first() -> None:
+    """After /compact there is a replay of its output, under a uuid of its own, and then the one result."""
+    output = {"type": REPLAY, "data": {"type": "user", "isReplay": True, "uuid": "of nobody's message"}}
+    cut_short, mine = ({"type": OUTPUT, "data": {"type": "result", "result": text}} for text in ("cut short", ""))
+    turn: dict[str, Any] = {"type": "turn", "message": 7, "uuid": "u7"}
+    finder = remote.AnswerFinder(7)
+    assert [finder.feed(envelope) for envelope in (turn, output, mine)] == [None, None, mine["data"]]
+    finder = remote.AnswerFinder(7)  # sent with --now
+    envelopes = ({**turn, "steers": 3}, cut_short, output, mine)
+    assert [finder.feed(envelope) for envelope in envelopes] == [None, None, None, mine["data"]]
+
+
 def test_a_turn_that_was_cut_off_has_no_answer() -> None:
     finder = remote.AnswerFinder(7)
     finder.feed({"type": "turn", "message": 7})
