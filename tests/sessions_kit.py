@@ -5,7 +5,8 @@ import io
 import json
 import shlex
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,30 @@ def prepare(path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr(session, "SETTLE_SECONDS", 0.15)
     monkeypatch.setattr(claude, "STOP_STEPS", PATIENT_STEPS)
     return place
+
+
+def eventually(check: Callable[[], bool]) -> None:
+    """Wait for what the kernel, or another process, is about to do."""
+    deadline = time.monotonic() + 40
+    while not check():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def are_at_rest(pids: Iterable[int]) -> bool:
+    """Tell whether each process waits for something, or is gone.
+
+    One that has just been started is still about to become another program; at the moment when it does nobody can read
+    its environment, and its mark is out of sight.
+    """
+    return all(map(_is_at_rest, pids))
+
+
+def _is_at_rest(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"S", b"T")
+    except OSError:
+        return True
 
 
 async def wait_for_state(table: SessionTable, session_id: str, *states: State) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from daemon_kit import client_of, daemon
-from sessions_kit import Place, prepare, run
+from sessions_kit import Place, eventually, prepare, run
 
 from p2pclaude.notify import Notifier
 
@@ -134,6 +134,7 @@ def test_the_daemons_life_as_the_manager_hears_it(place: Place, manager: Manager
             hearing = thread.submit(manager.hear_until, "STATUS=serving, 1 session running")
             run(spawn())
             hearing.result()
+        eventually(lambda: bool(place.told()))
         (told,) = [note for note in place.told() if "env" in note]
         assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & set(told["env"])
         process.send_signal(signal.SIGSTOP)  # it hangs

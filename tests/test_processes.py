@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sessions_kit import run
+from sessions_kit import are_at_rest, eventually, run
 
 from p2pclaude import processes as module
 from p2pclaude.processes import (
@@ -38,7 +37,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc,
 MARKED = {
     "child": "sleep 1000 & echo $!",
     "session": "setsid -f sh -c 'echo $$; exec sleep 1000'",
-    "deaf": """sh -c 'trap "" TERM INT HUP; echo $$; while :; do sleep 0.1; done' &""",
+    "deaf": """sh -c 'trap "" TERM INT HUP; echo $$; exec sleep 1000' &""",
     "stopped": "sleep 1000 & echo $!; kill -STOP $!",
     "name": f"ln -s {shlex.quote(sys.executable)} './a) R 1 (b'; './a) R 1 (b' -c 'import os,time; "
     "print(os.getpid(), flush=True); time.sleep(1000)' &",
@@ -59,6 +58,7 @@ class Started:
         )
         assert self.shell.stdout is not None
         self.pid = int(self.shell.stdout.readline())
+        eventually(lambda: are_at_rest([self.pid]))
 
     def end_shell(self) -> None:
         """End the shell as a claude that is killed, and reap it."""
@@ -98,14 +98,6 @@ def is_bare(pid: int, mark: Mark) -> bool:
     return pid not in {process.pid for process in module.marked(mark)}
 
 
-def eventually(check: Callable[[], bool]) -> None:
-    """Wait for what the kernel, or another process, is about to do."""
-    deadline = time.monotonic() + 40
-    while not check():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("kind", MARKED)
 @linux_only
 def test_what_carries_the_mark_is_ended(kind: str, tmp_path: Path, started: list[Started]) -> None:
@@ -142,7 +134,7 @@ def test_a_shell_that_goes_on_with_the_next_command_leaves_none(
     monkeypatch.setattr(module, "_look", lambda: (dict(reversed(look()[0].items())), look()[1]))
     mark = Mark.of_session(tmp_path / "sessions" / "s")
     started.append(Started(tmp_path, "setsid sh -c 'echo $$; while :; do sleep 1000; done' &", mark))
-    eventually(lambda: len(module.marked(mark)) == 3)
+    eventually(lambda: len(found := module.marked(mark)) == 3 and are_at_rest(one.pid for one in found))
     kill_leftovers(mark)
     eventually(lambda: not module.marked(mark))
 
@@ -174,8 +166,7 @@ def test_a_process_without_the_mark_is_ended_with_its_family(tmp_path: Path, sta
     ):
         one = Started(tmp_path, script, mark)
         started.append(one)
-        # The shell tells the pid before `env` has taken the mark off.
-        eventually(partial(is_bare, one.pid, mark))
+        assert is_bare(one.pid, mark)
         family = descendants(processes(), [one.shell.pid])
         assert one.pid in {process.pid for process in family}
         one.end_shell()

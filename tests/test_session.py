@@ -130,7 +130,7 @@ def test_a_claude_that_ends_when_no_file_can_be_opened(place: Place, monkeypatch
             await table.send("s", "y")
             await read_results(table, "s", 2)
 
-    run(main(), 10)
+    run(main())
 
 
 def test_sessions_outlive_the_daemon(place: Place) -> None:
@@ -351,7 +351,7 @@ def test_a_message_that_was_never_marked_as_handed_survives_claude_and_daemon(
     run(main())
 
 
-@pytest.mark.parametrize("seconds", [0.05, 30.0])
+@pytest.mark.parametrize("seconds", [0.05, 1000.0])
 def test_a_session_that_was_stopped_on_a_full_disk_does_not_come_back(
     place: Place, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
@@ -376,7 +376,7 @@ def test_a_session_that_was_stopped_on_a_full_disk_does_not_come_back(
             assert [one["state"] for one in table.listing(everything=True)] == ["ended"]
         assert "waits" not in place.messages()
 
-    run(main(), 10)
+    run(main())
 
 
 def test_a_spawn_on_a_full_disk_leaves_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

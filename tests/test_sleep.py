@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 from real_claude import needs_claude, real_place
-from sessions_kit import Place, outputs, prepare, read_results, run, wait_for_state
+from sessions_kit import (
+    Place,
+    are_at_rest,
+    eventually,
+    outputs,
+    prepare,
+    read_results,
+    read_until,
+    run,
+    wait_for_state,
+)
 from stub_api import stub_api
 
 from p2pclaude import claude as claude_module
@@ -18,6 +28,7 @@ from p2pclaude import session as session_module
 from p2pclaude.claude import ClaudeProcess
 from p2pclaude.errors import TryAgain
 from p2pclaude.launcher import Spawn
+from p2pclaude.processes import Mark, marked
 from p2pclaude.session import State
 
 
@@ -50,8 +61,10 @@ def test_who_is_idle_the_longest_makes_room(place: Place) -> None:
 def test_a_session_with_something_in_the_background_is_left_alone(place: Place) -> None:
     async def main() -> None:
         async with place.table(max_sessions=1) as table:
-            await table.spawn(Spawn(session_id="a", text="LEAVE:bash -c 'set -m; sleep 60 &'"))
+            session, _ = await table.spawn(Spawn(session_id="a", text="LEAVE:bash -c 'set -m; sleep 60 &'"))
             await read_results(table, "a")
+            mark = Mark.of_session(session.path)
+            eventually(lambda: len(found := marked(mark)) == 2 and are_at_rest(one.pid for one in found))
             with pytest.raises(TryAgain, match="1 sessions run"):
                 await table.spawn(Spawn(session_id="b", text="x"))
             assert [s["sessionId"] for s in table.listing()] == ["a"]
@@ -210,7 +223,7 @@ def test_a_disk_that_takes_its_time_keeps_nobody_from_sleeping(place: Place, dis
     async def main() -> None:
         async with place.table() as table:
             session, _ = await table.spawn(Spawn(session_id="a", text=f"HOLD:{gate}"))
-            await wait_for_state(table, "a", State.RUNNING)
+            await read_until(table, "a", lambda e: bool(e["type"] == "session-output"))  # it has its message
             disk.clear()
             gate.touch()
             try:

@@ -1,6 +1,7 @@
 """Stop stops: whatever claude and its tools do, after a stop and after the daemon's end nothing of it is left."""
 
 import asyncio
+import contextlib
 import json
 import os
 import resource
@@ -9,13 +10,24 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from daemon_kit import client_of, daemon, marked, timed
 from real_claude import needs_claude, real_place
-from sessions_kit import PATIENT_STEPS, Place, outputs, prepare, read_all, read_until, run, wait_for_state
+from sessions_kit import (
+    PATIENT_STEPS,
+    Place,
+    are_at_rest,
+    eventually,
+    outputs,
+    prepare,
+    read_all,
+    read_until,
+    run,
+    wait_for_state,
+)
 from stub_api import StubApi, stub_api
 
 from p2pclaude import claude as claude_module
@@ -68,17 +80,22 @@ def below(pid: int) -> set[int]:
 
 
 def family_of(session: Session, place: Place) -> set[int]:
-    """Give all that a session has started."""
+    """Give a session's claude and all that it has started."""
     assert session.pid is not None
     return below(session.pid) | set(marked_in(place))
 
 
-def eventually(check: Callable[[], bool]) -> None:
-    """Wait for what the kernel, or another process, is about to do."""
-    deadline = time.monotonic() + 30
-    while not check():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
+def settled_family(session: Session, place: Place, size: int) -> set[int]:
+    """Wait until a session's family is that large and every one of it runs what it is meant to; give it."""
+    found: set[int] = set()
+
+    def has_settled() -> bool:
+        nonlocal found
+        found = family_of(session, place)
+        return len(found) >= size and are_at_rest(found)
+
+    eventually(has_settled)
+    return found
 
 
 def running(pids: set[int]) -> set[int]:
@@ -92,9 +109,7 @@ def test_nothing_that_the_tools_left_survives_a_stop(place: Place) -> None:
         async with place.table() as table:
             session, _ = await table.spawn(Spawn(session_id="s", text=f"LEAVE:{LEAVES}"))
             await wait_for_state(table, "s", State.IDLE)
-            assert session.pid is not None
-            eventually(lambda: len(family_of(session, place)) >= 4)
-            family = family_of(session, place)
+            family = settled_family(session, place, 4)
             with timed(AT_ONCE):
                 assert await table.stop("s")
             assert not running(family)
@@ -128,6 +143,7 @@ def test_nothing_that_the_tools_left_survives_a_claude_that_dies(place: Place) -
         async with place.table() as table:
             session, _ = await table.spawn(Spawn(session_id="s", text="LEAVE:setsid -f sleep 1000"))
             await wait_for_state(table, "s", State.IDLE)
+            settled_family(session, place, 2)
             assert session.pid is not None
             os.kill(session.pid, signal.SIGKILL)
             await wait_for_state(table, "s", State.FAILED)
@@ -277,6 +293,7 @@ def test_a_child_that_cannot_be_ended_holds_up_no_stop(place: Place, monkeypatch
     deafen(place)
     steps = tuple((None if number == signal.SIGKILL else number, 0.05) for number, _ in claude_module.STOP_STEPS)
     monkeypatch.setattr(claude_module, "STOP_STEPS", steps)
+    end_leftovers = ClaudeProcess._end_leftovers
 
     async def unable(self: ClaudeProcess) -> None:
         pass
@@ -292,8 +309,7 @@ def test_a_child_that_cannot_be_ended_holds_up_no_stop(place: Place, monkeypatch
             assert await process.stop() is None
         process.kill()
         assert await process.finish() == -signal.SIGKILL
-        monkeypatch.undo()
-        await process._end_leftovers()
+        await end_leftovers(process)
         assert marked_in(place) == []
 
     run(main())
@@ -432,14 +448,18 @@ def test_real_claude_leaves_no_tool_behind(real: Place, how: str) -> None:
                 # Without a parent that watched, only what kept the mark is known.
                 eventually(lambda: all(map(is_bare, running(family))))
                 for pid in running(family):
-                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # one that was about to end looks bare, too
+                        os.kill(pid, signal.SIGKILL)
         eventually(lambda: not running(family))
         shutil.rmtree(real.path / "home", ignore_errors=True)
 
 
 def is_bare(pid: int) -> bool:
-    """Tell whether a process was started with an empty environment."""
-    return Path(f"/proc/{pid}/environ").read_bytes() == b""
+    """Tell whether a process was started with an empty environment; of one that has just ended nobody knows."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes() == b""
+    except OSError:
+        return False
 
 
 async def stop_session(place: Place) -> None:

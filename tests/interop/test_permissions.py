@@ -146,7 +146,7 @@ def test_left_to_a_second_approver(asking: Asking) -> None:
 def test_two_race_and_one_wins(asking: Asking) -> None:
     before = asking.clients()
     racers = [asking.approve("-f", "--filter", f"exit {status}", asking.url) for status in (0, 1)]
-    asking.wait_for(lambda: asking.clients() - before == len(racers))
+    asking.wait_for(lambda: asking.clients() - before >= len(racers))
     session = asking.start("TOOL:touch race")
     said, _ = asking.finish(session)
     [outcome] = asking.outcomes(session)

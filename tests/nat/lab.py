@@ -273,20 +273,20 @@ class Lab:
         """Return a public address that nobody has had yet."""
         return next(self._publics)
 
-    def home(self, kind: Kind, *, loss: float = 0.0) -> Home:
-        """Make a host with that kind of NAT before it, which loses that part of the datagrams, each way."""
+    def home(self, kind: Kind) -> Home:
+        """Make a host with that kind of NAT before it."""
         number, public = next(self._homes), self.next_public()
         namespace = self._make(f"host{number}")
         if kind == "open":
             self._plug(number, namespace, "eth0", public)
-            home = Home(self, kind, number, namespace, None, public, public, loss)
+            home = Home(self, kind, number, namespace, None, public, public)
         else:
             nat = self._make(f"nat{number}")
             self._plug(number, nat, "wan", public)
             network = f"192.168.{number}" if number < 256 else f"10.{number // 256 % 256}.{number % 256}"
             address = f"{network}.10"
             self._wire(nat, namespace, f"{network}.1", address)
-            home = Home(self, kind, number, namespace, nat, address, public, loss)
+            home = Home(self, kind, number, namespace, nat, address, public)
         home._set_rules()
         return home
 
