@@ -18,7 +18,7 @@ from p2pclaude import claude, session
 from p2pclaude.launcher import Settings
 from p2pclaude.log import Log
 from p2pclaude.session import State
-from p2pclaude.sessions import SessionTable
+from p2pclaude.sessions import MAX_WAIT_MS, SessionTable
 from p2pclaude.wire import OUTPUT
 
 FAKE = Path(__file__).with_name("fake_claude.py")
@@ -162,7 +162,7 @@ async def read_until(
     """Follow a session until an envelope is the one; give all up to it."""
     found: list[dict[str, Any]] = []
     while True:
-        output = await table.read(session, after=after, limit=None, clear=False, wait_ms=20_000)
+        output = await table.read(session, after=after, limit=None, clear=False, wait_ms=MAX_WAIT_MS)
         for line in output.page.lines:
             found.append(json.loads(line))
             if done(found[-1]):

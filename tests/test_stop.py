@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +55,7 @@ echo '{"type":"system","subtype":"deaf"}'
 setsid -f sh -c 'while :; do sleep 1000; done'
 while :; do sleep 1000; done
 """
+DEAF_COUNT = 6  # of its processes
 
 
 @pytest.fixture
@@ -79,23 +80,24 @@ def below(pid: int) -> set[int]:
     return {process.pid for process in descendants(processes(), [pid])}
 
 
-def family_of(session: Session, place: Place) -> set[int]:
-    """Give a session's claude and all that it has started."""
-    assert session.pid is not None
-    return below(session.pid) | set(marked_in(place))
-
-
-def settled_family(session: Session, place: Place, size: int) -> set[int]:
-    """Wait until a session's family is that large and every one of it runs what it is meant to; give it."""
+def settled(find: Callable[[], Iterable[int]], count: int) -> set[int]:
+    """Wait until so many processes are found and each runs what it is meant to; give them."""
     found: set[int] = set()
 
-    def has_settled() -> bool:
+    def have_settled() -> bool:
         nonlocal found
-        found = family_of(session, place)
-        return len(found) >= size and are_at_rest(found)
+        found = set(find())
+        return len(found) >= count and are_at_rest(found)
 
-    eventually(has_settled)
+    eventually(have_settled)
     return found
+
+
+def settled_family(session: Session, place: Place, count: int) -> set[int]:
+    """Wait until a session's claude has started all that it starts; give both."""
+    assert session.pid is not None
+    pid = session.pid
+    return settled(lambda: below(pid) | set(marked_in(place)), count)
 
 
 def running(pids: set[int]) -> set[int]:
@@ -231,6 +233,7 @@ def test_a_full_disk_holds_up_no_stop(place: Place, monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr(Journal, "append_output", refuse)
             await table.send("s", f"LEAVE:{LEAVES}")
             await wait_for_state(table, "s", State.PAUSED)
+            settled_family(session, place, 4)
             with timed(AT_ONCE):
                 await table.stop("s")
             assert marked_in(place) == []
@@ -304,7 +307,7 @@ def test_a_child_that_cannot_be_ended_holds_up_no_stop(place: Place, monkeypatch
         process = await ClaudeProcess.start(
             Launch(place.claude, place.root, "plan", "ID"), mark=Mark.of_session(place.sessions / "s")
         )
-        assert await process.settle(30)  # it has said that it ignores everything
+        settled(lambda: marked_in(place), DEAF_COUNT)
         with timed(AT_ONCE):
             assert await process.stop() is None
         process.kill()
@@ -327,6 +330,11 @@ async def spawn_all(place: Place, count: int, text: str | None = None) -> None:
             assert isinstance(answer, dict) and answer["type"] == "success", answer
 
 
+def settled_deaf(place: Place, sessions: int) -> None:
+    """Wait until each of the daemon's sessions has started all that ignores everything."""
+    settled(lambda: (one.pid for one in marked(place)), sessions * DEAF_COUNT)
+
+
 def states(place: Place) -> set[str]:
     """Give the states that stand in session.json."""
     files = (place.path / "data" / "sessions").glob("*/session.json")
@@ -337,7 +345,7 @@ def test_the_daemon_ends_64_sessions_that_ignore_everything_in_time(place: Place
     deafen(place)
     with daemon(place) as process:
         run(spawn_all(place, 64), 120)
-        eventually(lambda: len(marked(place)) >= 64 * 5)
+        settled_deaf(place, 64)
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
@@ -351,6 +359,7 @@ def test_a_second_signal_leaves_nothing_running_either(place: Place) -> None:
     deafen(place)
     with daemon(place) as process:
         run(spawn_all(place, 2))
+        settled_deaf(place, 2)
         process.send_signal(signal.SIGTERM)
         assert process.stdout is not None
         while '"daemon-stopping"' not in process.stdout.readline():
@@ -366,7 +375,7 @@ def test_the_next_daemon_ends_what_a_killed_one_left(place: Place) -> None:
         run(spawn_all(place, 3))
         process.kill()
         process.wait()
-        eventually(lambda: len(marked(place)) >= 3 * 5)
+        settled_deaf(place, 3)
         with daemon(place) as other:
             eventually(lambda: not marked(place))  # at once, but that it has no more than a second for it
             other.send_signal(signal.SIGTERM)
