@@ -87,9 +87,14 @@ async def hand(place: Place, node: HyperDHT) -> Hand:
     return Hand(await node.connect(place.relay.public_key))
 
 
-async def hands(place: Place) -> tuple[Hand, Hand]:
-    first, second = await place.clients()
-    return await hand(place, first), await hand(place, second)
+@asynccontextmanager
+async def hands(limits: RelayLimits | None = None) -> AsyncIterator[tuple[Place, Hand, Hand]]:
+    """Give a relay with two clients, which leave it in the end."""
+    async with relay_place(1, limits) as place:
+        one, two = [await hand(place, node) for node in await place.clients()]
+        yield place, one, two
+        for client in (one, two):
+            await client.close()
 
 
 @asynccontextmanager
@@ -137,8 +142,7 @@ def test_pairs_a_connection_are_limited() -> None:
     """Halves and links count together; what is refused is told, what ends makes room."""
 
     async def main() -> None:
-        async with relay_place(1, RelayLimits(pairs=3)) as place:
-            one, two = await hands(place)
+        async with hands(RelayLimits(pairs=3)) as (place, one, two):
             for number in range(4):
                 one.pair(token(number))
             two.pair(token(0), False)
@@ -154,8 +158,6 @@ def test_pairs_a_connection_are_limited() -> None:
                 one.pair(token(number))  # some 40 bytes: a stranger must not fill the log so
             await asyncio.sleep(1)
             assert (len(one.refused), names(place)["LinkRefused"]) == (101, 1)
-            for client in (one, two):
-                await client.close()
 
     run(main(), seed=1)
 
@@ -164,8 +166,7 @@ def test_links_are_limited() -> None:
     """Both sides of one link too many are refused, and the links that stand are left alone."""
 
     async def main() -> None:
-        async with relay_place(1, RelayLimits(links=2)) as place:
-            one, two = await hands(place)
+        async with hands(RelayLimits(links=2)) as (place, one, two):
             for number in range(3):
                 one.pair(token(number))
                 two.pair(token(number), False)
@@ -174,8 +175,6 @@ def test_links_are_limited() -> None:
             assert one.refused == two.refused == [token(2)]
             assert (place.relay.waiting, place.relay.links) == (0, 2)
             assert (place.relay.stats.links, place.relay.stats.refused_links) == (2, 2)
-            for client in (one, two):
-                await client.close()
 
     run(main(), seed=1)
 
@@ -226,8 +225,7 @@ def test_halves_and_idle_connections_expire() -> None:
     """Nobody holds a place by waiting: a half is forgotten, and a connection without any is ended."""
 
     async def main() -> None:
-        async with relay_place(1) as place:
-            one, two = await hands(place)
+        async with hands() as (place, one, two):
             one.pair(TOKEN)
             await asyncio.sleep(WAIT_SECONDS - 5)
             assert (place.relay.waiting, one.connection.closed) == (1, False)
@@ -237,7 +235,6 @@ def test_halves_and_idle_connections_expire() -> None:
             await asyncio.sleep(IDLE_SECONDS)
             assert one.connection.closed
             assert place.relay.connections == 0
-            await asyncio.gather(one.running, two.running)
 
     run(main(), seed=1)
 
@@ -326,7 +323,7 @@ def test_one_client_may_be_both_sides() -> None:
 
     async def main() -> None:
         async with relay_place(1) as place:
-            one, two = await hands(place)
+            one = await hand(place, (await place.clients())[0])
             one.pair(TOKEN, True)
             one.pair(TOKEN, True, 8)
             one.pair(TOKEN, False)
@@ -337,7 +334,6 @@ def test_one_client_may_be_both_sides() -> None:
             await one.close()
             await asyncio.sleep(LINGER_SECONDS + 1)
             assert place.relay.links == 0
-            await two.close()
 
     run(main(), seed=1)
 
@@ -358,8 +354,7 @@ def test_packets_come_from_the_clients_host_only() -> None:
     """A stranger who knows a stream's id gets nothing through, nor does a packet's beginning behind a whole one."""
 
     async def main() -> None:
-        async with relay_place(1) as place:
-            one, two = await hands(place)
+        async with hands() as (place, one, two):
             ids = await link_ids(place, one, two)
             relay_address = one.connection.remote_address
             assert relay_address is not None
@@ -381,8 +376,6 @@ def test_packets_come_from_the_clients_host_only() -> None:
             endpoint._receive(stream.socket, [([packet(ids[0]), packet(ids[0])[:12]], stream.address)])
             assert place.relay.stats.bytes == 4 * len(packet(0))
             assert HEADER.size == len(stream.last_word() or b"")
-            for client in (one, two):
-                await client.close()
             stranger.close()
 
     run(main(), seed=1)
@@ -392,8 +385,7 @@ def test_packets_are_passed_on_as_they_are() -> None:
     """Only the stream id changes. What comes before the other side is there waits, but not without bounds."""
 
     async def main() -> None:
-        async with relay_place(1) as place:
-            one, two = await hands(place)
+        async with hands() as (place, one, two):
             ids = await link_ids(place, one, two)
             relay_address = one.connection.remote_address
             assert relay_address is not None
@@ -412,8 +404,6 @@ def test_packets_are_passed_on_as_they_are() -> None:
             got = [data for data in seen if data[:2] == b"\xff\x01"]
             # Held ones left in one batch: the simulator gives each its own delay.
             assert sorted(got) == sorted(packet(1002, body=body) for body in bodies[4:])
-            for client in (one, two):
-                await client.close()
 
     run(main(), seed=1)
 
@@ -425,8 +415,7 @@ def test_nothing_is_left_after_many_links() -> None:
     """200 links, ended in different ways, leave no stream, half or connection behind."""
 
     async def main() -> None:
-        async with relay_place(1, RelayLimits(pairs=100)) as place:
-            one, two = await hands(place)
+        async with hands(RelayLimits(pairs=100)) as (place, one, two):
             streams = len(place.network.bootstrap.endpoint.streams)
             for start in range(0, 200, 20):
                 block = range(start, start + 20)
@@ -460,8 +449,7 @@ def test_what_is_told() -> None:
     """The events name connections and links by numbers, in their order."""
 
     async def main() -> None:
-        async with relay_place(1) as place:
-            one, two = await hands(place)
+        async with hands() as (place, one, two):
             two.pair(TOKEN, False)
             one.pair(TOKEN)
             await asyncio.sleep(1)
