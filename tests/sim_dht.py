@@ -142,6 +142,11 @@ async def can_ask(client: HyperDHT, key: bytes, data: bytes = b"ping") -> bool:
         assert loop.time() - started < DEADLINE + 60.1
 
 
+def is_clean(node: HyperDHT) -> bool:
+    """Tell whether a node holds nothing but its own two sockets."""
+    return not node.endpoint.streams and len(node.endpoint.sockets) == 2 and not node.handlers
+
+
 async def eventually(check: Callable[[], Awaitable[bool]], seconds: float, step: float = 1.0) -> bool:
     """Tell whether `check()` comes true within so many seconds of virtual time."""
     loop = asyncio.get_running_loop()

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 from sim import Host, run
-from sim_dht import Swarm, cone, echo, swarm, symmetric
+from sim_dht import Swarm, cone, echo, is_clean, swarm, symmetric
 
 from p2pclaude.hyperdht import pending
 from p2pclaude.hyperdht.announcer import Announcer
@@ -21,11 +21,6 @@ async def joined(network: Swarm, host: Host) -> HyperDHT:
     node = await network.join(host)
     await asyncio.sleep(5)
     return node
-
-
-def is_clean(node: HyperDHT) -> bool:
-    """Tell whether a node holds nothing but its own two sockets."""
-    return not node.endpoint.streams and len(node.endpoint.sockets) == 2 and not node.handlers
 
 
 @pytest.mark.parametrize("kind", ["cone", "symmetric"])

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 from sim import Host, Packet, SimLoop, SimulationError, run
-from sim_dht import DEADLINE, Swarm, ask, echo, serve, swarm
+from sim_dht import DEADLINE, Swarm, ask, echo, is_clean, serve, swarm
 from sim_peers import seeds
 
 from p2pclaude.hyperdht import server as server_module
@@ -39,11 +39,6 @@ def handshake_datagram(server_key: bytes, rng: Random, to: Address, peer: Addres
     return encode_request(
         Request(rng.getrandbits(16), to, Command.PEER_HANDSHAKE, False, None, None, blake2b(server_key), value)
     )
-
-
-def is_clean(node: HyperDHT) -> bool:
-    """Tell whether a node holds nothing but its own two sockets."""
-    return not node.endpoint.streams and len(node.endpoint.sockets) == 2 and not node.handlers
 
 
 async def place(network: Swarm, behind_nat: bool) -> tuple[HyperDHT, Host]:
