@@ -85,7 +85,8 @@ def assert_gone(pid: int) -> None:
 def test_a_child_that_dies_in_a_turn_fails_the_session_and_comes_back(place: Place) -> None:
     async def main() -> None:
         async with place.table() as table:
-            await table.spawn(spawn(text="EXIT:7"))
+            await table.spawn(spawn())  # or its death may come before its start is over, and is the start's failure
+            await table.send("s", "EXIT:7")
             await wait_for_state(table, "s", State.FAILED)
             output = await table.read("s", after=0, limit=None, clear=False, wait_ms=20_000)
             assert (output.state, output.error) == (State.FAILED, "last words")

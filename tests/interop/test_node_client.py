@@ -204,7 +204,7 @@ def test_a_strict_daemon_is_not_for_the_typescript_client(tmp_path: Path, peers:
     """It makes a new key pair for each run, and so cannot be told from a stranger."""
     strict = start_daemon(peers, tmp_path, HERE / "fake_claude.py", "--strict")
     stranger = peers.start("node", "client")
-    stranger.tell("connect", key=parse_url(strict.url).public_key.hex(), count=1, timeout=8000)
+    stranger.tell("connect", key=parse_url(strict.url).public_key.hex(), count=1, timeout=2500)
     result = stranger.expect("result")
     assert (result["ok"], result["opened"]) == (False, False), result
     assert tools.succeed("ping", strict.url)

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ class Asking:
         """Give what became of a session's requests, from its journal."""
         lines = self.tools.succeed("tail", "--meta", self.url, session).splitlines()
         return [e["behavior"] for e in map(json.loads, lines) if e["type"] == "permission-answer"]
+
+    def turns(self, session: str) -> int:
+        """Return how many messages of a session Claude has been handed."""
+        lines = self.tools.succeed("tail", "--meta", self.url, session).splitlines()
+        return sum(json.loads(line)["type"] == "turn" for line in lines)
 
 
 @pytest.fixture
@@ -241,13 +247,15 @@ def test_who_waits_is_told_what_was_denied(asking: Asking) -> None:
     assert not (asking.root / "refused").exists()
 
 
-@pytest.mark.parametrize(("busy", "answer"), [("SLOW:100", "echo: quick"), ("TOOL:touch busy; sleep 5", "tool said: ")])
+@pytest.mark.parametrize(("busy", "answer"), [("text", "echo: quick"), ("tool", "tool said: ")])
 def test_an_urgent_message_ends_a_turn_and_each_gets_its_own_answer(busy: str, answer: str, asking: Asking) -> None:
     """A text is cut at once, a tool that runs ends first; what the stub says then shows that it has heard of both."""
     session = asking.start("hello")
     asking.finish(session)
-    with asking.tools.start("send", "-w", "-s", session, asking.url, busy) as waiting:
-        if busy.startswith("TOOL"):
+    tool = f"TOOL:touch busy; until test -e {session}; do sleep 0.1; done; sleep 3"
+    text = tool if busy == "tool" else "SLOW:100"
+    with asking.tools.start("send", "-w", "-s", session, asking.url, text) as waiting, ThreadPoolExecutor(1) as thread:
+        if busy == "tool":
             [request] = asking.requests(session)
             asking.tools.succeed("approve", "--allow", request["requestId"], asking.url)
             asking.wait_for((asking.root / "busy").exists)
@@ -255,7 +263,10 @@ def test_an_urgent_message_ends_a_turn_and_each_gets_its_own_answer(busy: str, a
             asking.wait_for(lambda: f"{session}\trunning" in asking.tools.succeed("ls", asking.url))
             time.sleep(2 * stub_api.SLOW_SECONDS)
         began = time.monotonic()
-        assert asking.tools.succeed("send", "-w", "--now", "-s", session, asking.url, "quick").startswith(answer)
+        urgent = thread.submit(asking.tools.succeed, "send", "-w", "--now", "-s", session, asking.url, "quick")
+        asking.wait_for(lambda: asking.turns(session) == 3)
+        (asking.root / session).touch()
+        assert urgent.result().startswith(answer)
         assert time.monotonic() - began < 35  # of the 50 s that the long text would take
         assert waiting.finish() == 1, waiting.transcript()
         assert "the turn was cut short" in waiting.transcript()
