@@ -25,6 +25,7 @@ from stub_api import stub_api
 
 from p2pclaude import claude as claude_module
 from p2pclaude import session as session_module
+from p2pclaude import sessions as sessions_module
 from p2pclaude.claude import ClaudeProcess
 from p2pclaude.errors import TryAgain
 from p2pclaude.launcher import Spawn
@@ -138,6 +139,7 @@ def test_a_message_to_a_session_that_makes_room_runs(
         return await stopping
 
     monkeypatch.setattr(ClaudeProcess, "stop", stop_and_tell)
+    monkeypatch.setattr(sessions_module, "REVIVE_SECONDS", 0.05)
 
     async def main() -> None:
         async with place.table(max_sessions=1) as table:
