@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,8 +38,14 @@ KILL_LOOKS: Final = 5
 REAP_SECONDS: Final = 2.0
 """How long a zombie stays at least: one that asyncio started is its own to reap, and that takes no time."""
 
+BEGINNING_LOOKS: Final = 40
+"""How often a process that is just beginning with a program is looked at: its mark cannot be seen yet."""
+BEGINNING_SECONDS: Final = 0.005
+"""Between these looks."""
+
 _POLL_SECONDS = 0.03
 _thread = ThreadPoolExecutor(1, "processes")  # its own: a disk that hangs may hold all the others
+_PF_KTHREAD = 0x00200000  # linux/sched.h
 _PR_SET_CHILD_SUBREAPER = 36
 _PS = ("ps", "-axwwE", "-o", "pid=,ppid=,stat=,lstart=,command=")
 _LSTART_WORDS = 5  # Tue Nov 24 14:15:25 2026
@@ -228,6 +235,19 @@ def decode_stat(pid: int, data: bytes) -> Process | None:
     return Process(pid, parent, start, state in (b"Z", b"X"))
 
 
+def is_beginning(data: bytes) -> bool:
+    """Tell from /proc/PID/stat whether a process is just beginning with a program: no mark can be seen then.
+
+    It has no code yet, and its environment comes soon after (linux/fs/binfmt_elf.c). A kernel thread or a zombie has
+    neither; of another user's process nothing is told.
+    """
+    words = data.rpartition(b")")[2].split()
+    try:
+        return words[0] not in (b"Z", b"X") and not int(words[6]) & _PF_KTHREAD and words[23] == b"0"
+    except (IndexError, ValueError):
+        return False
+
+
 def _read(path: str) -> bytes:
     """Read a file of /proc, b"" if the process is gone or not ours."""
     try:
@@ -303,7 +323,16 @@ def _look() -> tuple[Table, Marks]:
     if sys.platform != "linux":
         return _run_ps()
     table = processes()
-    return table, {pid: decode_environ(_read(f"/proc/{pid}/environ")) for pid in table}
+    environs = {pid: _read(f"/proc/{pid}/environ") for pid in table}
+    bare = [pid for pid, data in environs.items() if not data]
+    for _ in range(BEGINNING_LOOKS):
+        beginning = [pid for pid in bare if is_beginning(_read(f"/proc/{pid}/stat"))]
+        environs.update((pid, _read(f"/proc/{pid}/environ")) for pid in bare)  # it may have begun between two readings
+        bare = [pid for pid in beginning if not environs[pid]]
+        if not bare:
+            break
+        time.sleep(BEGINNING_SECONDS)
+    return table, {pid: decode_environ(data) for pid, data in environs.items()}
 
 
 def marked(mark: Mark) -> list[Process]:

@@ -1,6 +1,7 @@
 """What sessions leave running: found whatever it did to hide, ended whatever it ignores, and nobody else with it."""
 
 import asyncio
+import itertools
 import os
 import shlex
 import signal
@@ -311,6 +312,36 @@ def test_a_reaper_leaves_nothing_behind() -> None:
         assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
 
     run(main())
+
+
+@linux_only
+@pytest.mark.parametrize(("without_code", "without_environment"), [(0, 0), (0, 1), (1, 1), (7, 8)])
+def test_a_process_that_is_just_beginning_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch, without_code: int, without_environment: int
+) -> None:
+    """In the middle of an exec there is for a while no environment to read, and no code."""
+    mark = Mark("d", "s")
+    code = itertools.chain(itertools.repeat(b"0", without_code), itertools.repeat(b"4096"))
+    variables = b"\0".join(f"{name}={value}".encode() for name, value in mark.variables().items())
+    environment = itertools.chain(itertools.repeat(b"", without_environment), itertools.repeat(variables))
+
+    def read(path: str) -> bytes:
+        if path.endswith("environ"):
+            return next(environment)
+        return b"7 (sleep) R 1 7 7 0 -1 0" + b" 0" * 12 + b" 98765 0 0 0 " + next(code) + b" 0 0"
+
+    monkeypatch.setattr(module, "processes", lambda: {7: Process(7, 1, "98765")})
+    monkeypatch.setattr(module, "_read", read)
+    assert [process.pid for process in module.marked(mark)] == [7]
+
+
+@linux_only
+def test_nobody_waits_for_kernel_threads_zombies_and_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not module.is_beginning(Path("/proc/self/stat").read_bytes())
+    thread = b"2 (kthreadd) S 0 0 0 0 -1 2129984" + b" 0" * 12 + b" 0 0 0 0 0 0 0"
+    other = b"9 (bash) S 1 9 9 0 -1 4194304" + b" 0" * 12 + b" 98765 0 0 0 1 1 0"
+    zombie = b"9 (sh) Z 1 9 9 0 -1 4194304" + b" 0" * 12 + b" 98765 0 0 0 0 0 0"
+    assert not any(map(module.is_beginning, (thread, other, zombie, b"", b"7 (x) R", b"7 (x) R" + b" a" * 30)))
 
 
 # Decoders
