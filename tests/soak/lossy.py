@@ -100,7 +100,7 @@ class Sums:
         print(f"{'MB/s':>6}", *(f"{way:>15}" for way in ways))
         for loss in LOSSES:
             taken = [self.rates.get((loss, way), []) for way in ways]
-            print(f"{loss:>6.0%}", *(f"{sum(r) / len(r) if r else 0:>15.1f}" for r in taken))
+            print(f"{loss:>6.0%}", *(f"{f'{sum(r) / len(r):.1f}' if r else '-':>15}" for r in taken))
         datagrams = ", ".join(f"{count} {name}" for name, count in sorted(self.datagrams.items()))
         print(f"{self.size / 1e9:.2f} GB in {seconds:.0f} s, {self.failures} failures; datagrams: {datagrams}")
 
