@@ -446,8 +446,8 @@ class Session:
                 self._set_state(State.RUNNING)
         answered = self.inbox.observe(value)
         if kind == "result":
-            seq, failed = None if answered is None else answered.seq, value.get("is_error") is True
-            self._log(Event.TURN_ENDED, session=self.info.session_id, seq=seq, is_error=failed)
+            seq = None if answered is None else answered.seq
+            self._log(Event.TURN_ENDED, session=self.info.session_id, seq=seq, is_error=value.get("is_error") is True)
             self._turns += answered is not None
             self._news.set()
             if not self.inbox.handed and not self.inbox:

@@ -447,11 +447,16 @@ def _write_all(stream: BinaryIO, data: bytes) -> None:
     while rest:
         written = stream.write(rest)
         if written is None:  # a program that shares it, such as ssh, has made it non-blocking, and it is full
-            waiting = select.poll()
-            waiting.register(stream.fileno(), select.POLLOUT)
-            waiting.poll()
+            wait_for(stream.fileno(), select.POLLOUT)
         else:
             rest = rest[written:]
+
+
+def wait_for(descriptor: int, event: int) -> None:
+    """Wait until a descriptor that does not block can be read (select.POLLIN) or written (POLLOUT), or is closed."""
+    waiting = select.poll()
+    waiting.register(descriptor, event)
+    waiting.poll()
 
 
 def is_terminal() -> bool:

@@ -11,6 +11,8 @@ import select
 import threading
 from collections.abc import AsyncIterator
 
+from p2pclaude.cli.common import wait_for
+
 _CHUNK = 1 << 16
 
 
@@ -28,9 +30,7 @@ def _read_some() -> bytes:
         try:
             return os.read(0, _CHUNK)
         except BlockingIOError:
-            waiting = select.poll()
-            waiting.register(0, select.POLLIN)
-            waiting.poll()
+            wait_for(0, select.POLLIN)
 
 
 async def read_lines(max_bytes: int) -> AsyncIterator[bytes]:

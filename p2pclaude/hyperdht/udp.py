@@ -58,6 +58,7 @@ class UdpSocket:
         self._sends_trains = self._receives_trains = False
         self._awake_until = 0.0
         self._turning = False
+        self._poll: select.poll | None = None
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
             self._socket.setblocking(False)
@@ -68,8 +69,6 @@ class UdpSocket:
             raise
         self.address: Address = self._socket.getsockname()
         self._ttl = self._socket.getsockopt(socket.IPPROTO_IP, socket.IP_TTL)
-        self._poll = select.poll()
-        self._poll.register(self._socket, select.POLLIN)
         self._loop.add_reader(self._socket, self._readable)
 
     def _set_options(self) -> None:
@@ -164,11 +163,14 @@ class UdpSocket:
         self._awake_until = self._loop.time() + min(seconds, MAX_AWAKE_S)
         if not self._turning and _can_wait_awake():
             self._turning = True
+            if self._poll is None:  # the many sockets of a hole punch need none
+                self._poll = select.poll()
+                self._poll.register(self._socket, select.POLLIN)
             self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
         self._turning = self._loop.time() < self._awake_until
-        if not self._turning:
+        if not self._turning or self._poll is None:
             return
         self._loop.call_soon(self._turn)
         for _ in range(POLLS):
