@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from sim import Host, SimNetwork
 
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.endpoint import Endpoint
-from p2pclaude.hyperdht.node import Node
-from p2pclaude.hyperdht.rpc import Rpc
+from p2pclaude.hyperdht.net.endpoint import Endpoint
+from p2pclaude.hyperdht.node.node import Node
+from p2pclaude.hyperdht.rpc.rpc import Rpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -35,11 +35,11 @@ from sim import Dependence, Host, Link, Nat, PortChoice, SimNetwork, run
 from sim.realm import Packet
 from sim_dht import BOOTSTRAP, Swarm, ask, echo, percentile, swarm
 
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import ConnectionClosed, HyperDHTError
-from p2pclaude.hyperdht.relayserver import RelayServer
+from p2pclaude.hyperdht.relay.relay_server import RelayServer
+from p2pclaude.hyperdht.secure.connection import Connection
 
 KINDS: Final = ("open", "cone", "random")
 PAIRS: Final = tuple(f"{server}-{client}" for server in KINDS for client in KINDS)

@@ -8,14 +8,14 @@ from typing import Final
 from sim import Dependence, Host, Link, PortChoice, SimNetwork
 from sim.realm import Packet
 
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import DecodeError, HyperDHTError
-from p2pclaude.hyperdht.messages import Request, decode_message
-from p2pclaude.hyperdht.server import Server
+from p2pclaude.hyperdht.peer.server import Server
+from p2pclaude.hyperdht.rpc.messages import Request, decode_message
+from p2pclaude.hyperdht.secure.connection import Connection
 
 BOOTSTRAP: Final[Address] = ("5.0.0.1", 49737)
 DEADLINE: Final = 20.0  # for one connect

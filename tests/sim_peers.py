@@ -7,12 +7,12 @@ from random import Random
 
 from sim import Host, SimNetwork
 
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.endpoint import Endpoint, Socket
-from p2pclaude.hyperdht.noise import NoiseIK
-from p2pclaude.hyperdht.streams import Stream
+from p2pclaude.hyperdht.net.endpoint import Endpoint, Socket
+from p2pclaude.hyperdht.net.streams import Stream
+from p2pclaude.hyperdht.secure.connection import Connection
+from p2pclaude.hyperdht.secure.noise import NoiseIK
 
 READ_BYTES = 65536
 

@@ -9,13 +9,13 @@ from random import Random
 from sim import Dependence, Host, Link, PortChoice
 from sim_dht import Swarm, swarm
 
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
-from p2pclaude.hyperdht.noise import NoiseIK
-from p2pclaude.hyperdht.relay import RelayLink, open_link
-from p2pclaude.hyperdht.relayserver import RelayEvent, RelayLimits, RelayServer
-from p2pclaude.hyperdht.streams import Stream
+from p2pclaude.hyperdht.net.streams import Stream
+from p2pclaude.hyperdht.relay.relay_client import RelayLink, open_link
+from p2pclaude.hyperdht.relay.relay_server import RelayEvent, RelayLimits, RelayServer
+from p2pclaude.hyperdht.secure.connection import Connection
+from p2pclaude.hyperdht.secure.noise import NoiseIK
 
 
 @dataclass

@@ -10,13 +10,13 @@ from sim import Host, Nat, run
 from sim_dht import BOOTSTRAP, Swarm, ask, echo, eventually, serve, swarm
 from sim_peers import seeds
 
-from p2pclaude.hyperdht import announcer
-from p2pclaude.hyperdht.announcer import Announcer
 from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import Destroyed, HyperDHTError, Suspended
-from p2pclaude.hyperdht.server import Server
+from p2pclaude.hyperdht.peer import announcer
+from p2pclaude.hyperdht.peer.announcer import Announcer
+from p2pclaude.hyperdht.peer.server import Server
 
 
 async def behind_nat(network: Swarm, number: int) -> tuple[Nat, Host, HyperDHT]:

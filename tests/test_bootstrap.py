@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sim import run
 
-from p2pclaude.hyperdht.bootstrap import (
+from p2pclaude.hyperdht.node.bootstrap import (
     PUBLIC_NODES,
     RESOLVE_AGAIN,
     RESOLVE_RETRY,

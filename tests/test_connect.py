@@ -7,8 +7,6 @@ from sim import Host, Link, run
 from sim.realm import Packet
 from sim_dht import DEADLINE, Swarm, ask, cone, is_request, serve, swarm
 
-from p2pclaude.hyperdht import handshaking as module
-from p2pclaude.hyperdht.connect import MAX_CANDIDATES
 from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
@@ -20,10 +18,12 @@ from p2pclaude.hyperdht.errors import (
     PeerNotFound,
     Suspended,
 )
-from p2pclaude.hyperdht.messages import Peer, encode_peer
-from p2pclaude.hyperdht.query import Query
-from p2pclaude.hyperdht.requests import IncomingRequest
-from p2pclaude.hyperdht.server import Server
+from p2pclaude.hyperdht.node.query import Query
+from p2pclaude.hyperdht.peer import client_handshake as module
+from p2pclaude.hyperdht.peer.dial import MAX_CANDIDATES
+from p2pclaude.hyperdht.peer.server import Server
+from p2pclaude.hyperdht.rpc.messages import Peer, encode_peer
+from p2pclaude.hyperdht.rpc.requests import IncomingRequest
 from p2pclaude.hyperdht.udx.packet import PREFIX
 
 

@@ -9,9 +9,9 @@ import pytest
 from sim import Link, SimNetwork, run
 from sim_peers import End, connect_ends, receive_all, seeds
 
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.dht import KEEP_ALIVE
 from p2pclaude.hyperdht.errors import ConnectionClosed
+from p2pclaude.hyperdht.secure.connection import Connection
 
 AT_ONCE = 500  # connections of one network
 

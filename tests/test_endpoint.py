@@ -7,10 +7,10 @@ import pytest
 from sim import Link, Packet, SimNetwork, SimulationError, run
 from sim_peers import connect_ends
 
-from p2pclaude.hyperdht.connection import WRITE_HIGH_WATER
 from p2pclaude.hyperdht.constants import PacketType
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.endpoint import Endpoint, Socket
+from p2pclaude.hyperdht.net.endpoint import Endpoint, Socket
+from p2pclaude.hyperdht.secure.connection import WRITE_HIGH_WATER
 from p2pclaude.hyperdht.udx.packet import DATA, HEADER, MAGIC
 
 WAY = ("5.1.0.9", 9)

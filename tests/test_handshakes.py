@@ -11,7 +11,7 @@ from vectors import address, address_or_none, addresses, load, unhex, unhex_or_n
 
 from p2pclaude.hyperdht.encoding import MAX_SAFE_INTEGER, uint
 from p2pclaude.hyperdht.errors import DecodeError
-from p2pclaude.hyperdht.handshakes import (
+from p2pclaude.hyperdht.peer.setup_messages import (
     Handshake,
     Holepunch,
     HolepunchInfo,

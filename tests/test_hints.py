@@ -13,7 +13,7 @@ from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import PeerConnectionFailed, PeerNotFound
-from p2pclaude.hyperdht.server import Server
+from p2pclaude.hyperdht.peer.server import Server
 
 LATENCY = 0.05  # one way, between any two hosts
 ROUND_TRIP = 2 * LATENCY

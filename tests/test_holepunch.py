@@ -14,10 +14,10 @@ from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import DecodeError, HolepunchError, HyperDHTError, TryLater
-from p2pclaude.hyperdht.handshakes import Holepunch, decode_holepunch, encode_holepunch
-from p2pclaude.hyperdht.messages import Response, decode_message, encode_response
-from p2pclaude.hyperdht.puncher import PunchThrottle
-from p2pclaude.hyperdht.server import Server
+from p2pclaude.hyperdht.peer.puncher import PunchThrottle
+from p2pclaude.hyperdht.peer.server import Server
+from p2pclaude.hyperdht.peer.setup_messages import Holepunch, decode_holepunch, encode_holepunch
+from p2pclaude.hyperdht.rpc.messages import Response, decode_message, encode_response
 
 OTHERS = [pair for pair in PAIRS if pair != "random-random"]
 

@@ -10,10 +10,10 @@ from sim import SimNetwork, run
 from p2pclaude.hyperdht.constants import ErrorCode, InternalCommand
 from p2pclaude.hyperdht.encoding import ipv4
 from p2pclaude.hyperdht.errors import Timeout
-from p2pclaude.hyperdht.internal import MAX_DELAYED_PINGS
-from p2pclaude.hyperdht.node import TICK_SECONDS, Node
-from p2pclaude.hyperdht.routing import TableNode
-from p2pclaude.hyperdht.upkeep import MAX_CHECKS, MAX_DOWN_HINTS
+from p2pclaude.hyperdht.node.internal import MAX_DELAYED_PINGS
+from p2pclaude.hyperdht.node.node import TICK_SECONDS, Node
+from p2pclaude.hyperdht.node.routing import TableNode
+from p2pclaude.hyperdht.node.upkeep import MAX_CHECKS, MAX_DOWN_HINTS
 
 
 def now() -> float:

@@ -6,8 +6,8 @@ import pytest
 from sim import Dependence, PortChoice, run
 from sim_dht import Swarm, cone, serve, swarm
 
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.dht import HyperDHT
+from p2pclaude.hyperdht.secure.connection import Connection
 
 
 async def join(network: Swarm, number: int) -> HyperDHT:

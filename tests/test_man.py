@@ -16,7 +16,8 @@ from p2pclaude import claude, log, notify, presence, service, wire
 from p2pclaude.cli import approve, daemon, filters, send
 from p2pclaude.cli.common import Console, parse_arguments
 from p2pclaude.daemon import SHUTDOWN_SECONDS
-from p2pclaude.hyperdht import relayserver, server
+from p2pclaude.hyperdht.peer import server
+from p2pclaude.hyperdht.relay import relay_server as relayserver
 from p2pclaude.methods import Methods
 from p2pclaude.sessions import SessionTable
 

@@ -13,7 +13,7 @@ from vectors import address, addresses, load, unhex, unhex_or_none, versions
 
 from p2pclaude.hyperdht.encoding import MAX_SAFE_INTEGER, uint
 from p2pclaude.hyperdht.errors import DecodeError
-from p2pclaude.hyperdht.messages import (
+from p2pclaude.hyperdht.rpc.messages import (
     Announce,
     LookupReply,
     MutableGetReply,

@@ -10,11 +10,10 @@ import pytest
 from sim import SimNetwork, run
 from sim_peers import connect_ends, seeds
 
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.encoding import buffer, uint
 from p2pclaude.hyperdht.errors import ConnectionClosed, DecodeError
-from p2pclaude.hyperdht.mux import MAX_REMOTE_CHANNELS, MAX_WAITING_BYTES, MESSAGE_COST, Channel, Mux, OnOffer
-from p2pclaude.hyperdht.protomux import (
+from p2pclaude.hyperdht.relay.mux import MAX_REMOTE_CHANNELS, MAX_WAITING_BYTES, MESSAGE_COST, Channel, Mux, OnOffer
+from p2pclaude.hyperdht.relay.mux_frames import (
     ChannelClose,
     ChannelMessage,
     ChannelOpen,
@@ -23,6 +22,7 @@ from p2pclaude.hyperdht.protomux import (
     decode_frames,
     encode_frame,
 )
+from p2pclaude.hyperdht.secure.connection import Connection
 
 Message = tuple[int, bytes]
 SETTLE = 1.0  # virtual seconds, many times what a message takes

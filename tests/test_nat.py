@@ -7,7 +7,7 @@ from vectors import load
 
 from p2pclaude.hyperdht.constants import Firewall
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.nat import WINDOW, NatClassifier, NatSampler
+from p2pclaude.hyperdht.node.nat import WINDOW, NatClassifier, NatSampler
 
 HOST, OTHER, THIRD = "203.0.113.7", "203.0.113.8", "203.0.113.9"
 

@@ -13,11 +13,11 @@ from p2pclaude.hyperdht import HyperDHT
 from p2pclaude.hyperdht.constants import InternalCommand
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import Destroyed, Suspended
-from p2pclaude.hyperdht.messages import Response, encode_response
-from p2pclaude.hyperdht.node import TICK_SECONDS, host_sleep
-from p2pclaude.hyperdht.reachability import STABLE_TICKS
-from p2pclaude.hyperdht.requests import IncomingRequest
-from p2pclaude.hyperdht.routing import node_id
+from p2pclaude.hyperdht.node.node import TICK_SECONDS, host_sleep
+from p2pclaude.hyperdht.node.reachability import STABLE_TICKS
+from p2pclaude.hyperdht.node.routing import node_id
+from p2pclaude.hyperdht.rpc.messages import Response, encode_response
+from p2pclaude.hyperdht.rpc.requests import IncomingRequest
 
 TWENTY_MINUTES = STABLE_TICKS * TICK_SECONDS
 

@@ -9,8 +9,8 @@ from vectors import load, unhex
 
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.errors import DecodeError
-from p2pclaude.hyperdht.noise import MESSAGE_1_OVERHEAD, MESSAGE_2_OVERHEAD, NoiseIK
-from p2pclaude.hyperdht.secretstream import stream_id
+from p2pclaude.hyperdht.secure.noise import MESSAGE_1_OVERHEAD, MESSAGE_2_OVERHEAD, NoiseIK
+from p2pclaude.hyperdht.secure.secretstream import stream_id
 
 HANDSHAKES = load("noise")["handshakes"]
 PROPERTY = settings(max_examples=60, derandomize=True, deadline=None)

@@ -12,12 +12,12 @@ from sim.realm import Packet
 from sim_dht import DEADLINE, Swarm, ask, echo, eventually, internet, swarm
 from sim_peers import seeds
 
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import ConnectionClosed, HolepunchError
-from p2pclaude.hyperdht.paths import LOST_GRACE
-from p2pclaude.hyperdht.relayserver import RelayServer
+from p2pclaude.hyperdht.peer.paths import LOST_GRACE
+from p2pclaude.hyperdht.relay.relay_server import RelayServer
+from p2pclaude.hyperdht.secure.connection import Connection
 
 RELAY = "5.8.8.8"
 SIZE = 2_000_000

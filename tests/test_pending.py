@@ -7,13 +7,13 @@ import pytest
 from sim import Host, run
 from sim_dht import Swarm, cone, echo, is_clean, swarm, symmetric
 
-from p2pclaude.hyperdht import pending
-from p2pclaude.hyperdht.announcer import Announcer
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import HolepunchError, HyperDHTError
-from p2pclaude.hyperdht.holepunch import ClientHolepunch
-from p2pclaude.hyperdht.noise import NoiseIK
+from p2pclaude.hyperdht.peer import pending_client as pending
+from p2pclaude.hyperdht.peer.announcer import Announcer
+from p2pclaude.hyperdht.peer.punch_rounds import ClientHolepunch
+from p2pclaude.hyperdht.secure.noise import NoiseIK
 from p2pclaude.hyperdht.udx.packet import PREFIX
 
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim import SimNetwork, run
 
-from p2pclaude.hyperdht.budget import BURST_SECONDS, VerifyBudget
 from p2pclaude.hyperdht.constants import Command, ErrorCode
 from p2pclaude.hyperdht.crypto import (
     NS_ANNOUNCE,
@@ -23,7 +22,11 @@ from p2pclaude.hyperdht.crypto import (
 )
 from p2pclaude.hyperdht.encoding import Address, uint
 from p2pclaude.hyperdht.errors import Timeout
-from p2pclaude.hyperdht.messages import (
+from p2pclaude.hyperdht.node.budget import BURST_SECONDS, VerifyBudget
+from p2pclaude.hyperdht.node.node import Node
+from p2pclaude.hyperdht.node.routing import TableNode
+from p2pclaude.hyperdht.peer.router import Router
+from p2pclaude.hyperdht.rpc.messages import (
     Announce,
     LookupReply,
     MutablePut,
@@ -35,13 +38,10 @@ from p2pclaude.hyperdht.messages import (
     encode_mutable_signable,
     encode_peer,
 )
-from p2pclaude.hyperdht.messages import Peer as PeerRecord
-from p2pclaude.hyperdht.node import Node
-from p2pclaude.hyperdht.persistent import Persistent
-from p2pclaude.hyperdht.records import ANNOUNCE_LIFETIME, ForwardStore
-from p2pclaude.hyperdht.requests import Reply
-from p2pclaude.hyperdht.router import Router
-from p2pclaude.hyperdht.routing import TableNode
+from p2pclaude.hyperdht.rpc.messages import Peer as PeerRecord
+from p2pclaude.hyperdht.rpc.requests import Reply
+from p2pclaude.hyperdht.storage.persistent import Persistent
+from p2pclaude.hyperdht.storage.records import ANNOUNCE_LIFETIME, ForwardStore
 
 KEYS = KeyPair.from_seed(b"\x01" * 32)
 OTHERS = [KeyPair.from_seed(bytes([i]) * 32) for i in range(2, 42)]

@@ -9,7 +9,7 @@ from vectors import load, unhex
 
 from p2pclaude.hyperdht.encoding import MAX_SAFE_INTEGER, buffer, uint
 from p2pclaude.hyperdht.errors import DecodeError
-from p2pclaude.hyperdht.protomux import (
+from p2pclaude.hyperdht.relay.mux_frames import (
     MAX_BATCH,
     ChannelClose,
     ChannelMessage,

@@ -11,12 +11,12 @@ from sim import Dependence, PortChoice, run
 from sim.realm import Packet
 from sim_dht import Swarm, swarm
 
-from p2pclaude.hyperdht import puncher as module
 from p2pclaude.hyperdht.constants import Firewall
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.endpoint import Endpoint, Socket
-from p2pclaude.hyperdht.puncher import Puncher, PunchThrottle
+from p2pclaude.hyperdht.net.endpoint import Endpoint, Socket
+from p2pclaude.hyperdht.peer import puncher as module
+from p2pclaude.hyperdht.peer.puncher import Puncher, PunchThrottle
 
 PEER: Address = ("5.77.0.1", 4000)
 

@@ -13,11 +13,11 @@ from sim.realm import Packet
 from p2pclaude.hyperdht.constants import Command, ErrorCode, InternalCommand, K
 from p2pclaude.hyperdht.encoding import Address, ipv4
 from p2pclaude.hyperdht.errors import Destroyed, RemoteError, Suspended, TooFewNodes
-from p2pclaude.hyperdht.messages import Request, decode_message
-from p2pclaude.hyperdht.node import Node
-from p2pclaude.hyperdht.query import MAX_VISITS, QUERY_RETRIES, Query
-from p2pclaude.hyperdht.requests import IncomingRequest, Reply
-from p2pclaude.hyperdht.routing import node_id
+from p2pclaude.hyperdht.node.node import Node
+from p2pclaude.hyperdht.node.query import MAX_VISITS, QUERY_RETRIES, Query
+from p2pclaude.hyperdht.node.routing import node_id
+from p2pclaude.hyperdht.rpc.messages import Request, decode_message
+from p2pclaude.hyperdht.rpc.requests import IncomingRequest, Reply
 
 TARGET = b"\x07" * 32
 LOSSY = Link(latency=(0.005, 0.06), loss=0.05, duplicate=0.02)

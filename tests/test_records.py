@@ -11,8 +11,8 @@ from vectors import load, unhex
 
 from p2pclaude.hyperdht.constants import ErrorCode
 from p2pclaude.hyperdht.crypto import hash as blake2b
-from p2pclaude.hyperdht.messages import MutableGetReply
-from p2pclaude.hyperdht.records import (
+from p2pclaude.hyperdht.rpc.messages import MutableGetReply
+from p2pclaude.hyperdht.storage.records import (
     ANNOUNCE_LIFETIME,
     CAPACITY,
     VALUE_LIFETIME,

@@ -9,13 +9,13 @@ from sim_dht import ask, echo, eventually
 from sim_peers import receive_all, seeds, send_random
 from sim_relay import Place, Side, relay_place
 
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import ConnectionClosed, Destroyed, PeerNotFound, RelayFailed
-from p2pclaude.hyperdht.relay import RelayClient, open_link
-from p2pclaude.hyperdht.relayserver import LINGER_SECONDS, RelayLimits, _RelayStream
-from p2pclaude.hyperdht.streams import StreamSet
+from p2pclaude.hyperdht.net.streams import StreamSet
+from p2pclaude.hyperdht.relay.relay_client import RelayClient, open_link
+from p2pclaude.hyperdht.relay.relay_server import LINGER_SECONDS, RelayLimits, _RelayStream
+from p2pclaude.hyperdht.secure.connection import Connection
 from p2pclaude.hyperdht.udx.packet import rewrite_stream_id
 from p2pclaude.hyperdht.udx.stream import Closed, UdxStream
 

@@ -10,19 +10,18 @@ from sim import run
 from sim_dht import ask, echo, eventually
 from sim_relay import Place, Side, relay_place
 
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import ConnectionClosed, RelayFailed
-from p2pclaude.hyperdht.handshakes import (
+from p2pclaude.hyperdht.peer.setup_messages import (
     RelayPair,
     decode_relay_pair,
     decode_relay_unpair,
     encode_relay_pair,
     encode_relay_unpair,
 )
-from p2pclaude.hyperdht.mux import Channel, Mux
-from p2pclaude.hyperdht.relay import PAIR, PROTOCOL, UNPAIR, RelayClient
-from p2pclaude.hyperdht.relayserver import (
+from p2pclaude.hyperdht.relay.mux import Channel, Mux
+from p2pclaude.hyperdht.relay.relay_client import PAIR, PROTOCOL, UNPAIR, RelayClient
+from p2pclaude.hyperdht.relay.relay_server import (
     IDLE_SECONDS,
     LINGER_SECONDS,
     MAX_HELD,
@@ -36,6 +35,7 @@ from p2pclaude.hyperdht.relayserver import (
     RelayLimits,
     _RelayStream,
 )
+from p2pclaude.hyperdht.secure.connection import Connection
 from p2pclaude.hyperdht.udx.packet import DATA, HEADER, MAGIC
 
 TOKEN = b"t" * 32

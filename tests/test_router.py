@@ -9,8 +9,9 @@ import pytest
 from p2pclaude.hyperdht.constants import Command, Mode
 from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.endpoint import Socket
-from p2pclaude.hyperdht.handshakes import (
+from p2pclaude.hyperdht.net.endpoint import Socket
+from p2pclaude.hyperdht.peer.router import Answer, Router
+from p2pclaude.hyperdht.peer.setup_messages import (
     Handshake,
     Holepunch,
     decode_handshake,
@@ -18,11 +19,10 @@ from p2pclaude.hyperdht.handshakes import (
     encode_handshake,
     encode_holepunch,
 )
-from p2pclaude.hyperdht.messages import Request, Response, decode_message
-from p2pclaude.hyperdht.records import ForwardStore
-from p2pclaude.hyperdht.requests import IncomingRequest
-from p2pclaude.hyperdht.router import Answer, Router
-from p2pclaude.hyperdht.rpc import Rpc
+from p2pclaude.hyperdht.rpc.messages import Request, Response, decode_message
+from p2pclaude.hyperdht.rpc.requests import IncomingRequest
+from p2pclaude.hyperdht.rpc.rpc import Rpc
+from p2pclaude.hyperdht.storage.records import ForwardStore
 
 CLIENT = ("10.0.0.1", 1000)
 RELAY = ("10.0.0.2", 2000)

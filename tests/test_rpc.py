@@ -10,9 +10,9 @@ from sim.realm import Packet
 
 from p2pclaude.hyperdht.constants import Command, ErrorCode
 from p2pclaude.hyperdht.errors import Destroyed, Suspended, Timeout
-from p2pclaude.hyperdht.messages import Response, encode_response
-from p2pclaude.hyperdht.requests import IncomingRequest, Reply
-from p2pclaude.hyperdht.routing import node_id
+from p2pclaude.hyperdht.node.routing import node_id
+from p2pclaude.hyperdht.rpc.messages import Response, encode_response
+from p2pclaude.hyperdht.rpc.requests import IncomingRequest, Reply
 
 TARGET = b"\x07" * 32
 

@@ -11,12 +11,12 @@ from sim import run
 
 from p2pclaude.hyperdht.constants import Command, ErrorCode, InternalCommand
 from p2pclaude.hyperdht.encoding import Address, ipv4
-from p2pclaude.hyperdht.endpoint import Endpoint, Socket
-from p2pclaude.hyperdht.messages import Request, Response, decode_message, encode_request
-from p2pclaude.hyperdht.records import TokenJar
-from p2pclaude.hyperdht.requests import IncomingRequest
-from p2pclaude.hyperdht.routing import node_id
-from p2pclaude.hyperdht.rpc import Rpc
+from p2pclaude.hyperdht.net.endpoint import Endpoint, Socket
+from p2pclaude.hyperdht.node.routing import node_id
+from p2pclaude.hyperdht.rpc.messages import Request, Response, decode_message, encode_request
+from p2pclaude.hyperdht.rpc.requests import IncomingRequest
+from p2pclaude.hyperdht.rpc.rpc import Rpc
+from p2pclaude.hyperdht.storage.records import TokenJar
 
 TARGET = b"\x07" * 32
 DESTINATION = ("10.1.2.3", 49737)

@@ -12,7 +12,7 @@ from test_crypto import FixedRandom
 from vectors import load, unhex
 
 from p2pclaude.hyperdht.errors import DecodeError
-from p2pclaude.hyperdht.secretstream import FRAME_BYTES, MAX_FRAME_BYTES, OVERHEAD, SecretStream
+from p2pclaude.hyperdht.secure.secretstream import FRAME_BYTES, MAX_FRAME_BYTES, OVERHEAD, SecretStream
 
 STREAMS = load("secretstream")["streams"]
 PROPERTY = settings(max_examples=80, derandomize=True, deadline=None)

@@ -10,18 +10,24 @@ from sim import Host, Packet, SimLoop, SimulationError, run
 from sim_dht import DEADLINE, Swarm, ask, echo, is_clean, serve, swarm
 from sim_peers import seeds
 
-from p2pclaude.hyperdht import server as server_module
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.constants import Command, Firewall, Mode
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import HyperDHTError
-from p2pclaude.hyperdht.handshakes import Handshake, NoisePayload, UdxInfo, encode_handshake, encode_noise_payload
-from p2pclaude.hyperdht.messages import Request, encode_request
-from p2pclaude.hyperdht.noise import NoiseIK
-from p2pclaude.hyperdht.pending import HANDSHAKE_TIMEOUT, PUNCH_TIMEOUT
+from p2pclaude.hyperdht.peer import server as server_module
+from p2pclaude.hyperdht.peer.pending_client import HANDSHAKE_TIMEOUT, PUNCH_TIMEOUT
+from p2pclaude.hyperdht.peer.setup_messages import (
+    Handshake,
+    NoisePayload,
+    UdxInfo,
+    encode_handshake,
+    encode_noise_payload,
+)
+from p2pclaude.hyperdht.rpc.messages import Request, encode_request
+from p2pclaude.hyperdht.secure.connection import Connection
+from p2pclaude.hyperdht.secure.noise import NoiseIK
 
 
 def handshake_datagram(server_key: bytes, rng: Random, to: Address, peer: Address | None) -> bytes:

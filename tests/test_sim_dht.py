@@ -16,10 +16,10 @@ from sim import Dependence, Host, Nat, PortChoice, SimNetwork, run
 from sim_dht import DEADLINE, Swarm, ask, can_ask, internet, percentile, serve, swarm
 from sim_peers import seeds
 
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.constants import ErrorCode
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.errors import HyperDHTError, RemoteError
+from p2pclaude.hyperdht.secure.connection import Connection
 
 # Two hundred nodes
 

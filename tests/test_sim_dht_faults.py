@@ -11,7 +11,6 @@ from sim import Packet, SimLoop, SimNetwork, run
 from sim_dht import BOOTSTRAP, DEADLINE, Swarm, ask, can_ask, echo, eventually, internet, serve, swarm
 from sim_peers import seeds
 
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
@@ -25,6 +24,7 @@ from p2pclaude.hyperdht.errors import (
     Suspended,
     TooFewNodes,
 )
+from p2pclaude.hyperdht.secure.connection import Connection
 
 # Failures settle, with their cause
 

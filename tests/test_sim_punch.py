@@ -11,16 +11,16 @@ from sim import Dependence, Host, Nat, PortChoice, SimNetwork, run
 from sim_dht import DEADLINE, Swarm, ask, can_ask, echo, eventually, internet, serve, swarm
 from sim_peers import seeds
 
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.dht import HyperDHT
-from p2pclaude.hyperdht.endpoint import Socket
 from p2pclaude.hyperdht.errors import HolepunchError, HyperDHTError
-from p2pclaude.hyperdht.handshakes import Holepunch
-from p2pclaude.hyperdht.holepunch import ServerHolepunch
-from p2pclaude.hyperdht.puncher import Puncher
-from p2pclaude.hyperdht.relayserver import RelayServer
-from p2pclaude.hyperdht.requests import IncomingRequest
-from p2pclaude.hyperdht.router import Answer
+from p2pclaude.hyperdht.net.endpoint import Socket
+from p2pclaude.hyperdht.peer.punch_rounds import ServerHolepunch
+from p2pclaude.hyperdht.peer.puncher import Puncher
+from p2pclaude.hyperdht.peer.router import Answer
+from p2pclaude.hyperdht.peer.setup_messages import Holepunch
+from p2pclaude.hyperdht.relay.relay_server import RelayServer
+from p2pclaude.hyperdht.rpc.requests import IncomingRequest
+from p2pclaude.hyperdht.secure.connection import Connection
 from p2pclaude.hyperdht.udx.packet import DESTROY
 
 KINDS = ("open", "cone", "random")

@@ -8,8 +8,8 @@ from p2pclaude.hyperdht.constants import Command, ErrorCode
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.errors import RemoteError
-from p2pclaude.hyperdht.records import MutableStore
-from p2pclaude.hyperdht.requests import IncomingRequest
+from p2pclaude.hyperdht.rpc.requests import IncomingRequest
+from p2pclaude.hyperdht.storage.records import MutableStore
 
 
 def test_a_node_that_refuses_everything_spoils_no_put() -> None:

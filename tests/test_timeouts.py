@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pclaude.hyperdht import budget, timeouts
-from p2pclaude.hyperdht.budget import VerifyBudget
-from p2pclaude.hyperdht.health import HealthMonitor
-from p2pclaude.hyperdht.timeouts import AdaptiveTimeouts
-from p2pclaude.hyperdht.window import CongestionWindow
+from p2pclaude.hyperdht.node import budget
+from p2pclaude.hyperdht.node.budget import VerifyBudget
+from p2pclaude.hyperdht.node.health import HealthMonitor
+from p2pclaude.hyperdht.rpc import timeouts
+from p2pclaude.hyperdht.rpc.timeouts import AdaptiveTimeouts
+from p2pclaude.hyperdht.rpc.window import CongestionWindow
 
 HOST = ("10.0.0.1", 1)
 OTHER = ("10.0.0.2", 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sim.loop import SimLoop
 
-from p2pclaude.hyperdht.turns import BETWEEN, BURST_SECONDS, MAX_WAITING, Turns
+from p2pclaude.hyperdht.peer.turns import BETWEEN, BURST_SECONDS, MAX_WAITING, Turns
 
 RATE = 100.0
 

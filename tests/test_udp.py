@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from p2pclaude.hyperdht import udp
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.endpoint import Arrival
-from p2pclaude.hyperdht.udp import PLAIN, UdpSocket
+from p2pclaude.hyperdht.net import udp
+from p2pclaude.hyperdht.net.endpoint import Arrival
+from p2pclaude.hyperdht.net.udp import PLAIN, UdpSocket
 
 FULL = 1472
 AWAKE_S = 30.0  # far more than it takes to be answered, also on a busy machine

@@ -6,7 +6,6 @@ gives. Every error is a `HyperDHTError`.
 
 from typing import TYPE_CHECKING
 
-from .connection import Connection
 from .constants import MAX_VALUE_BYTES, ErrorCode
 from .crypto import KeyPair
 from .dht import HyperDHT
@@ -26,11 +25,12 @@ from .errors import (
     Timeout,
     TooFewNodes,
 )
-from .requests import Reply
+from .rpc.requests import Reply
+from .secure.connection import Connection
 
 if TYPE_CHECKING:
-    from .messages import Peer
-    from .relayserver import (
+    from .peer.server import Server
+    from .relay.relay_server import (
         ClientConnected,
         ClientGone,
         ClientRefused,
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
         RelayLimits,
         RelayServer,
     )
-    from .server import Server
-    from .storage import LookupResult, MutableRecord
+    from .rpc.messages import Peer
+    from .storage.put_get import LookupResult, MutableRecord
 
 _LATER = {
-    "messages": ("Peer",),
-    "relayserver": (
+    "rpc.messages": ("Peer",),
+    "relay.relay_server": (
         "ClientConnected",
         "ClientGone",
         "ClientRefused",
@@ -57,8 +57,8 @@ _LATER = {
         "RelayLimits",
         "RelayServer",
     ),
-    "server": ("Server",),
-    "storage": ("LookupResult", "MutableRecord"),
+    "peer.server": ("Server",),
+    "storage.put_get": ("LookupResult", "MutableRecord"),
 }  # what a client that only connects never needs is loaded when it is first named
 
 __all__ = [

@@ -15,25 +15,25 @@ from collections.abc import AsyncIterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Self
 
-from .bootstrap import PUBLIC_NODES
-from .connect import connect
-from .connection import Connection
 from .constants import DEFAULT_PORT, KEY_BYTES
 from .crypto import KeyPair
 from .encoding import Address
-from .endpoint import Endpoint, Network
 from .errors import Destroyed, HyperDHTError, Suspended
-from .node import Node
-from .records import ForwardStore
-from .router import Router
-from .udp import UdpNetwork
+from .net.endpoint import Endpoint, Network
+from .net.udp import UdpNetwork
+from .node.bootstrap import PUBLIC_NODES
+from .node.node import Node
+from .peer.dial import connect
+from .peer.router import Router
+from .secure.connection import Connection
+from .storage.records import ForwardStore
 
 if TYPE_CHECKING:
-    from .persistent import Persistent
-    from .puncher import PunchThrottle
-    from .requests import IncomingRequest, Reply
-    from .server import Allow, OnConnection, Server
-    from .storage import LookupResult, MutableRecord, Storage
+    from .peer.puncher import PunchThrottle
+    from .peer.server import Allow, OnConnection, Server
+    from .rpc.requests import IncomingRequest, Reply
+    from .storage.persistent import Persistent
+    from .storage.put_get import LookupResult, MutableRecord, Storage
 
 CONNECT_TIMEOUT: Final = 20.0
 DESTROY_TIMEOUT: Final = 5.0
@@ -105,19 +105,19 @@ class HyperDHT:
     @cached_property
     def throttle(self) -> PunchThrottle:
         """Keeps random hole punching rare."""
-        from .puncher import PunchThrottle
+        from .peer.puncher import PunchThrottle
 
         return PunchThrottle()
 
     @cached_property
     def _persistent(self) -> Persistent:
-        from .persistent import Persistent
+        from .storage.persistent import Persistent
 
         return Persistent(self.node, self.router, self.rng)
 
     @cached_property
     def _storage(self) -> Storage:
-        from .storage import Storage
+        from .storage.put_get import Storage
 
         return Storage(self.node, self._persistent)
 
@@ -289,7 +289,7 @@ class HyperDHT:
         that a stranger does not learn that there is a server. `relay_through` is the public key of a blind relay where
         clients meet the server while no direct way is found.
         """
-        from .server import Server
+        from .peer.server import Server
 
         self.check_usable()
         return Server(self, on_connection, allow, relay_through)

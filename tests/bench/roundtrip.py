@@ -23,10 +23,10 @@ from multiprocessing.connection import Connection as Pipe
 from typing import Final
 
 from p2pclaude.hyperdht import KeyPair
-from p2pclaude.hyperdht.connection import Connection
-from p2pclaude.hyperdht.endpoint import Endpoint
-from p2pclaude.hyperdht.noise import NoiseIK
-from p2pclaude.hyperdht.udp import UdpNetwork
+from p2pclaude.hyperdht.net.endpoint import Endpoint
+from p2pclaude.hyperdht.net.udp import UdpNetwork
+from p2pclaude.hyperdht.secure.connection import Connection
+from p2pclaude.hyperdht.secure.noise import NoiseIK
 
 PAYLOAD: Final = bytes(64)
 COUNT: Final = 2000

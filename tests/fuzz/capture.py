@@ -27,12 +27,17 @@ from interop.harness import HERE, Peer, Peers, missing_node, peers_on
 
 from fuzz.engine import CORPUS, name_of
 from p2pclaude import service, session
-from p2pclaude.hyperdht import KeyPair, connect, holepunch, mux, relay, server
+from p2pclaude.hyperdht import KeyPair
 from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import DecodeError
-from p2pclaude.hyperdht.messages import Request, decode_message
-from p2pclaude.hyperdht.relay import RelayClient
+from p2pclaude.hyperdht.peer import dial as connect
+from p2pclaude.hyperdht.peer import punch_rounds as holepunch
+from p2pclaude.hyperdht.peer import server
+from p2pclaude.hyperdht.relay import mux
+from p2pclaude.hyperdht.relay import relay_client as relay
+from p2pclaude.hyperdht.relay.relay_client import RelayClient
+from p2pclaude.hyperdht.rpc.messages import Request, decode_message
 from p2pclaude.hyperdht.udx.packet import local_id_of
 from p2pclaude.wire import dump_json, unseal
 

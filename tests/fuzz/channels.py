@@ -6,10 +6,9 @@ from typing import Final, cast
 from fuzz import virtual
 from fuzz.decoders import frame_seeds
 from fuzz.target import Script, Target
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.errors import ConnectionClosed, DecodeError
-from p2pclaude.hyperdht.mux import MAX_REMOTE_CHANNELS, MAX_WAITING_BYTES, Channel, Mux
-from p2pclaude.hyperdht.protomux import (
+from p2pclaude.hyperdht.relay.mux import MAX_REMOTE_CHANNELS, MAX_WAITING_BYTES, Channel, Mux
+from p2pclaude.hyperdht.relay.mux_frames import (
     ChannelClose,
     ChannelMessage,
     ChannelOpen,
@@ -18,6 +17,7 @@ from p2pclaude.hyperdht.protomux import (
     decode_frames,
     encode_frame,
 )
+from p2pclaude.hyperdht.secure.connection import Connection
 
 MAX_STEPS: Final = 400
 PROTOCOLS: Final = ("blind-relay", "a")

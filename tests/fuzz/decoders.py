@@ -7,10 +7,12 @@ from typing import Any, Final, TypeVar
 import vectors
 
 from fuzz.target import Script, Target
-from p2pclaude.hyperdht import handshakes, messages, protomux
 from p2pclaude.hyperdht.constants import PacketType
 from p2pclaude.hyperdht.encoding import Reader, array, buffer, ipv4, ipv6, string, uint
 from p2pclaude.hyperdht.errors import DecodeError
+from p2pclaude.hyperdht.peer import setup_messages as handshakes
+from p2pclaude.hyperdht.relay import mux_frames as protomux
+from p2pclaude.hyperdht.rpc import messages
 from p2pclaude.hyperdht.udx import packet
 
 T = TypeVar("T")

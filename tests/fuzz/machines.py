@@ -9,8 +9,8 @@ from fuzz.decoders import packet_seeds
 from fuzz.target import Script, Target
 from p2pclaude.hyperdht.crypto import HolepunchBox, KeyPair
 from p2pclaude.hyperdht.errors import DecodeError
-from p2pclaude.hyperdht.noise import NoiseIK
-from p2pclaude.hyperdht.secretstream import MAX_FRAME_BYTES, OVERHEAD, SecretStream
+from p2pclaude.hyperdht.secure.noise import NoiseIK
+from p2pclaude.hyperdht.secure.secretstream import MAX_FRAME_BYTES, OVERHEAD, SecretStream
 from p2pclaude.hyperdht.udx.packet import HEADER, HEADER_BYTES, MAGIC, SEQ_MASK, encode_sack
 from p2pclaude.hyperdht.udx.receiver import CAPACITY, MAX_AHEAD
 from p2pclaude.hyperdht.udx.stream import (

@@ -10,7 +10,6 @@ from sim import Host, SimNetwork, SimSocket
 
 from fuzz import virtual
 from fuzz.target import Script, Target
-from p2pclaude.hyperdht.connection import Connection
 from p2pclaude.hyperdht.constants import (
     REQUEST_ID,
     Command,
@@ -31,9 +30,11 @@ from p2pclaude.hyperdht.crypto import (
 from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address, uint
-from p2pclaude.hyperdht.endpoint import Arrival, Socket
 from p2pclaude.hyperdht.errors import DecodeError, HyperDHTError
-from p2pclaude.hyperdht.handshakes import (
+from p2pclaude.hyperdht.net.endpoint import Arrival, Socket
+from p2pclaude.hyperdht.node.routing import node_id
+from p2pclaude.hyperdht.peer.server import MAX_PENDING, Server
+from p2pclaude.hyperdht.peer.setup_messages import (
     Handshake,
     Holepunch,
     HolepunchPayload,
@@ -47,7 +48,7 @@ from p2pclaude.hyperdht.handshakes import (
     encode_holepunch_payload,
     encode_noise_payload,
 )
-from p2pclaude.hyperdht.messages import (
+from p2pclaude.hyperdht.rpc.messages import (
     Announce,
     MutablePut,
     Peer,
@@ -61,10 +62,9 @@ from p2pclaude.hyperdht.messages import (
     encode_request,
     encode_response,
 )
-from p2pclaude.hyperdht.noise import NoiseIK
-from p2pclaude.hyperdht.requests import IncomingRequest
-from p2pclaude.hyperdht.routing import node_id
-from p2pclaude.hyperdht.server import MAX_PENDING, Server
+from p2pclaude.hyperdht.rpc.requests import IncomingRequest
+from p2pclaude.hyperdht.secure.connection import Connection
+from p2pclaude.hyperdht.secure.noise import NoiseIK
 from p2pclaude.hyperdht.udx.packet import HEADER, MAGIC
 
 HERE: Final[Address] = ("5.0.0.1", 49737)

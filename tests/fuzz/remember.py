@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from nacl import bindings as sodium
 
-from p2pclaude.hyperdht import noise
+from p2pclaude.hyperdht.secure import noise
 
 _FUNCTIONS: Final = (
     (sodium, "crypto_scalarmult_ed25519_noclamp"),

@@ -13,16 +13,16 @@ from interop.harness import Peer, missing_node, peers_on
 from p2pclaude.hyperdht.constants import Command, ErrorCode, InternalCommand
 from p2pclaude.hyperdht.crypto import NS_ANNOUNCE, KeyPair, announce_signable, hash, sign
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.endpoint import Endpoint
 from p2pclaude.hyperdht.errors import Timeout
-from p2pclaude.hyperdht.messages import Announce, encode_announce, encode_peer
-from p2pclaude.hyperdht.messages import Peer as PeerRecord
-from p2pclaude.hyperdht.node import Node
-from p2pclaude.hyperdht.persistent import Persistent
-from p2pclaude.hyperdht.records import ForwardStore
-from p2pclaude.hyperdht.router import Router
-from p2pclaude.hyperdht.routing import node_id
-from p2pclaude.hyperdht.udp import UdpNetwork
+from p2pclaude.hyperdht.net.endpoint import Endpoint
+from p2pclaude.hyperdht.net.udp import UdpNetwork
+from p2pclaude.hyperdht.node.node import Node
+from p2pclaude.hyperdht.node.routing import node_id
+from p2pclaude.hyperdht.peer.router import Router
+from p2pclaude.hyperdht.rpc.messages import Announce, encode_announce, encode_peer
+from p2pclaude.hyperdht.rpc.messages import Peer as PeerRecord
+from p2pclaude.hyperdht.storage.persistent import Persistent
+from p2pclaude.hyperdht.storage.records import ForwardStore
 
 SEED = "interop node"
 KEYS = KeyPair.from_seed(hash(b"interop node"))

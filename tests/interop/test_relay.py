@@ -11,7 +11,7 @@ from sim_dht import ask, echo
 from sim_relay import Side, pair_of
 
 from p2pclaude.hyperdht import HyperDHT, KeyPair, LinkClosed, LinkOpened, RelayEvent, RelayLimits, RelayServer
-from p2pclaude.hyperdht.relay import RelayClient
+from p2pclaude.hyperdht.relay.relay_client import RelayClient
 
 TOKEN = bytes(range(32))
 SIZE = 1 << 20

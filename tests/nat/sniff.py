@@ -19,8 +19,8 @@ from nat.lab import socket_in
 from p2pclaude.hyperdht.constants import Command, InternalCommand, Mode, PacketType
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import DecodeError
-from p2pclaude.hyperdht.handshakes import decode_handshake, decode_holepunch
-from p2pclaude.hyperdht.messages import Request, Response, decode_message
+from p2pclaude.hyperdht.peer.setup_messages import decode_handshake, decode_holepunch
+from p2pclaude.hyperdht.rpc.messages import Request, Response, decode_message
 from p2pclaude.hyperdht.udx.packet import MAGIC, decode_header
 
 ETH_P_IP: Final = 0x0800

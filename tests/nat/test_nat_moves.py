@@ -14,7 +14,7 @@ from nat.peers import Dwellers, exchange
 from nat.sniff import Packet, Sniffer
 
 from p2pclaude.hyperdht.constants import Command
-from p2pclaude.hyperdht.messages import Request
+from p2pclaude.hyperdht.rpc.messages import Request
 
 MAPPING_SECONDS = 10.0
 ADDRESS_SECONDS = 10.0

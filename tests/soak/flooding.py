@@ -14,9 +14,15 @@ from interop.python.control import Command, config, emit, serve_commands
 from p2pclaude.hyperdht.constants import Command as DhtCommand
 from p2pclaude.hyperdht.constants import Mode
 from p2pclaude.hyperdht.crypto import KeyPair, hash
-from p2pclaude.hyperdht.handshakes import Handshake, NoisePayload, UdxInfo, encode_handshake, encode_noise_payload
-from p2pclaude.hyperdht.messages import Request, encode_request
-from p2pclaude.hyperdht.noise import NoiseIK
+from p2pclaude.hyperdht.peer.setup_messages import (
+    Handshake,
+    NoisePayload,
+    UdxInfo,
+    encode_handshake,
+    encode_noise_payload,
+)
+from p2pclaude.hyperdht.rpc.messages import Request, encode_request
+from p2pclaude.hyperdht.secure.noise import NoiseIK
 
 TICK: Final = 0.01
 HOST: Final = "127.0.0.1"
