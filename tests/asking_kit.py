@@ -6,8 +6,8 @@ from typing import Any
 
 from sessions_kit import Place, outputs, run
 
-from p2pclaude.methods import Methods
-from p2pclaude.sessions import SessionTable
+from p2pclaude.daemon.methods import Methods
+from p2pclaude.sessions.table import SessionTable
 
 LS = 'ASK:Bash {"command":"ls"}'
 BOTH = 'ASK:Bash {"command":"ls"}\nWrite {"file_path":"/a"}'

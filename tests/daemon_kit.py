@@ -13,14 +13,14 @@ from pathlib import Path
 from free_ports import free_port
 from sessions_kit import Place
 
-from p2pclaude import processes
-from p2pclaude.client import Client, open_client
-from p2pclaude.pairing import Pairing, parse_url
-from p2pclaude.processes import Mark, Process
+from p2pclaude.client.rpc_client import Client, open_client
+from p2pclaude.host import processes
+from p2pclaude.host.processes import Mark, Process
+from p2pclaude.protocol.pairing import Pairing, parse_url
 
 PROGRAM = """
 import asyncio, json, os, sys
-from p2pclaude.daemon import DaemonOptions, run_daemon
+from p2pclaude.daemon.daemon import DaemonOptions, run_daemon
 status = asyncio.run(run_daemon(DaemonOptions(**json.loads(sys.argv[1]))))
 os._exit(status)  # each line of the log is flushed; a last flush fails where nobody reads it
 """

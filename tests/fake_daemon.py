@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from p2pclaude.wire import (
+from p2pclaude.protocol.wire import (
     MESSAGE,
     OUTPUT,
     SESSION_NOT_FOUND,

@@ -5,9 +5,9 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from p2pclaude.daemon.service import PeerConnection
 from p2pclaude.hyperdht import KeyPair, MutableRecord
-from p2pclaude.service import PeerConnection
-from p2pclaude.wire import (
+from p2pclaude.protocol.wire import (
     MAX_RESPONSE_LINE,
     LineBuffer,
     Request,

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from p2pclaude import claude, session
-from p2pclaude.launcher import Settings
-from p2pclaude.log import Log
-from p2pclaude.session import State
-from p2pclaude.sessions import MAX_WAIT_MS, SessionTable
-from p2pclaude.wire import OUTPUT
+from p2pclaude.host.log import Log
+from p2pclaude.protocol.wire import OUTPUT
+from p2pclaude.sessions import claude, session
+from p2pclaude.sessions.launcher import Settings
+from p2pclaude.sessions.session import State
+from p2pclaude.sessions.table import MAX_WAIT_MS, SessionTable
 
 FAKE = Path(__file__).with_name("fake_claude.py")
 PATIENT_STEPS = tuple((number, 15.0) for number, _ in claude.STOP_STEPS)

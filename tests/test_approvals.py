@@ -11,10 +11,10 @@ import pytest
 from asking_kit import BOTH, LS, Caller, on_table, replies
 from sessions_kit import Place, prepare, read_results, read_until
 
-from p2pclaude import approvals
-from p2pclaude.methods import MethodError
-from p2pclaude.session import State
-from p2pclaude.wire import PERMISSION_REQUEST
+from p2pclaude.daemon import request_list as approvals
+from p2pclaude.daemon.methods import MethodError
+from p2pclaude.protocol.wire import PERMISSION_REQUEST
+from p2pclaude.sessions.session import State
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import pytest
 from fake_daemon import FakeDaemon, FakeSession, MemoryDialer, MemoryStream
 from test_client import with_client
 
-from p2pclaude import approver, remote
-from p2pclaude.approver import AlreadyAnswered
-from p2pclaude.client import Client
+from p2pclaude.client import remote_requests as approver
+from p2pclaude.client import remote_sessions as remote
+from p2pclaude.client.remote_requests import AlreadyAnswered
+from p2pclaude.client.rpc_client import Client
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, ProtocolError, Refused, Unavailable
 from p2pclaude.hyperdht import ConnectionClosed
 

@@ -9,11 +9,11 @@ import pytest
 from asking_kit import BOTH, LS, Caller, kinds, on_table, replies
 from sessions_kit import Place, outputs, prepare, read_all, read_results, read_until, run, wait_for_state
 
-from p2pclaude import asking
-from p2pclaude.journal import DiskFull, Journal
-from p2pclaude.permissions import MAX_PENDING, MAX_REQUEST_BYTES
-from p2pclaude.session import State
-from p2pclaude.sessions import SessionTable
+from p2pclaude.protocol.permissions import MAX_PENDING, MAX_REQUEST_BYTES
+from p2pclaude.sessions import open_requests as asking
+from p2pclaude.sessions.journal import DiskFull, Journal
+from p2pclaude.sessions.session import State
+from p2pclaude.sessions.table import SessionTable
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def replies_in_notes(place: Place) -> list[dict[str, Any]]:
 
 
 def test_a_full_disk_holds_an_answer_up_and_loses_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("p2pclaude.session.RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("p2pclaude.sessions.session.RETRY_SECONDS", 0.02)
     append = Journal.append
     full = False
 

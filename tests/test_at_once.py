@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from sessions_kit import Place, prepare, read_results, run, wait_for_state
 
-from p2pclaude import session as session_module
-from p2pclaude.claude import ClaudeProcess
 from p2pclaude.errors import NoSession, Unavailable
-from p2pclaude.launcher import Spawn
-from p2pclaude.session import Session, State
-from p2pclaude.sessionfile import delete_directory
-from p2pclaude.sessions import SessionTable
+from p2pclaude.sessions import session as session_module
+from p2pclaude.sessions.claude import ClaudeProcess
+from p2pclaude.sessions.directory import delete_directory
+from p2pclaude.sessions.launcher import Spawn
+from p2pclaude.sessions.session import Session, State
+from p2pclaude.sessions.table import SessionTable
 
 
 @pytest.fixture

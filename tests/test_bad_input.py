@@ -13,8 +13,8 @@ from asking_kit import LS, Caller, on_table
 from sessions_kit import Place, outputs, prepare, read_all, read_results, read_until, run, wait_for_state
 
 from p2pclaude.errors import DataError, Refused
-from p2pclaude.launcher import Spawn
-from p2pclaude.sessionfile import State
+from p2pclaude.sessions.directory import State
+from p2pclaude.sessions.launcher import Spawn
 
 YEAR = 365 * 86_400.0
 

@@ -12,10 +12,10 @@ from free_ports import free_port
 from interop.harness import peers_on
 from sessions_kit import Place, prepare, run
 
-from p2pclaude import check as module
-from p2pclaude.check import Finding, Level, check
 from p2pclaude.cli.daemon import main
-from p2pclaude.daemon import Daemon, DaemonOptions
+from p2pclaude.daemon import check as module
+from p2pclaude.daemon.check import Finding, Level, check
+from p2pclaude.daemon.daemon import Daemon, DaemonOptions
 from p2pclaude.errors import Refused
 from p2pclaude.hyperdht import KeyPair
 

@@ -17,8 +17,11 @@ from real_claude import needs_claude, real_place
 from sessions_kit import PATIENT_STEPS, Place, outputs, read_all, read_results, read_until, run
 from stub_api import StubApi, stub_api
 
-from p2pclaude import claude as claude_module
-from p2pclaude.claude import (
+from p2pclaude.client.remote_sessions import AnswerFinder
+from p2pclaude.errors import Unavailable
+from p2pclaude.protocol.wire import REPLAY, dump_json, load_json
+from p2pclaude.sessions import claude as claude_module
+from p2pclaude.sessions.claude import (
     ClaudeGone,
     ClaudeProcess,
     Launch,
@@ -28,12 +31,9 @@ from p2pclaude.claude import (
     has_conversation,
     user_message,
 )
-from p2pclaude.errors import Unavailable
-from p2pclaude.launcher import Spawn
-from p2pclaude.remote import AnswerFinder
-from p2pclaude.session import State
-from p2pclaude.sessions import SessionTable
-from p2pclaude.wire import REPLAY, dump_json, load_json
+from p2pclaude.sessions.launcher import Spawn
+from p2pclaude.sessions.session import State
+from p2pclaude.sessions.table import SessionTable
 
 # Finding it
 

@@ -13,8 +13,8 @@ import pytest
 from fake_daemon import DATA_KEY, FakeDaemon, MemoryDialer, MemoryStream
 from sim import run
 
-from p2pclaude import remote
-from p2pclaude.client import RECONNECT_DELAYS, Client, explain
+from p2pclaude.client import remote_sessions as remote
+from p2pclaude.client.rpc_client import RECONNECT_DELAYS, Client, explain
 from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable
 from p2pclaude.hyperdht import (
     ConnectionClosed,
@@ -27,7 +27,7 @@ from p2pclaude.hyperdht import (
     Timeout,
     TooFewNodes,
 )
-from p2pclaude.wire import MAX_FIRST_LINE, Response, encode_response, seal
+from p2pclaude.protocol.wire import MAX_FIRST_LINE, Response, encode_response, seal
 
 T = TypeVar("T")
 
@@ -194,7 +194,7 @@ def test_what_is_no_answer_is_a_protocol_error(answer: bytes) -> None:
 
 
 def test_an_endless_line_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("p2pclaude.client.MAX_RESPONSE_LINE", 10_000)
+    monkeypatch.setattr("p2pclaude.client.rpc_client.MAX_RESPONSE_LINE", 10_000)
     daemon = FakeDaemon()
     daemon.raw_answer = b"x" * 20_000
     with pytest.raises(ProtocolError):

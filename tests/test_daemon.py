@@ -19,12 +19,12 @@ from daemon_kit import client_of, daemon, start
 from fake_dht import Caller, FakeDHT
 from sessions_kit import Place, prepare, run
 
-from p2pclaude import presence as presence_module
-from p2pclaude.daemon import PRIVATE_PORT, SHUTDOWN_SECONDS, WANTED_FILES, Daemon, DaemonOptions, pairing_url
+from p2pclaude.daemon import presence as presence_module
+from p2pclaude.daemon.daemon import PRIVATE_PORT, SHUTDOWN_SECONDS, WANTED_FILES, Daemon, DaemonOptions, pairing_url
 from p2pclaude.errors import DataError, P2PClaudeError, TryAgain, Unavailable, UsageError
 from p2pclaude.hyperdht import KeyPair
-from p2pclaude.pairing import Pairing, parse_url
-from p2pclaude.wire import unseal
+from p2pclaude.protocol.pairing import Pairing, parse_url
+from p2pclaude.protocol.wire import unseal
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def test_a_daemon_that_cannot_start_runs_nothing_that_waits(place: Place, what: 
 def test_without_claude_it_serves_and_says_so(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(place.path / "none"))
     monkeypatch.setenv("HOME", str(place.path / "none"))
-    monkeypatch.setattr("p2pclaude.claude._USUAL_PLACES", ())
+    monkeypatch.setattr("p2pclaude.sessions.claude._USUAL_PLACES", ())
 
     async def work(one: Running) -> None:
         assert "not found" in place.log.events("warning")[0]["message"]
@@ -367,7 +367,7 @@ def test_the_process_allows_itself_many_files(place: Place) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     code = f"""
 import asyncio, resource
-from p2pclaude import daemon
+from p2pclaude.daemon import daemon
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}))
 async def run(self):
     print(*resource.getrlimit(resource.RLIMIT_NOFILE))

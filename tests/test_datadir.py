@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from p2pclaude.datadir import DataDir, Identity, file_errors, write_atomically
 from p2pclaude.errors import DataError, Refused, TryAgain, UsageError
+from p2pclaude.host.datadir import DataDir, Identity, file_errors, write_atomically
 
 # An identity as the TypeScript system writes it; the pair is that of the seed 02 02 … 02.
 SEED = bytes([2]) * 32

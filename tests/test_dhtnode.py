@@ -20,10 +20,10 @@ from free_ports import free_port
 from sim_dht import ask, echo
 from sim_relay import Side, pair_of
 
-from p2pclaude.dhtnode import DHTNode, NodeOptions, relay_key
 from p2pclaude.errors import DataError, UsageError
+from p2pclaude.host.log import Log, NodeEvent
 from p2pclaude.hyperdht import ConnectionClosed, HyperDHT
-from p2pclaude.log import Log, NodeEvent
+from p2pclaude.node.dhtnode import DHTNode, NodeOptions, relay_key
 
 Line = dict[str, Any]
 TOKEN = b"t" * 32

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 from sessions_kit import Place, outputs, prepare, read_all, read_results, read_until, run, wait_for_state
 
-from p2pclaude import journal as journal_module
-from p2pclaude import session as session_module
-from p2pclaude import sessionfile
-from p2pclaude import sessions as sessions_module
+from p2pclaude.client.remote_sessions import AnswerFinder
 from p2pclaude.errors import DataError, TryAgain, Unavailable
-from p2pclaude.journalfile import DiskFull, JournalFile
-from p2pclaude.launcher import Spawn
-from p2pclaude.remote import AnswerFinder
-from p2pclaude.sessionfile import State
-from p2pclaude.wire import dump_json
+from p2pclaude.protocol.wire import dump_json
+from p2pclaude.sessions import directory as sessionfile
+from p2pclaude.sessions import journal as journal_module
+from p2pclaude.sessions import session as session_module
+from p2pclaude.sessions import table as sessions_module
+from p2pclaude.sessions.directory import State
+from p2pclaude.sessions.journalfile import DiskFull, JournalFile
+from p2pclaude.sessions.launcher import Spawn
 
 
 @pytest.fixture

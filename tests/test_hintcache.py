@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from p2pclaude.hintcache import MAX_ADDRESSES, MAX_FILE_BYTES, HintCache, Hints, cache_directory
-from p2pclaude.pairing import Pairing
-from p2pclaude.wire import seal
+from p2pclaude.client.hintcache import MAX_ADDRESSES, MAX_FILE_BYTES, HintCache, Hints, cache_directory
+from p2pclaude.protocol.pairing import Pairing
+from p2pclaude.protocol.wire import seal
 
 PAIRING = Pairing(bytes(range(32)), bytes(range(32, 64)))
 HINTS = Hints((("192.0.2.1", 49737), ("198.51.100.7", 1)), (("203.0.113.9", 65535),))

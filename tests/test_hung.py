@@ -16,13 +16,13 @@ from cli.harness import environment
 from free_ports import free_port
 from sessions_kit import prepare, run, wait_for_state
 
-from p2pclaude import launcher
-from p2pclaude.daemon import SHUTDOWN_SECONDS
+from p2pclaude.daemon.daemon import SHUTDOWN_SECONDS
 from p2pclaude.errors import TryAgain
 from p2pclaude.hyperdht import KeyPair
-from p2pclaude.launcher import Spawn
-from p2pclaude.pairing import Pairing, format_url
-from p2pclaude.session import State
+from p2pclaude.protocol.pairing import Pairing, format_url
+from p2pclaude.sessions import launcher
+from p2pclaude.sessions.launcher import Spawn
+from p2pclaude.sessions.session import State
 
 HANG = """
 import os, socket, sys, time
@@ -89,7 +89,7 @@ def test_a_daemon_ends_while_a_name_is_looked_up(tmp_path: Path, tool: str) -> N
 
 
 MANY = """
-import asyncio, p2pclaude.presence as presence
+import asyncio, p2pclaude.daemon.presence as presence
 
 class Presence(presence.Presence):
     async def run(self):

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from p2pclaude.inbox import Inbox, Message, Recovery
-from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, TURN, TURN_CUT, dump_json
+from p2pclaude.protocol.wire import MESSAGE, NOTE, OUTPUT, TURN, TURN_CUT, dump_json
+from p2pclaude.sessions.inbox import Inbox, Message, Recovery
 
 RESULT: Mapping[str, Any] = {"type": "result"}
 INIT: Mapping[str, Any] = {"type": "system", "subtype": "init"}

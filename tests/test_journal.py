@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from p2pclaude import journal as journal_module
-from p2pclaude.journal import MAX_UNSYNCED_BYTES, Journal
+from p2pclaude.sessions import journal as journal_module
+from p2pclaude.sessions.journal import MAX_UNSYNCED_BYTES, Journal
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from p2pclaude.journalfile import PAGES_AHEAD, DiskFull, JournalFile, Page
+from p2pclaude.sessions.journalfile import PAGES_AHEAD, DiskFull, JournalFile, Page
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from p2pclaude.log import MAX_KEPT_BYTES, Event, Log, first_line, short, wants_debug, with_libraries
+from p2pclaude.host.log import MAX_KEPT_BYTES, Event, Log, first_line, short, wants_debug, with_libraries
 
 
 def test_a_line_is_json_with_time_level_and_event() -> None:
@@ -140,7 +140,7 @@ def test_the_end_waits_a_little_for_a_slow_reader(monkeypatch: pytest.MonkeyPatc
             seen.extend(os.read(reader, 65536))
 
     read = threading.Timer(0.2, read_first)
-    monkeypatch.setattr("p2pclaude.log.FINISH_SECONDS", 20)
+    monkeypatch.setattr("p2pclaude.host.log.FINISH_SECONDS", 20)
     with os.fdopen(writer, "w") as stream:
         log = Log(stream)
         for number in range(1000):
@@ -149,7 +149,7 @@ def test_the_end_waits_a_little_for_a_slow_reader(monkeypatch: pytest.MonkeyPatc
         log.finish()
         read.join(20)
         assert not read.is_alive()
-        monkeypatch.setattr("p2pclaude.log.FINISH_SECONDS", 0.1)
+        monkeypatch.setattr("p2pclaude.host.log.FINISH_SECONDS", 0.1)
         begin = time.monotonic()
         for number in range(1000):
             log(Event.MESSAGE, session="s" * 20, seq=1000 + number)

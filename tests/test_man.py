@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 from usages import PERMISSION_MODES, ROOT, TOOLS, usage_names, usage_options
 
-from p2pclaude import claude, log, notify, presence, service, wire
 from p2pclaude.cli import approve, daemon, filters, send
 from p2pclaude.cli.common import Console, parse_arguments
-from p2pclaude.daemon import SHUTDOWN_SECONDS
+from p2pclaude.daemon import presence, service
+from p2pclaude.daemon.daemon import SHUTDOWN_SECONDS
+from p2pclaude.daemon.methods import Methods
+from p2pclaude.host import log
+from p2pclaude.host import systemd as notify
 from p2pclaude.hyperdht.peer import server
 from p2pclaude.hyperdht.relay import relay_server as relayserver
-from p2pclaude.methods import Methods
-from p2pclaude.sessions import SessionTable
+from p2pclaude.protocol import wire
+from p2pclaude.sessions import claude
+from p2pclaude.sessions.table import SessionTable
 
 MAN = ROOT / "man"
 PAGES = sorted(MAN.iterdir())
@@ -154,7 +158,7 @@ def documented_fields(doc: str) -> set[str]:
 def test_log_events(tool: str, name: str) -> None:
     """A page lists exactly the events that its program logs, each with its fields."""
     text = section(page(f"p2pclaude-{tool}.1"), "DIAGNOSTICS")
-    events = enum_members("p2pclaude/log.py", name)
+    events = enum_members("p2pclaude/host/log.py", name)
     items = dict(re.findall(r"^\.It Cm (\S+)\n((?:(?!\.It |\.El).*\n)*)", text, re.M))
     assert set(items) == set(events)
     for event, doc in events.items():
@@ -176,7 +180,7 @@ def logged_fields() -> dict[str, set[str]]:
 @pytest.mark.parametrize("enum", [log.Event, log.NodeEvent])
 def test_log_fields(enum: type[log.Event | log.NodeEvent]) -> None:
     """An event's documented fields are those that it is logged with, no more and no fewer."""
-    docs, logged = enum_members("p2pclaude/log.py", enum.__name__), logged_fields()
+    docs, logged = enum_members("p2pclaude/host/log.py", enum.__name__), logged_fields()
     for member in enum:
         name = f"{enum.__name__}.{member.name}"
         if name in logged:  # for the others, call or event are chosen at run time
@@ -186,32 +190,36 @@ def test_log_fields(enum: type[log.Event | log.NodeEvent]) -> None:
 def test_session_states() -> None:
     """p2pclaude-ls(1) explains exactly the states that there are."""
     text = section(page("p2pclaude-ls.1"), "DESCRIPTION")
-    assert set(re.findall(r"^\.It Cm (\w+)", text, re.M)) == set(enum_members("p2pclaude/sessionfile.py", "State"))
+    states = enum_members("p2pclaude/sessions/directory.py", "State")
+    assert set(re.findall(r"^\.It Cm (\w+)", text, re.M)) == set(states)
 
 
 LIMITS = {  # in p2pclaude-daemon(1): module, constant, unit, and how the page says it
-    ("wire", "MAX_REQUEST_LINE", 1 << 20, "{} MiB, on one line"),
-    ("claude", "MAX_LINE", 1 << 20, "{} MiB; a longer one ends Claude"),
-    ("session", "MAX_QUEUED", 1, "{} a session"),
-    ("launcher", "DEFAULT_MAX_SESSIONS", 1, "{}, or what -max-sessions says"),
-    ("sessions", "MAX_TEXT_FIELD", 1, "{} characters"),
-    ("sessions", "MAX_WAIT_MS", 1000, "{} seconds"),
-    ("sessions", "MAX_UNMARKED", 1, "and, unless it clears, {} objects"),
-    ("sessions", "MAX_UNMARKED_BYTES", 1 << 20, "for a client that asks without after {} MiB"),
-    ("journalfile", "PAGE_BYTES", 1 << 10, "{} KiB, but one object at least"),
-    ("permissions", "MAX_PENDING", 1, "{} a session, of"),
-    ("permissions", "MAX_REQUEST_BYTES", 1 << 20, "of {} MiB each"),
-    ("permissions", "MAX_ANSWERED", 1, "remembered, {} a session"),
-    ("permissions", "MAX_LIST_BYTES", 1 << 20, "{} MiB, but one request at least"),
-    ("service", "MAX_CONNECTIONS", 1, "{}; a new one beyond that is broken off"),
-    ("service", "MAX_UNPROVEN", 1, "{}, for"),
-    ("service", "PROVE_SECONDS", 1, "for {} seconds each"),
-    ("service", "MAX_UNPROVEN_ERRORS", 1, "with {} error answers each"),
-    ("service", "MAX_UNPROVEN_BYTES", 1 << 20, "{} MiB of unfinished lines together"),
-    ("service", "MAX_IN_FLIGHT", 1, "{} a connection, and"),
-    ("service", "MAX_IN_FLIGHT_BYTES", 1 << 20, "and {} MiB of them"),
+    ("protocol.wire", "MAX_REQUEST_LINE", 1 << 20, "{} MiB, on one line"),
+    ("sessions.claude", "MAX_LINE", 1 << 20, "{} MiB; a longer one ends Claude"),
+    ("sessions.session", "MAX_QUEUED", 1, "{} a session"),
+    ("sessions.launcher", "DEFAULT_MAX_SESSIONS", 1, "{}, or what -max-sessions says"),
+    ("sessions.table", "MAX_TEXT_FIELD", 1, "{} characters"),
+    ("sessions.table", "MAX_WAIT_MS", 1000, "{} seconds"),
+    ("sessions.table", "MAX_UNMARKED", 1, "and, unless it clears, {} objects"),
+    ("sessions.table", "MAX_UNMARKED_BYTES", 1 << 20, "for a client that asks without after {} MiB"),
+    ("sessions.journalfile", "PAGE_BYTES", 1 << 10, "{} KiB, but one object at least"),
+    ("protocol.permissions", "MAX_PENDING", 1, "{} a session, of"),
+    ("protocol.permissions", "MAX_REQUEST_BYTES", 1 << 20, "of {} MiB each"),
+    ("protocol.permissions", "MAX_ANSWERED", 1, "remembered, {} a session"),
+    ("protocol.permissions", "MAX_LIST_BYTES", 1 << 20, "{} MiB, but one request at least"),
+    ("daemon.service", "MAX_CONNECTIONS", 1, "{}; a new one beyond that is broken off"),
+    ("daemon.service", "MAX_UNPROVEN", 1, "{}, for"),
+    ("daemon.service", "PROVE_SECONDS", 1, "for {} seconds each"),
+    ("daemon.service", "MAX_UNPROVEN_ERRORS", 1, "with {} error answers each"),
+    ("daemon.service", "MAX_UNPROVEN_BYTES", 1 << 20, "{} MiB of unfinished lines together"),
+    ("daemon.service", "MAX_IN_FLIGHT", 1, "{} a connection, and"),
+    ("daemon.service", "MAX_IN_FLIGHT_BYTES", 1 << 20, "and {} MiB of them"),
 }
-UNLISTED = {("sessions", "MAX_OPEN_JOURNALS"), ("permissions", "MAX_NAME_CHARS")}  # nobody outside can tell
+UNLISTED = {  # nobody outside can tell
+    ("sessions.table", "MAX_OPEN_JOURNALS"),
+    ("protocol.permissions", "MAX_NAME_CHARS"),
+}
 
 
 @pytest.mark.parametrize(("module", "name", "unit", "sentence"), sorted(LIMITS))
@@ -222,11 +230,12 @@ def test_limits(module: str, name: str, unit: int, sentence: str) -> None:
     assert re.search(rf"(?<!\d){re.escape(sentence.format(f'{value / unit:g}'))}", text)
 
 
-@pytest.mark.parametrize("module", ["service", "session", "sessions", "permissions"])
+@pytest.mark.parametrize("module", ["daemon.service", "sessions.session", "sessions.table", "protocol.permissions"])
 def test_limits_are_complete(module: str) -> None:
     """Each cap of the modules that face other people stands in the page."""
     names = {name for name in vars(importlib.import_module(f"p2pclaude.{module}")) if name.startswith("MAX_")}
-    own = set(re.findall(r"^(MAX_\w+)", (ROOT / "p2pclaude" / f"{module}.py").read_text(encoding="utf-8"), re.M))
+    path = ROOT.joinpath("p2pclaude", *module.split(".")).with_suffix(".py")
+    own = set(re.findall(r"^(MAX_\w+)", path.read_text(encoding="utf-8"), re.M))
     assert not {(module, name) for name in names & own} - {limit[:2] for limit in LIMITS} - UNLISTED
 
 

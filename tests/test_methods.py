@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from sessions_kit import Place, prepare, read_results, run
 
 from p2pclaude import __version__
+from p2pclaude.daemon.methods import MethodError, Methods
 from p2pclaude.errors import Unavailable
-from p2pclaude.methods import MethodError, Methods
-from p2pclaude.sessions import SessionTable
+from p2pclaude.sessions.table import SessionTable
 
 Call = Callable[..., Awaitable[Any]]
 

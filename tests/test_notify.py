@@ -14,7 +14,7 @@ import pytest
 from daemon_kit import client_of, daemon
 from sessions_kit import Place, eventually, prepare, run
 
-from p2pclaude.notify import Notifier
+from p2pclaude.host.systemd import Notifier
 
 
 class Manager:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pclaude.errors import DataError
-from p2pclaude.pairing import PREFIX, Pairing, client_seed, format_url, is_host_port, parse_url
+from p2pclaude.protocol.pairing import PREFIX, Pairing, client_seed, format_url, is_host_port, parse_url
 
 PUBLIC = bytes(range(32))
 DATA = bytes(range(223, 255))

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pclaude import permissions
 from p2pclaude.errors import DataError, NoSession, Refused
-from p2pclaude.permissions import Answer, Book, Cancel, History, Refusal, Request, decode_answer, version_of
+from p2pclaude.protocol import permissions
+from p2pclaude.protocol.permissions import Answer, Book, Cancel, History, Refusal, Request, decode_answer, version_of
 
 # As the real CLI printed it.
 ASKED: dict[str, Any] = {

@@ -10,10 +10,10 @@ from fake_dht import FakeDHT, FakeServer
 from sessions_kit import KeptLog
 from sim import run
 
+from p2pclaude.daemon.presence import REPUBLISH_SECONDS, RETRY_SECONDS, Presence, encode_record
 from p2pclaude.hyperdht import KeyPair, TooFewNodes
-from p2pclaude.presence import REPUBLISH_SECONDS, RETRY_SECONDS, Presence, encode_record
-from p2pclaude.record import decode_record
-from p2pclaude.wire import seal, unseal
+from p2pclaude.protocol.record import decode_record
+from p2pclaude.protocol.wire import seal, unseal
 
 KEY = bytes(range(32))
 

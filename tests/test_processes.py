@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from sessions_kit import are_at_rest, eventually, run
 
-from p2pclaude import processes as module
-from p2pclaude.processes import (
+from p2pclaude.host import processes as module
+from p2pclaude.host.processes import (
     DAEMON_VARIABLE,
     SESSION_VARIABLE,
     Mark,
@@ -216,7 +216,7 @@ def test_the_caller_and_its_ancestors_are_never_meant(tmp_path: Path) -> None:
     code = f"""
 import asyncio, os, sys
 from pathlib import Path
-from p2pclaude.processes import Mark, end_leftovers
+from p2pclaude.host.processes import Mark, end_leftovers
 print(asyncio.run(end_leftovers(Mark.of_session(Path({str(tmp_path / "sessions" / "s")!r})))))
 """
     script = 'sleep 1000 & "$0" -c "$1"; echo survived'
@@ -273,7 +273,7 @@ def test_two_names_of_a_directory_are_one_mark(tmp_path: Path) -> None:
 
 REAPER = """
 import asyncio, os, subprocess, sys, time
-from p2pclaude import processes
+from p2pclaude.host import processes
 processes.REAP_SECONDS = 0.3
 
 async def main():

@@ -9,12 +9,12 @@ import pytest
 from fake_daemon import FakeDaemon, FakeSession, MemoryDialer
 from test_client import with_client
 
-from p2pclaude import remote
-from p2pclaude.client import Client
+from p2pclaude.client import remote_sessions as remote
+from p2pclaude.client.rpc_client import Client
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, Unavailable
 from p2pclaude.hyperdht import PeerNotFound, Timeout, TooFewNodes
-from p2pclaude.record import decode_record
-from p2pclaude.wire import OUTPUT, REPLAY, seal
+from p2pclaude.protocol.record import decode_record
+from p2pclaude.protocol.wire import OUTPUT, REPLAY, seal
 
 BOTH = pytest.mark.parametrize("old", [False, True], ids=["ours", "typescript"])
 

@@ -14,9 +14,9 @@ import pytest
 from sessions_kit import Place, outputs, prepare, read_all, read_results, run
 from sim.loop import SimLoop
 
-from p2pclaude.launcher import Spawn
-from p2pclaude.retention import DAY_SECONDS, FIRST_SECONDS, Retention, steady
-from p2pclaude.sessions import SessionTable
+from p2pclaude.sessions.launcher import Spawn
+from p2pclaude.sessions.retention import DAY_SECONDS, FIRST_SECONDS, Retention, steady
+from p2pclaude.sessions.table import SessionTable
 
 NOW = 1_800_000_000.0
 

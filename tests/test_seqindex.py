@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from p2pclaude import seqindex
-from p2pclaude.journalfile import JournalFile
-from p2pclaude.seqindex import SeqIndex, seq_of_line
-from p2pclaude.wire import load_json
+from p2pclaude.protocol.wire import load_json
+from p2pclaude.sessions import seqindex
+from p2pclaude.sessions.journalfile import JournalFile
+from p2pclaude.sessions.seqindex import SeqIndex, seq_of_line
 
 
 @pytest.fixture

@@ -10,18 +10,18 @@ from fake_dht import WINDOW, Caller, FakeConnection
 from sessions_kit import KeptLog
 from sim import run
 
-from p2pclaude import service as service_module
-from p2pclaude.client import Client
-from p2pclaude.methods import MethodError
-from p2pclaude.presence import encode_record
-from p2pclaude.service import (
+from p2pclaude.client.rpc_client import Client
+from p2pclaude.daemon import service as service_module
+from p2pclaude.daemon.methods import MethodError
+from p2pclaude.daemon.presence import encode_record
+from p2pclaude.daemon.service import (
     MAX_IN_FLIGHT,
     MAX_UNPROVEN,
     MAX_UNPROVEN_ERRORS,
     PROVE_SECONDS,
     Service,
 )
-from p2pclaude.wire import (
+from p2pclaude.protocol.wire import (
     MAX_FIRST_LINE,
     MAX_REQUEST_LINE,
     WRONG_KEY,

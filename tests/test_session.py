@@ -15,18 +15,18 @@ from typing import Any
 import pytest
 from sessions_kit import Place, outputs, prepare, read_all, read_results, read_until, run, wait_for_state
 
-from p2pclaude import claude as claude_module
-from p2pclaude import journal as journal_module
-from p2pclaude import processes
-from p2pclaude import session as session_module
-from p2pclaude.claude import ClaudeProcess
+from p2pclaude.client.remote_sessions import AnswerFinder
 from p2pclaude.errors import Refused, Unavailable
-from p2pclaude.journalfile import DiskFull, JournalFile
-from p2pclaude.launcher import Spawn
-from p2pclaude.remote import AnswerFinder
-from p2pclaude.session import State
-from p2pclaude.sessionfile import Info
-from p2pclaude.wire import dump_json
+from p2pclaude.host import processes
+from p2pclaude.protocol.wire import dump_json
+from p2pclaude.sessions import claude as claude_module
+from p2pclaude.sessions import journal as journal_module
+from p2pclaude.sessions import session as session_module
+from p2pclaude.sessions.claude import ClaudeProcess
+from p2pclaude.sessions.directory import Info
+from p2pclaude.sessions.journalfile import DiskFull, JournalFile
+from p2pclaude.sessions.launcher import Spawn
+from p2pclaude.sessions.session import State
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from sessions_kit import Place, outputs, prepare, read_all, read_results, read_until, run, wait_for_state
 
-from p2pclaude import session as session_module
-from p2pclaude import sessions as sessions_module
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, Unavailable
-from p2pclaude.launcher import Spawn
-from p2pclaude.session import Session, State
-from p2pclaude.sessions import SessionTable
+from p2pclaude.sessions import session as session_module
+from p2pclaude.sessions import table as sessions_module
+from p2pclaude.sessions.launcher import Spawn
+from p2pclaude.sessions.session import Session, State
+from p2pclaude.sessions.table import SessionTable
 
 
 @pytest.fixture

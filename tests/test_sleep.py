@@ -23,14 +23,14 @@ from sessions_kit import (
 )
 from stub_api import stub_api
 
-from p2pclaude import claude as claude_module
-from p2pclaude import session as session_module
-from p2pclaude import sessions as sessions_module
-from p2pclaude.claude import ClaudeProcess
 from p2pclaude.errors import TryAgain
-from p2pclaude.launcher import Spawn
-from p2pclaude.processes import Mark, marked
-from p2pclaude.session import State
+from p2pclaude.host.processes import Mark, marked
+from p2pclaude.sessions import claude as claude_module
+from p2pclaude.sessions import session as session_module
+from p2pclaude.sessions import table as sessions_module
+from p2pclaude.sessions.claude import ClaudeProcess
+from p2pclaude.sessions.launcher import Spawn
+from p2pclaude.sessions.session import State
 
 
 @pytest.fixture

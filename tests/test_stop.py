@@ -30,16 +30,16 @@ from sessions_kit import (
 )
 from stub_api import StubApi, stub_api
 
-from p2pclaude import claude as claude_module
-from p2pclaude import processes as module
-from p2pclaude.claude import ClaudeProcess, Launch
-from p2pclaude.daemon import SHUTDOWN_SECONDS
+from p2pclaude.daemon.daemon import SHUTDOWN_SECONDS
 from p2pclaude.errors import Refused
-from p2pclaude.journal import Journal
-from p2pclaude.journalfile import DiskFull, JournalFile
-from p2pclaude.launcher import Spawn
-from p2pclaude.processes import Mark, descendants, processes
-from p2pclaude.session import Session, State
+from p2pclaude.host import processes as module
+from p2pclaude.host.processes import Mark, descendants, processes
+from p2pclaude.sessions import claude as claude_module
+from p2pclaude.sessions.claude import ClaudeProcess, Launch
+from p2pclaude.sessions.journal import Journal
+from p2pclaude.sessions.journalfile import DiskFull, JournalFile
+from p2pclaude.sessions.launcher import Spawn
+from p2pclaude.sessions.session import Session, State
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc, which only Linux has")
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pclaude.errors import WireError
-from p2pclaude.wire import (
+from p2pclaude.protocol.wire import (
     PAGE_END,
     PAGE_START,
     UNKNOWN_ID,

@@ -21,8 +21,8 @@ from p2pclaude.cli.common import (
 from p2pclaude.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from p2pclaude.approver import Pending, Request
-    from p2pclaude.client import Client
+    from p2pclaude.client.remote_requests import Pending, Request
+    from p2pclaude.client.rpc_client import Client
 
 NAME = "p2pclaude-approve"
 USAGE = f"""\
@@ -134,7 +134,7 @@ def _read_reply() -> Mapping[str, object]:
     """Make a reply of the JSON object on standard input. Raises DataError."""
     from p2pclaude.cli.stdin import read_all
     from p2pclaude.errors import WireError
-    from p2pclaude.wire import load_json
+    from p2pclaude.protocol.wire import load_json
 
     data = b"" if sys.stdin is None else read_all(MAX_ANSWER_BYTES)
     if len(data) > MAX_ANSWER_BYTES:
@@ -153,7 +153,7 @@ def _read_reply() -> Mapping[str, object]:
 
 
 async def _answer(client: Client, options: Options, request: str, reply: Mapping[str, object]) -> int:
-    from p2pclaude.approver import answer_request
+    from p2pclaude.client.remote_requests import answer_request
 
     await answer_request(client, request, options.session, reply)
     write_line(printable(request))
@@ -162,7 +162,7 @@ async def _answer(client: Client, options: Options, request: str, reply: Mapping
 
 async def _print(client: Client, options: Options, console: Console) -> int:
     """Print each request once."""
-    from p2pclaude.wire import dump_json
+    from p2pclaude.protocol.wire import dump_json
 
     def show(request: Request) -> None:
         write_line(dump_json(request))
@@ -212,9 +212,9 @@ async def _ask_filter(options: Options, console: Console, request: Request) -> M
 
 
 async def _give(client: Client, console: Console, request: Request, answer: Mapping[str, object]) -> None:
-    from p2pclaude.approver import AlreadyAnswered, ClaudeEnded, answer_request
+    from p2pclaude.client.remote_requests import AlreadyAnswered, ClaudeEnded, answer_request
     from p2pclaude.errors import NoSession
-    from p2pclaude.wire import dump_json
+    from p2pclaude.protocol.wire import dump_json
 
     try:
         await answer_request(client, request["requestId"], request["sessionId"], answer)
@@ -245,7 +245,7 @@ async def _each(
     """Call `begin` for each request once, and `gone` when it waits no more."""
     from contextlib import aclosing
 
-    from p2pclaude.approver import follow_requests, list_requests
+    from p2pclaude.client.remote_requests import follow_requests, list_requests
 
     known: set[Key] = set()
 

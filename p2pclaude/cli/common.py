@@ -27,7 +27,7 @@ from p2pclaude import __version__
 from p2pclaude.errors import DataError, P2PClaudeError, UsageError
 
 if TYPE_CHECKING:
-    from p2pclaude.pairing import Pairing
+    from p2pclaude.protocol.pairing import Pairing
 
 Arguments = dict[str, Any]
 """What docopt makes of a command line: option or argument name -> str, bool, list or None."""
@@ -347,7 +347,7 @@ def parse_target(arguments: Arguments, console: Console) -> Target:
 
 def read_pairing(argument: str, console: Console) -> Pairing:
     """Read a pairing URL, given itself or as the path of a file that holds it. Raises DataError."""
-    from p2pclaude.pairing import parse_url
+    from p2pclaude.protocol.pairing import parse_url
 
     if "://" in argument:
         return parse_url(argument)
@@ -365,7 +365,7 @@ def read_pairing(argument: str, console: Console) -> Pairing:
 
 def parse_bootstrap(option: str | None, environ: Mapping[str, str]) -> tuple[str, ...]:
     """Read HOST:PORT,... from the option, else from the environment; empty if neither names any. Raises UsageError."""
-    from p2pclaude.pairing import is_host_port
+    from p2pclaude.protocol.pairing import is_host_port
 
     text, source = option, "--bootstrap"
     if text is None:

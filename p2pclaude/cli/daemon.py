@@ -22,7 +22,7 @@ from p2pclaude.cli.common import (
 from p2pclaude.errors import UsageError
 
 if TYPE_CHECKING:
-    from p2pclaude.daemon import DaemonOptions
+    from p2pclaude.daemon.daemon import DaemonOptions
 
 NAME = "p2pclaude-daemon"
 USAGE = f"""\
@@ -115,7 +115,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
     max_sessions = parse_count(arguments, "--max-sessions", least=1) or 1
     retain_days = parse_count(arguments, "--retain", least=1)
 
-    from p2pclaude.daemon import DaemonOptions
+    from p2pclaude.daemon.daemon import DaemonOptions
 
     daemon = DaemonOptions(
         root_dir=arguments["--root-dir"],
@@ -146,7 +146,7 @@ def _instead(arguments: Arguments) -> str | None:
 
 
 def _parse_relay(text: str | None) -> bytes | None:
-    from p2pclaude.pairing import parse_relay
+    from p2pclaude.protocol.pairing import parse_relay
 
     try:
         return None if text is None else parse_relay(text)
@@ -158,7 +158,7 @@ def execute(options: Options, console: Console) -> int:
     """Serve until a signal, or do what was asked for instead."""
     from p2pclaude.cli.lean import run as run_loop
     from p2pclaude.cli.lean import settle
-    from p2pclaude.daemon import pairing_url, rotate, run_daemon
+    from p2pclaude.daemon.daemon import pairing_url, rotate, run_daemon
 
     settle()
     if options.instead == "print-url":
@@ -174,7 +174,7 @@ def execute(options: Options, console: Console) -> int:
 
 async def _check(options: DaemonOptions) -> int:
     """Print what is found, and return the status of the first error."""
-    from p2pclaude.check import check
+    from p2pclaude.daemon.check import check
 
     status, aligned = 0, is_terminal()
     async for finding in check(options, os.environ):

@@ -17,7 +17,7 @@ from typing import Any
 
 from p2pclaude.cli.common import printable
 from p2pclaude.errors import WireError
-from p2pclaude.wire import dump_json, load_json
+from p2pclaude.protocol.wire import dump_json, load_json
 
 MAX_OUTPUT_BYTES = 4 << 20
 """What a filter may print; one that prints more is ended."""

@@ -19,7 +19,7 @@ from p2pclaude.cli.common import (
 from p2pclaude.errors import UsageError
 
 if TYPE_CHECKING:
-    from p2pclaude.client import Client
+    from p2pclaude.client.rpc_client import Client
 
 NAME = "p2pclaude-ls"
 USAGE = f"""\
@@ -83,14 +83,14 @@ def execute(options: Options, console: Console) -> int:
 
 
 async def _list(client: Client, options: Options) -> int:
-    from p2pclaude.remote import list_sessions
+    from p2pclaude.client.remote_sessions import list_sessions
 
     print_sessions(await list_sessions(client, every=options.every), options.form)
     return 0
 
 
 async def _list_record(options: Options, console: Console) -> int:
-    from p2pclaude.remote import read_record
+    from p2pclaude.client.remote_sessions import read_record
 
     target = options.target
     record = await read_record(target.pairing, bootstrap=target.bootstrap, timeout=target.timeout)
@@ -103,7 +103,7 @@ async def _list_record(options: Options, console: Console) -> int:
 
 def print_sessions(sessions: Sequence[Mapping[str, Any]], form: str) -> None:
     """Print sessions in one of the forms table, ids and json."""
-    from p2pclaude.wire import dump_json
+    from p2pclaude.protocol.wire import dump_json
 
     if form == "json":
         for session in sessions:

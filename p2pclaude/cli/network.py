@@ -16,8 +16,8 @@ from typing import Any, Self
 
 from p2pclaude.cli.common import Console, Interrupted, Target, is_writing
 from p2pclaude.cli.lean import asyncio, run, settle
-from p2pclaude.client import Client, open_client
-from p2pclaude.hintcache import HintCache, cache_directory
+from p2pclaude.client.hintcache import HintCache, cache_directory
+from p2pclaude.client.rpc_client import Client, open_client
 
 
 def run_with_client(

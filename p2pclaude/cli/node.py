@@ -20,7 +20,7 @@ from p2pclaude.cli.common import (
 from p2pclaude.errors import UsageError
 
 if TYPE_CHECKING:
-    from p2pclaude.dhtnode import NodeOptions
+    from p2pclaude.node.dhtnode import NodeOptions
 
 NAME = "p2pclaude-node"
 USAGE = f"""\
@@ -89,7 +89,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
     if port is not None and port > 0xFFFF:
         raise UsageError("--port needs a number up to 65535")
 
-    from p2pclaude.dhtnode import NodeOptions
+    from p2pclaude.node.dhtnode import NodeOptions
 
     node = NodeOptions(
         bootstrap=_network(arguments),
@@ -123,7 +123,7 @@ def execute(options: Options, console: Console) -> int:
     """Run until a signal, or print the key."""
     from p2pclaude.cli.lean import run as run_loop
     from p2pclaude.cli.lean import settle
-    from p2pclaude.dhtnode import relay_key, run_node
+    from p2pclaude.node.dhtnode import relay_key, run_node
 
     settle()
 

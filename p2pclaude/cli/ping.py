@@ -9,7 +9,7 @@ from p2pclaude.cli.common import COMMON_OPTIONS, Arguments, Console, Target, par
 from p2pclaude.errors import ProtocolError
 
 if TYPE_CHECKING:
-    from p2pclaude.client import Client
+    from p2pclaude.client.rpc_client import Client
 
 NAME = "p2pclaude-ping"
 USAGE = f"""\
@@ -62,7 +62,7 @@ def execute(options: Options, console: Console) -> int:
 async def _ping(client: Client, options: Options, console: Console) -> int:
     import asyncio
 
-    from p2pclaude.client import format_address
+    from p2pclaude.client.rpc_client import format_address
 
     clock = asyncio.get_running_loop().time
     for turn in range(options.times):

@@ -24,8 +24,8 @@ from p2pclaude.errors import DataError, P2PClaudeError, TryAgain, UsageError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from p2pclaude.client import Client
-    from p2pclaude.remote import Accepted
+    from p2pclaude.client.remote_sessions import Accepted
+    from p2pclaude.client.rpc_client import Client
 
 NAME = "p2pclaude-send"
 USAGE = f"""\
@@ -171,7 +171,7 @@ def _checked(data: bytes) -> str:
 async def _send_one(client: Client, options: Options, text: str, console: Console) -> int:
     """Send one message; print the session's id, or the answer."""
     from p2pclaude.cli.network import watch_stdout
-    from p2pclaude.remote import skip_old_output, wait_for_answer
+    from p2pclaude.client.remote_sessions import skip_old_output, wait_for_answer
 
     if options.wait and options.session is not None:
         await skip_old_output(client, options.session)
@@ -187,7 +187,7 @@ async def _send_one(client: Client, options: Options, text: str, console: Consol
 
 async def _chat(client: Client, options: Options, console: Console) -> int:
     """Send each line of standard input as a message and print its answer before the next."""
-    from p2pclaude.remote import skip_old_output, wait_for_answer
+    from p2pclaude.client.remote_sessions import skip_old_output, wait_for_answer
 
     status, session = 0, options.session
     if session is not None:
@@ -234,7 +234,7 @@ async def _deliver(client: Client, options: Options, session: str | None, text: 
     """Send a message, to a new session if there is none yet."""
     import uuid
 
-    from p2pclaude import remote
+    from p2pclaude.client import remote_sessions as remote
 
     message_id = str(uuid.uuid4())
     persist = options.wait or options.lines
@@ -266,7 +266,7 @@ def _print_answer(answer: Mapping[str, Any], options: Options, console: Console)
     """Print a `result` object, or its text; return 1 if it is an error or the turn was cut short."""
     text = answer.get("result")
     if options.json:
-        from p2pclaude.wire import dump_json
+        from p2pclaude.protocol.wire import dump_json
 
         write_line(dump_json(answer))
     elif isinstance(text, str) and text:

@@ -9,7 +9,7 @@ from p2pclaude.cli.common import COMMON_OPTIONS, Arguments, Console, Target, par
 from p2pclaude.errors import UsageError
 
 if TYPE_CHECKING:
-    from p2pclaude.client import Client
+    from p2pclaude.client.rpc_client import Client
 
 NAME = "p2pclaude-stop"
 USAGE = f"""\
@@ -66,7 +66,7 @@ async def _stop(client: Client, options: Options, console: Console) -> int:
     """Ask for all at once, print in order; a session that ended by itself meanwhile is no error with --all."""
     import asyncio
 
-    from p2pclaude.remote import interrupt, list_sessions, no_session, stop
+    from p2pclaude.client.remote_sessions import interrupt, list_sessions, no_session, stop
 
     sessions = options.sessions
     if sessions is None:

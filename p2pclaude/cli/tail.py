@@ -19,8 +19,8 @@ from p2pclaude.cli.common import (
 from p2pclaude.errors import UsageError
 
 if TYPE_CHECKING:
-    from p2pclaude.client import Client
-    from p2pclaude.remote import Page
+    from p2pclaude.client.remote_sessions import Page
+    from p2pclaude.client.rpc_client import Client
 
 NAME = "p2pclaude-tail"
 USAGE = f"""\
@@ -88,7 +88,7 @@ def execute(options: Options, console: Console) -> int:
 
 
 async def _tail(client: Client, options: Options) -> int:
-    from p2pclaude.remote import follow, last_seq, read_journal
+    from p2pclaude.client.remote_sessions import follow, last_seq, read_journal
 
     last, after = options.last, options.after
     if last == 0:
@@ -116,7 +116,7 @@ async def _tail(client: Client, options: Options) -> int:
 
 def print_state(page: Page) -> None:
     """Print the state that a session is in now, as a line that is not of the journal and so has no "seq"."""
-    from p2pclaude.wire import dump_json
+    from p2pclaude.protocol.wire import dump_json
 
     line = {"type": "state", "state": page.state}
     write_lines([dump_json(line if page.error is None else line | {"error": page.error})])
@@ -124,7 +124,7 @@ def print_state(page: Page) -> None:
 
 def print_messages(envelopes: Iterable[Mapping[str, Any]], form: str) -> None:
     """Print the envelopes of a page in one of the forms data, meta and text."""
-    from p2pclaude.wire import JsonLine
+    from p2pclaude.protocol.wire import JsonLine
 
     text_of = {"data": _data, "meta": _meta, "text": _text}[form]
     lines: list[bytes] = []
@@ -135,13 +135,13 @@ def print_messages(envelopes: Iterable[Mapping[str, Any]], form: str) -> None:
 
 
 def _data(envelope: Mapping[str, Any]) -> Iterable[bytes]:
-    from p2pclaude.wire import OUTPUT, dump_json
+    from p2pclaude.protocol.wire import OUTPUT, dump_json
 
     return (dump_json(envelope.get("data")),) if envelope.get("type") == OUTPUT else ()
 
 
 def _meta(envelope: Mapping[str, Any]) -> Iterable[bytes]:
-    from p2pclaude.wire import JsonLine, dump_json
+    from p2pclaude.protocol.wire import JsonLine, dump_json
 
     return (envelope.text if isinstance(envelope, JsonLine) else dump_json(envelope),)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from p2pclaude.cli.common import printable, printable_text
-from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, PERMISSION_ANSWER, PERMISSION_REQUEST, TURN_CUT
+from p2pclaude.protocol.wire import MESSAGE, NOTE, OUTPUT, PERMISSION_ANSWER, PERMISSION_REQUEST, TURN_CUT
 
 TOOL_ARGUMENTS = ("command", "file_path", "path", "pattern", "url", "query", "description", "prompt")
 """The input of a tool that says most about the call, best first."""

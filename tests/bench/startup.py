@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from bench.oneshots import installed_tools, plain_environment
 
 from p2pclaude.hyperdht import KeyPair
-from p2pclaude.pairing import Pairing, format_url
+from p2pclaude.protocol.pairing import Pairing, format_url
 
 _LINE = re.compile(r"import time: +(\d+) \| +\d+ \| *(\S+)")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from cli.harness import Shell
 
-from p2pclaude.hintcache import HintCache, Hints
-from p2pclaude.pairing import parse_url
+from p2pclaude.client.hintcache import HintCache, Hints
+from p2pclaude.protocol.pairing import parse_url
 
 NOWHERE = ("--bootstrap", "127.0.0.1:9")
 

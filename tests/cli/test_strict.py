@@ -12,7 +12,7 @@ from cli.harness import Shell, daemon
 from free_ports import free_port
 
 from p2pclaude.hyperdht import HyperDHT, HyperDHTError, KeyPair
-from p2pclaude.pairing import Pairing, client_seed, format_url, parse_url
+from p2pclaude.protocol.pairing import Pairing, client_seed, format_url, parse_url
 
 PINGS = 6
 

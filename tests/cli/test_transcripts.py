@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from cli.harness import Shell, check_words, command, daemon, environment, eventually
 
-from p2pclaude.pairing import Pairing, format_url, parse_url
+from p2pclaude.protocol.pairing import Pairing, format_url, parse_url
 
 UUID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"

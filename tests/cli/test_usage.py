@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cli.harness import ROOT, TOOLS, Shell, command, environment
 
-from p2pclaude.pairing import Pairing, format_url
+from p2pclaude.protocol.pairing import Pairing, format_url
 
 CLIENTS = tuple(tool for tool in TOOLS if tool not in ("daemon", "node"))
 SESSION_TOOLS = {"tail": ["s"], "stop": ["s"]}

@@ -14,7 +14,7 @@ from fake_daemon import DATA_KEY, FakeDaemon, FakeSession
 from free_ports import free_port
 
 from p2pclaude.hyperdht import HyperDHT, KeyPair
-from p2pclaude.pairing import Pairing, format_url
+from p2pclaude.protocol.pairing import Pairing, format_url
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from interop import daemons
 from interop.harness import HERE, Peer, Peers, missing_node, peers_on
 
 from fuzz.engine import CORPUS, name_of
-from p2pclaude import service, session
+from p2pclaude.daemon import service
 from p2pclaude.hyperdht import KeyPair
 from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.dht import HyperDHT
@@ -39,7 +39,8 @@ from p2pclaude.hyperdht.relay import relay_client as relay
 from p2pclaude.hyperdht.relay.relay_client import RelayClient
 from p2pclaude.hyperdht.rpc.messages import Request, decode_message
 from p2pclaude.hyperdht.udx.packet import local_id_of
-from p2pclaude.wire import dump_json, unseal
+from p2pclaude.protocol.wire import dump_json, unseal
+from p2pclaude.sessions import session
 
 MAX_FILES: Final = 40  # a target
 MAX_ALIKE: Final = 2

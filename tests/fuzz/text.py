@@ -13,20 +13,15 @@ from typing import Any, Final
 
 from fuzz import engine
 from fuzz.target import Script, Target
-from p2pclaude.claude import decode_line
-from p2pclaude.datadir import DataDir
+from p2pclaude.client.hintcache import MAX_ADDRESSES, decode_hints
 from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, WireError
-from p2pclaude.hintcache import MAX_ADDRESSES, decode_hints
+from p2pclaude.host.datadir import DataDir
+from p2pclaude.host.processes import DAEMON_VARIABLE, SESSION_VARIABLE, decode_environ, decode_ps, decode_stat
 from p2pclaude.hyperdht import KeyPair
-from p2pclaude.inbox import Recovery
-from p2pclaude.journalfile import JournalFile
-from p2pclaude.pairing import PREFIX, format_url, is_host_port, parse_url
-from p2pclaude.permissions import Answer, Book, History, Refusal, Request, decode_answer
-from p2pclaude.processes import DAEMON_VARIABLE, SESSION_VARIABLE, decode_environ, decode_ps, decode_stat
-from p2pclaude.record import decode_record
-from p2pclaude.seqindex import seq_of_line
-from p2pclaude.sessionfile import Info
-from p2pclaude.wire import (
+from p2pclaude.protocol.pairing import PREFIX, format_url, is_host_port, parse_url
+from p2pclaude.protocol.permissions import Answer, Book, History, Refusal, Request, decode_answer
+from p2pclaude.protocol.record import decode_record
+from p2pclaude.protocol.wire import (
     NOTE,
     PAGE_END,
     PAGE_START,
@@ -46,6 +41,11 @@ from p2pclaude.wire import (
     seal_json,
     unseal,
 )
+from p2pclaude.sessions.claude import decode_line
+from p2pclaude.sessions.directory import Info
+from p2pclaude.sessions.inbox import Recovery
+from p2pclaude.sessions.journalfile import JournalFile
+from p2pclaude.sessions.seqindex import seq_of_line
 
 KEY: Final = bytes(range(32))
 UNUSED_KEY: Final = KEY[::-1]  # nothing is sealed with it: what opens is a forgery

@@ -13,7 +13,7 @@ from free_ports import free_port
 from interop.daemons import Daemon, start_daemon
 from interop.harness import HERE, Peer, Peers, Tools, peers_on
 
-from p2pclaude.pairing import parse_url
+from p2pclaude.protocol.pairing import parse_url
 
 
 @pytest.fixture(scope="module")

@@ -35,10 +35,10 @@ from interop import harness
 from interop.harness import real_claude
 from stub_api import environment, stub_api
 
-from p2pclaude import remote
-from p2pclaude.client import Client, DhtDialer
+from p2pclaude.client import remote_sessions as remote
+from p2pclaude.client.rpc_client import Client, DhtDialer
 from p2pclaude.errors import P2PClaudeError
-from p2pclaude.pairing import Pairing, parse_url
+from p2pclaude.protocol.pairing import Pairing, parse_url
 
 CALL_SECONDS: Final = 3.0
 FAKE_LINES: Final = 30  # what a daemon may log before it is ended, at most

@@ -29,11 +29,11 @@ from typing import Any, Final
 from free_ports import free_port
 from interop.harness import environment, tool_command
 
-from p2pclaude import remote
-from p2pclaude.client import Client, DhtDialer
-from p2pclaude.datadir import DataDir
-from p2pclaude.pairing import Pairing, parse_url
-from p2pclaude.sessionfile import Info, State
+from p2pclaude.client import remote_sessions as remote
+from p2pclaude.client.rpc_client import Client, DhtDialer
+from p2pclaude.host.datadir import DataDir
+from p2pclaude.protocol.pairing import Pairing, parse_url
+from p2pclaude.sessions.directory import Info, State
 
 FAKE: Final = Path(__file__).resolve().parent.parent / "fake_claude.py"
 SPEAKING: Final = 4

@@ -19,8 +19,8 @@ from typing import Final
 
 from soak.sizes import parse_size
 
-from p2pclaude.journal import Journal
-from p2pclaude.journalfile import JournalFile
+from p2pclaude.sessions.journal import Journal
+from p2pclaude.sessions.journalfile import JournalFile
 
 LINE: Final = b'{"type":"assistant","text":"' + b"x" * 2000 + b'"}'
 APPENDS: Final = 500

@@ -8,12 +8,12 @@ import os
 import signal
 import sys
 
-import p2pclaude.daemon
+import p2pclaude.daemon.daemon
 import p2pclaude.hyperdht
-from p2pclaude import session
 from p2pclaude.cli import daemon
+from p2pclaude.sessions import session
 
-LOADED = (p2pclaude.daemon, p2pclaude.hyperdht)  # before the fork: a life begins within milliseconds
+LOADED = (p2pclaude.daemon.daemon, p2pclaude.hyperdht)  # before the fork: a life begins within milliseconds
 
 
 def live(arguments: list[str]) -> None:

@@ -12,10 +12,10 @@ import threading
 import time
 from typing import Final
 
-from p2pclaude import remote
-from p2pclaude.client import open_client
+from p2pclaude.client import remote_sessions as remote
+from p2pclaude.client.rpc_client import open_client
 from p2pclaude.errors import P2PClaudeError
-from p2pclaude.pairing import Pairing, parse_url
+from p2pclaude.protocol.pairing import Pairing, parse_url
 
 EVERY: Final = 0.2
 

@@ -16,7 +16,7 @@ from interop.python.control import Command, config, emit, serve_commands
 
 from p2pclaude.hyperdht import Connection, HyperDHT, HyperDHTError, KeyPair
 from p2pclaude.hyperdht.errors import ConnectionClosed
-from p2pclaude.wire import seal
+from p2pclaude.protocol.wire import seal
 
 BLOCK: Final = b"x" * (1 << 16)
 FRAME: Final = b"x" * (8 << 20)  # the largest that the daemon takes

@@ -25,9 +25,9 @@ from interop.daemons import Daemon, start_daemon
 from interop.harness import HERE, Peer, Peers, Side, Tools, command, missing_node, peers_on
 from soak.sizes import parse_size
 
-from p2pclaude.client import open_client
+from p2pclaude.client.rpc_client import open_client
 from p2pclaude.errors import P2PClaudeError
-from p2pclaude.pairing import Pairing, format_url, parse_url
+from p2pclaude.protocol.pairing import Pairing, format_url, parse_url
 
 KINDS: Final = ("endless", "lines", "sealed", "frames", "crumbs")
 MEMORY: Final = 64 << 20

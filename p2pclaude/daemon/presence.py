@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from p2pclaude.log import Event, Log
-from p2pclaude.wire import seal
+from p2pclaude.host.log import Event, Log
+from p2pclaude.protocol.wire import seal
 
 if TYPE_CHECKING:
     from p2pclaude.hyperdht import KeyPair, MutableRecord

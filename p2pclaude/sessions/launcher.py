@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from p2pclaude.claude import PERMISSION_MODES, Launch, has_conversation
 from p2pclaude.errors import DataError, Refused, TryAgain
-from p2pclaude.sessionfile import Info
+from p2pclaude.sessions.claude import PERMISSION_MODES, Launch, has_conversation
+from p2pclaude.sessions.directory import Info
 
 DEFAULT_MAX_SESSIONS = 64
 """Sessions with a process that a daemon runs at once, unless an option says otherwise."""

@@ -17,10 +17,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from p2pclaude.datadir import file_errors, write_atomically
 from p2pclaude.errors import TryAgain, WireError
-from p2pclaude.processes import Mark, end_leftovers, holders
-from p2pclaude.wire import dump_json, load_json
+from p2pclaude.host.datadir import file_errors, write_atomically
+from p2pclaude.host.processes import Mark, end_leftovers, holders
+from p2pclaude.protocol.wire import dump_json, load_json
 
 
 class State(StrEnum):

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from p2pclaude.wire import OUTPUT
+from p2pclaude.protocol.wire import OUTPUT
 
 _MAGIC: Final = b"p2pcidx1"
 _BLOCK: Final = struct.Struct("=II")

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from p2pclaude.log import Event, Log
-from p2pclaude.sessions import SessionTable
+from p2pclaude.host.log import Event, Log
+from p2pclaude.sessions.table import SessionTable
 
 FIRST_SECONDS: Final = 3600.0
 """When it looks first."""

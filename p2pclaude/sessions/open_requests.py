@@ -14,9 +14,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from p2pclaude.errors import P2PClaudeError
-from p2pclaude.log import Event, Log
-from p2pclaude.permissions import CANCELLED, DENY, Answer, Book, Cancel, History, Json, Refusal, Request
-from p2pclaude.wire import PERMISSION_ANSWER, PERMISSION_REQUEST
+from p2pclaude.host.log import Event, Log
+from p2pclaude.protocol.permissions import CANCELLED, DENY, Answer, Book, Cancel, History, Json, Refusal, Request
+from p2pclaude.protocol.wire import PERMISSION_ANSWER, PERMISSION_REQUEST
 
 Tell = Callable[[Mapping[str, Any]], None]
 """Writes an object to claude's stdin. Raises ClaudeGone."""

@@ -20,16 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from p2pclaude import __version__
-from p2pclaude.claude import PERMISSION_MODES, find_claude
-from p2pclaude.datadir import DataDir, Identity
+from p2pclaude.daemon.methods import Methods
+from p2pclaude.daemon.presence import Announcement, Node, Presence
+from p2pclaude.daemon.service import PeerConnection, Service
 from p2pclaude.errors import Refused, Unavailable, UsageError, cannot_bind
-from p2pclaude.launcher import DEFAULT_MAX_SESSIONS, DEFAULT_PERMISSION_MODE, Settings
-from p2pclaude.log import Event, Log, short, wants_debug, with_libraries
-from p2pclaude.methods import Methods
-from p2pclaude.notify import Notifier
-from p2pclaude.pairing import Pairing, client_seed, format_url, is_host_port
-from p2pclaude.presence import Announcement, Node, Presence
-from p2pclaude.processes import (
+from p2pclaude.host.datadir import DataDir, Identity
+from p2pclaude.host.log import Event, Log, short, wants_debug, with_libraries
+from p2pclaude.host.processes import (
     END_SECONDS,
     Mark,
     Reaper,
@@ -38,9 +35,12 @@ from p2pclaude.processes import (
     end_leftovers,
     kill_leftovers,
 )
-from p2pclaude.retention import Retention
-from p2pclaude.service import PeerConnection, Service
-from p2pclaude.sessions import SessionTable
+from p2pclaude.host.systemd import Notifier
+from p2pclaude.protocol.pairing import Pairing, client_seed, format_url, is_host_port
+from p2pclaude.sessions.claude import PERMISSION_MODES, find_claude
+from p2pclaude.sessions.launcher import DEFAULT_MAX_SESSIONS, DEFAULT_PERMISSION_MODE, Settings
+from p2pclaude.sessions.retention import Retention
+from p2pclaude.sessions.table import SessionTable
 
 if TYPE_CHECKING:
     from p2pclaude.hyperdht import HyperDHT, KeyPair

@@ -15,16 +15,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from p2pclaude.asking import Asking
-from p2pclaude.claude import ClaudeGone, ClaudeProcess, Launch, decode_line, describe_exit, knows_message, user_message
 from p2pclaude.errors import NoSession, P2PClaudeError, Refused, TryAgain, Unavailable
-from p2pclaude.inbox import MAX_ATTEMPTS, Inbox, Message
-from p2pclaude.journal import DiskFull, Journal, recover
-from p2pclaude.log import Event, Log, first_line
-from p2pclaude.permissions import interrupt_request
-from p2pclaude.processes import Mark
-from p2pclaude.sessionfile import LIVE, SAVE_AGAIN_SECONDS, Info, State, delete_directory, save_last_words
-from p2pclaude.wire import MESSAGE, NOTE, OUTPUT, REPLAY, SESSION_ENDED, SESSION_NOT_FOUND, TURN, TURN_CUT, Results
+from p2pclaude.host.log import Event, Log, first_line
+from p2pclaude.host.processes import Mark
+from p2pclaude.protocol.permissions import interrupt_request
+from p2pclaude.protocol.wire import (
+    MESSAGE,
+    NOTE,
+    OUTPUT,
+    REPLAY,
+    SESSION_ENDED,
+    SESSION_NOT_FOUND,
+    TURN,
+    TURN_CUT,
+    Results,
+)
+from p2pclaude.sessions.claude import (
+    ClaudeGone,
+    ClaudeProcess,
+    Launch,
+    decode_line,
+    describe_exit,
+    knows_message,
+    user_message,
+)
+from p2pclaude.sessions.directory import LIVE, SAVE_AGAIN_SECONDS, Info, State, delete_directory, save_last_words
+from p2pclaude.sessions.inbox import MAX_ATTEMPTS, Inbox, Message
+from p2pclaude.sessions.journal import DiskFull, Journal, recover
+from p2pclaude.sessions.open_requests import Asking
 
 __all__ = ["LIVE", "MAX_QUEUED", "Info", "Session", "State"]
 

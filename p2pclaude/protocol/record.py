@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from p2pclaude.errors import ProtocolError, Refused, WireError
-from p2pclaude.wire import SealError, load_json, unseal
+from p2pclaude.protocol.wire import SealError, load_json, unseal
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from p2pclaude.errors import Unavailable, WireError
-from p2pclaude.permissions import interrupt_request
-from p2pclaude.processes import Mark, Process, descendants_of, end_leftovers, family_of
-from p2pclaude.wire import LineBuffer, LineTooLong, dump_json, load_json
+from p2pclaude.host.processes import Mark, Process, descendants_of, end_leftovers, family_of
+from p2pclaude.protocol.permissions import interrupt_request
+from p2pclaude.protocol.wire import LineBuffer, LineTooLong, dump_json, load_json
 
 PERMISSION_MODES = ("default", "acceptEdits", "bypassPermissions", "plan")
 """What `--permission-mode` may be."""

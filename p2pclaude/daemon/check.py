@@ -13,12 +13,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from p2pclaude.claude import child_environment, find_claude
-from p2pclaude.daemon import DaemonOptions, data_dir_of, default_dir_of, new_dht, start_dht
-from p2pclaude.datadir import DataDir, file_errors, write_atomically
+from p2pclaude.daemon.daemon import DaemonOptions, data_dir_of, default_dir_of, new_dht, start_dht
 from p2pclaude.errors import P2PClaudeError, TryAgain, Unavailable, WireError
-from p2pclaude.log import first_line
-from p2pclaude.session import Info
+from p2pclaude.host.datadir import DataDir, file_errors, write_atomically
+from p2pclaude.host.log import first_line
+from p2pclaude.sessions.claude import child_environment, find_claude
+from p2pclaude.sessions.session import Info
 
 if TYPE_CHECKING:
     from p2pclaude.hyperdht import Connection, HyperDHT

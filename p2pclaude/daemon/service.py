@@ -9,10 +9,10 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
+from p2pclaude.daemon.methods import MethodError
 from p2pclaude.errors import WireError
-from p2pclaude.log import Event, Log, short
-from p2pclaude.methods import MethodError
-from p2pclaude.wire import (
+from p2pclaude.host.log import Event, Log, short
+from p2pclaude.protocol.wire import (
     MAX_REQUEST_LINE,
     WRONG_KEY,
     LineBuffer,

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p2pclaude.claude import Launch
-from p2pclaude.datadir import file_errors, sync_directory
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, WireError
-from p2pclaude.inbox import NOW
-from p2pclaude.journal import Journal, Page
-from p2pclaude.launcher import DEFAULT_PERMISSION_MODE, Launcher, Settings, Spawn
-from p2pclaude.log import Event, Log, first_line
-from p2pclaude.processes import Mark, end_leftovers
-from p2pclaude.session import Session
-from p2pclaude.sessionfile import LIVE, Info, State, take_lock
-from p2pclaude.wire import SESSION_ENDED, SESSION_NOT_FOUND
+from p2pclaude.host.datadir import file_errors, sync_directory
+from p2pclaude.host.log import Event, Log, first_line
+from p2pclaude.host.processes import Mark, end_leftovers
+from p2pclaude.protocol.wire import SESSION_ENDED, SESSION_NOT_FOUND
+from p2pclaude.sessions.claude import Launch
+from p2pclaude.sessions.directory import LIVE, Info, State, take_lock
+from p2pclaude.sessions.inbox import NOW
+from p2pclaude.sessions.journal import Journal, Page
+from p2pclaude.sessions.launcher import DEFAULT_PERMISSION_MODE, Launcher, Settings, Spawn
+from p2pclaude.sessions.session import Session
 
 MAX_WAIT_MS = 30_000
 """Longest time that `get-output` waits for something new, whatever `waitMs` asks for."""

@@ -22,10 +22,10 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
 from p2pclaude.errors import WireError
-from p2pclaude.wire import dump_json, seal_json, unseal
+from p2pclaude.protocol.wire import dump_json, seal_json, unseal
 
 if TYPE_CHECKING:
-    from p2pclaude.pairing import Pairing
+    from p2pclaude.protocol.pairing import Pairing
 
 VARIABLE = "P2P_CLAUDE_CACHE"
 """Names the cache directory; empty for none."""

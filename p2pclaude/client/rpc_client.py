@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from p2pclaude.client.hintcache import MAX_ADDRESSES, HintCache, Hints
 from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable, WireError
-from p2pclaude.hintcache import MAX_ADDRESSES, HintCache, Hints
 from p2pclaude.hyperdht import (
     DecodeError,
     HolepunchError,
@@ -27,8 +27,8 @@ from p2pclaude.hyperdht import (
     Timeout,
     TooFewNodes,
 )
-from p2pclaude.pairing import client_seed
-from p2pclaude.wire import (
+from p2pclaude.protocol.pairing import client_seed
+from p2pclaude.protocol.wire import (
     MAX_FIRST_LINE,
     MAX_REQUEST_LINE,
     MAX_RESPONSE_LINE,
@@ -47,7 +47,7 @@ from p2pclaude.wire import (
 )
 
 if TYPE_CHECKING:
-    from p2pclaude.pairing import Pairing
+    from p2pclaude.protocol.pairing import Pairing
 
 DEFAULT_TIMEOUT = 30.0
 """Seconds to wait for a connection, and for each answer."""

@@ -9,10 +9,10 @@ import asyncio
 from dataclasses import dataclass
 
 from p2pclaude.errors import DataError, NoSession
-from p2pclaude.permissions import MAX_LIST_BYTES, Answer, Request, version_of
-from p2pclaude.session import Session, State
-from p2pclaude.sessions import MAX_WAIT_MS, SessionTable
-from p2pclaude.wire import REQUEST_NOT_FOUND, dump_json
+from p2pclaude.protocol.permissions import MAX_LIST_BYTES, Answer, Request, version_of
+from p2pclaude.protocol.wire import REQUEST_NOT_FOUND, dump_json
+from p2pclaude.sessions.session import Session, State
+from p2pclaude.sessions.table import MAX_WAIT_MS, SessionTable
 
 _OVER = frozenset({State.ENDED, State.FAILED})
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from p2pclaude.wire import MESSAGE, OUTPUT, REPLAY, TURN, TURN_CUT, Results, load_json
+from p2pclaude.protocol.wire import MESSAGE, OUTPUT, REPLAY, TURN, TURN_CUT, Results, load_json
 
 NOW = "now"
 """The priority of a message that is handed during a turn."""

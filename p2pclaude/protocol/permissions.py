@@ -17,7 +17,7 @@ from hashlib import sha256
 from typing import Any
 
 from p2pclaude.errors import DataError, NoSession, Refused
-from p2pclaude.wire import (
+from p2pclaude.protocol.wire import (
     ALREADY_ANSWERED,
     PERMISSION_ANSWER,
     PERMISSION_REQUEST,

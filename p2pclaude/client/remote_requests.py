@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from p2pclaude.client import Client
+from p2pclaude.client.remote_sessions import ENDED_STATES, LONG_POLL_SECONDS, no_session
+from p2pclaude.client.rpc_client import Client
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, ProtocolError, Refused, Unavailable
-from p2pclaude.remote import ENDED_STATES, LONG_POLL_SECONDS, no_session
-from p2pclaude.wire import ALREADY_ANSWERED, REQUEST_NOT_FOUND, SESSION_NOT_FOUND
+from p2pclaude.protocol.wire import ALREADY_ANSWERED, REQUEST_NOT_FOUND, SESSION_NOT_FOUND
 
 Request = Mapping[str, Any]
 """A pending request as the daemon shows it: `sessionId`, `requestId`, `toolName`, `input` and more."""

@@ -9,12 +9,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from p2pclaude import __version__
-from p2pclaude.approvals import Approvals
+from p2pclaude.daemon.request_list import Approvals
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError
-from p2pclaude.launcher import Spawn
-from p2pclaude.permissions import MAX_NAME_CHARS, decode_answer
-from p2pclaude.sessions import MAX_TEXT_FIELD, Output, SessionTable
-from p2pclaude.wire import PAGE_END, PAGE_START, UNKNOWN_METHOD, dump_json
+from p2pclaude.protocol.permissions import MAX_NAME_CHARS, decode_answer
+from p2pclaude.protocol.wire import PAGE_END, PAGE_START, UNKNOWN_METHOD, dump_json
+from p2pclaude.sessions.launcher import Spawn
+from p2pclaude.sessions.table import MAX_TEXT_FIELD, Output, SessionTable
 
 Params = Mapping[str, Any]
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from p2pclaude import __version__
-from p2pclaude.datadir import DataDir, file_errors, write_atomically
 from p2pclaude.errors import DataError, UsageError, cannot_bind
-from p2pclaude.log import Log, NodeEvent, short, wants_debug, with_libraries
+from p2pclaude.host.datadir import DataDir, file_errors, write_atomically
+from p2pclaude.host.log import Log, NodeEvent, short, wants_debug, with_libraries
 
 if TYPE_CHECKING:
     from p2pclaude.hyperdht import HyperDHT, KeyPair, RelayEvent, RelayServer

@@ -15,14 +15,23 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from p2pclaude.client import CLOSE_TIMEOUT, Client, explain
+from p2pclaude.client.rpc_client import CLOSE_TIMEOUT, Client, explain
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable
 from p2pclaude.hyperdht import HyperDHT, HyperDHTError, TooFewNodes
-from p2pclaude.pairing import Pairing
-from p2pclaude.wire import OUTPUT, PERMISSION_REQUEST, REPLAY, SESSION_NOT_FOUND, TURN, TURN_CUT, Results, load_page
+from p2pclaude.protocol.pairing import Pairing
+from p2pclaude.protocol.wire import (
+    OUTPUT,
+    PERMISSION_REQUEST,
+    REPLAY,
+    SESSION_NOT_FOUND,
+    TURN,
+    TURN_CUT,
+    Results,
+    load_page,
+)
 
 if TYPE_CHECKING:
-    from p2pclaude.record import SessionRecord
+    from p2pclaude.protocol.record import SessionRecord
 
 Envelope = Mapping[str, Any]
 """What the journal holds: `type`, `data`, `timestamp`, and `seq` unless the daemon has no journal."""
@@ -376,7 +385,7 @@ async def read_record(pairing: Pairing, *, bootstrap: Sequence[str] | None, time
         raise explain(error) from error
     finally:
         await dht.destroy(timeout=CLOSE_TIMEOUT)
-    from p2pclaude.record import decode_record  # here, because only `p2pclaude-ls --dht` needs it
+    from p2pclaude.protocol.record import decode_record  # here, because only `p2pclaude-ls --dht` needs it
 
     if found is None:
         raise Unavailable("the DHT holds no record of this daemon", hint="it is stored while p2pclaude-daemon runs")

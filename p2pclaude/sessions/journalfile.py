@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from p2pclaude.datadir import sync_directory
 from p2pclaude.errors import TryAgain, WireError
-from p2pclaude.seqindex import SeqIndex, seq_of_line
-from p2pclaude.wire import NOTE, OUTPUT, dump_json, load_json
+from p2pclaude.host.datadir import sync_directory
+from p2pclaude.protocol.wire import NOTE, OUTPUT, dump_json, load_json
+from p2pclaude.sessions.seqindex import SeqIndex, seq_of_line
 
 PAGE_BYTES = 256 * 1024
 """A page of envelopes ends before it is longer than this, but has one at least.

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
-from p2pclaude.inbox import Inbox, Recovery
-from p2pclaude.journalfile import PAGE_BYTES, DiskFull, JournalFile, Page, is_full
-from p2pclaude.permissions import History
-from p2pclaude.wire import OUTPUT
+from p2pclaude.protocol.permissions import History
+from p2pclaude.protocol.wire import OUTPUT
+from p2pclaude.sessions.inbox import Inbox, Recovery
+from p2pclaude.sessions.journalfile import PAGE_BYTES, DiskFull, JournalFile, Page, is_full
 
 __all__ = ["MAX_UNSYNCED_BYTES", "PAGE_BYTES", "RETRY_SECONDS", "DiskFull", "Journal", "Page", "recover"]
 

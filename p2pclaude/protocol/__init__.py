@@ -1,0 +1,1 @@
+"""What both sides speak, pure: the pairing URL, sealed lines, permission requests, the session record."""
