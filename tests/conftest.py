@@ -21,7 +21,14 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 # Whole files go to workers; those that take the longest go first, so that none of them runs alone in the end.
-LONGEST = ("nat/test_nat_pairs", "cli/test_transcripts", "test_soak_connects", "test_soak_crash", "test_strangers")
+LONGEST = (
+    "nat/test_nat_pairs",
+    "cli/test_transcripts",
+    "soak/test_connects",
+    "soak/test_crash",
+    "soak/test_strangers",
+)
+REAL_PROCESSES = {"cli", "interop", "nat"}  # folders whose tests run for seconds each
 
 begun: set[Path] = set()  # the files of which a test has run
 
@@ -40,8 +47,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, then the directories of real processes, then the rest."""
 
     def rank(item: pytest.Item) -> int:
-        path = item.path.relative_to(HERE).with_suffix("").as_posix()
-        return LONGEST.index(path) if path in LONGEST else len(LONGEST) + ("/" not in path)
+        path = item.path.relative_to(HERE).with_suffix("")
+        if path.as_posix() in LONGEST:
+            return LONGEST.index(path.as_posix())
+        return len(LONGEST) + (path.parts[0] not in REAL_PROCESSES)
 
     items.sort(key=rank)
 

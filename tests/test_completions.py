@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from usages import PERMISSION_MODES, ROOT, TOOLS, usage_names, usage_options
+from kit.usages import PERMISSION_MODES, ROOT, TOOLS, usage_names, usage_options
 
 COMPLETIONS = ROOT / "completions"
 

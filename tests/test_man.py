@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from usages import PERMISSION_MODES, ROOT, TOOLS, usage_names, usage_options
+from kit.usages import PERMISSION_MODES, ROOT, TOOLS, usage_names, usage_options
 
 from p2pclaude.cli import approve, daemon, filters, send
 from p2pclaude.cli.common import Console, parse_arguments

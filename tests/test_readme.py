@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from free_ports import free_port
-from usages import ROOT, TOOLS, usage_names
+from kit.free_ports import free_port
+from kit.usages import ROOT, TOOLS, usage_names
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -46,8 +46,7 @@ def test_layout_names_real_files() -> None:
     names = re.findall(r"[\w/]+\.py\b", layout)
     assert len(names) > 10
     for name in names:
-        places = (ROOT / "p2pclaude" / name, ROOT / "p2pclaude" / "hyperdht" / name, ROOT / name)
-        assert any(place.exists() for place in places) or "MODULE" in name, name
+        assert any((where / name).exists() for where in (ROOT / "p2pclaude", ROOT)) or "MODULE" in name, name
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`tests/soak/(\w+)", README))))

@@ -2,10 +2,10 @@
 
 import pytest
 from conftest import is_forbidden
+from host.test_processes import linux_only
 from interop import harness
 from nat import lab
-from test_processes import linux_only
-from test_stop import pytestmark as stops
+from sessions.test_stop import pytestmark as stops
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from free_ports import free_port
+from kit.free_ports import free_port
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

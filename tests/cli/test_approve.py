@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cli.harness import Process, Shell, command, daemon, environment, eventually
 from cli.test_transcripts import on_terminal
-from free_ports import free_port
+from kit.free_ports import free_port
 
 
 @pytest.fixture(scope="module")

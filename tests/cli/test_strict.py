@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cli.harness import Shell, daemon
-from free_ports import free_port
+from kit.free_ports import free_port
 
 from p2pclaude.hyperdht import HyperDHT, HyperDHTError, KeyPair
 from p2pclaude.protocol.pairing import Pairing, client_seed, format_url, parse_url

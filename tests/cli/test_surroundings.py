@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from cli.harness import Shell, command, environment, eventually
-from free_ports import free_port
+from kit.free_ports import free_port
 
 
 def test_a_data_directory_that_cannot_be(offline: Shell) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from cli.harness import Shell, eventually
-from fake_daemon import DATA_KEY, FakeDaemon, FakeSession
-from free_ports import free_port
+from kit.fake_daemon import DATA_KEY, FakeDaemon, FakeSession
+from kit.free_ports import free_port
 
 from p2pclaude.hyperdht import HyperDHT, KeyPair
 from p2pclaude.protocol.pairing import Pairing, format_url

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import stub_api
 from interop.daemons import Daemon, start_daemon
 from interop.harness import Peer, Peers, Tools, peers_on
+from kit import stub_api
 
 MEGABYTES = 3 << 20
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from free_ports import free_port
 from interop.daemons import start_daemon
 from interop.harness import HERE, Event, Peer, Peers, Side, Tools
+from kit.free_ports import free_port
 
 BYTES = 1_000_003
 MUCH = 0.2

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from free_ports import free_port
 from interop.daemons import Daemon, start_daemon
 from interop.harness import HERE, Peer, Peers, Tools, peers_on
+from kit.free_ports import free_port
 
 from p2pclaude.protocol.pairing import parse_url
 

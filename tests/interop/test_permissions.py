@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import stub_api
 from conftest import TEST_SECONDS
 from interop.daemons import Daemon, start_daemon
 from interop.harness import Peer, Tools, peers_on
+from kit import stub_api
 
 WAIT_SECONDS = float(os.environ.get("P2PCLAUDE_LATE_SECONDS", "5"))
 """How long an answer is late; tests/soak/late sets it to 200."""

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 from interop.harness import Event, Peer, Peers
-from sim_dht import ask, echo
-from sim_relay import Side, pair_of
+from kit.sim_dht import ask, echo
+from kit.sim_relay import Side, pair_of
 
 from p2pclaude.hyperdht import HyperDHT, KeyPair, LinkClosed, LinkOpened, RelayEvent, RelayLimits, RelayServer
 from p2pclaude.hyperdht.relay.relay_client import RelayClient

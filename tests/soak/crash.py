@@ -30,10 +30,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from free_ports import free_port
 from interop import harness
 from interop.harness import real_claude
-from stub_api import environment, stub_api
+from kit.free_ports import free_port
+from kit.stub_api import environment, stub_api
 
 from p2pclaude.client import remote_sessions as remote
 from p2pclaude.client.rpc_client import Client, DhtDialer

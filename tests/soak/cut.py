@@ -27,7 +27,7 @@ from nat.lab import PUBLIC_HOSTS, Lab, remove_stale
 
 HOST: Final = PUBLIC_HOSTS[0]
 PORT: Final = 49737
-FAKE: Final = Path(__file__).resolve().parent.parent / "fake_claude.py"
+FAKE: Final = Path(__file__).resolve().parent.parent / "kit" / "fake_claude.py"
 DARK: Final = 0.9999  # of all datagrams, each way: the most that the laboratory can lose
 OBJECTS: Final = 20  # printed in each turn
 PAUSE_SECONDS: Final = 0.5

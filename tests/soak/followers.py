@@ -26,8 +26,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from free_ports import free_port
 from interop.harness import environment, tool_command
+from kit.free_ports import free_port
 
 from p2pclaude.client import remote_sessions as remote
 from p2pclaude.client.rpc_client import Client, DhtDialer
@@ -35,7 +35,7 @@ from p2pclaude.host.datadir import DataDir
 from p2pclaude.protocol.pairing import Pairing, parse_url
 from p2pclaude.sessions.directory import Info, State
 
-FAKE: Final = Path(__file__).resolve().parent.parent / "fake_claude.py"
+FAKE: Final = Path(__file__).resolve().parent.parent / "kit" / "fake_claude.py"
 SPEAKING: Final = 4
 MOST_MS: Final = 5000.0
 CATCH_UP_SECONDS: Final = 120.0

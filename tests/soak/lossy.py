@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from free_ports import free_port
 from interop.harness import Event, Peers, Side, missing_node, peers_on
+from kit.free_ports import free_port
 from soak.sizes import parse_size
 
 LOSSES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)

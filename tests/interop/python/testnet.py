@@ -3,8 +3,8 @@
 import asyncio
 from contextlib import AsyncExitStack
 
-from free_ports import free_port
 from interop.python.control import config, emit, serve_commands
+from kit.free_ports import free_port
 
 from p2pclaude.hyperdht import HyperDHT
 

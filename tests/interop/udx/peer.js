@@ -1,4 +1,4 @@
-// One end of a UDX stream with udx-native, for tests/test_udx_node.py. Takes one JSON argument:
+// One end of a UDX stream with udx-native, for tests/hyperdht/udx/test_node.py. Takes one JSON argument:
 //   id, remoteId, remotePort   the stream's ids and where the peer is
 //   size                       bytes to send
 //   reply                      true: send only once the peer has ended (half-closed stream)
