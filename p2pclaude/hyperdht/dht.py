@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Self
@@ -23,13 +22,13 @@ from .net.endpoint import Endpoint, Network
 from .net.udp import UdpNetwork
 from .node.bootstrap import PUBLIC_NODES
 from .node.node import Node
+from .peer.context import PeerContext
 from .peer.dial import connect
 from .peer.router import Router
 from .secure.connection import Connection
 from .storage.records import ForwardStore
 
 if TYPE_CHECKING:
-    from .peer.puncher import PunchThrottle
     from .peer.server import Allow, OnConnection, Server
     from .rpc.requests import IncomingRequest, Reply
     from .storage.persistent import Persistent
@@ -39,7 +38,6 @@ CONNECT_TIMEOUT: Final = 20.0
 DESTROY_TIMEOUT: Final = 5.0
 HANDLER_GRACE: Final = 1.0
 KEEP_ALIVE: Final = 3.0  # with UDX's patience a dead peer is noticed within 15 seconds
-MAX_REMEMBERED_PEERS: Final = 512
 
 
 class HyperDHT:
@@ -72,8 +70,6 @@ class HyperDHT:
         self.rng = rng or random.SystemRandom()
         self.key_pair = key_pair or KeyPair.generate(self.rng)
         """The key pair of connections and servers that name no other."""
-        self.connection_keep_alive = connection_keep_alive
-        """Seconds after which an idle connection sends an empty message; 0 for never."""
         self.endpoint = Endpoint(network or UdpNetwork(), self.rng)
         self.router = Router(ForwardStore())
         self.node = Node(
@@ -90,9 +86,17 @@ class HyperDHT:
         )
         self.servers: list[Server] = []
         """The servers that listen on this node."""
-        self.handlers: set[asyncio.Task[None]] = set()
-        """The tasks that serve connections, those of closed servers included."""
-        self._relays: OrderedDict[bytes, tuple[Address, ...]] = OrderedDict()
+        self.context = PeerContext(
+            self.node,
+            self.endpoint.streams,
+            self.router,
+            self.rng,
+            key_pair=self.key_pair,
+            keep_alive=connection_keep_alive,
+            check_usable=self.check_usable,
+            connect=self.connect,
+        )
+        """What connections and servers share of this node."""
         self._suspended = False
         self._sleep_lock = asyncio.Lock()  # `suspend` and `resume` come one after the other
         self._destroyed = False
@@ -101,13 +105,6 @@ class HyperDHT:
         self.node.on_wakeup.append(self.refresh)  # the announcements have grown older than the loop's clock says
 
     # What a client that only connects never needs is loaded when it is first used.
-
-    @cached_property
-    def throttle(self) -> PunchThrottle:
-        """Keeps random hole punching rare."""
-        from .peer.puncher import PunchThrottle
-
-        return PunchThrottle()
 
     @cached_property
     def _persistent(self) -> Persistent:
@@ -188,7 +185,7 @@ class HyperDHT:
 
     async def _end_handlers(self) -> None:
         """Let handlers, whose connections are over, finish; cancel those that wait for something else."""
-        handlers = self.handlers - {asyncio.current_task()}
+        handlers = self.context.handlers - {asyncio.current_task()}
         try:
             if handlers:
                 await asyncio.wait(handlers, timeout=HANDLER_GRACE)
@@ -253,12 +250,12 @@ class HyperDHT:
     @property
     def local_addresses(self) -> list[str]:
         """The host's IPv4 addresses other than loopback."""
-        return [host for host in self.endpoint.network.interfaces() if not host.startswith("127.")]
+        return self.context.local_addresses()
 
     @property
     def port(self) -> int:
         """The port of the server socket."""
-        return self._server_address()[1]
+        return self.context.server_address()[1]
 
     def latest_nodes(self, count: int) -> tuple[Address, ...]:
         """Return up to `count` nodes of the network, the last heard of first."""
@@ -266,17 +263,7 @@ class HyperDHT:
 
     def own_addresses(self) -> tuple[Address, ...]:
         """Return where this node may be reached: its public address if it is open, then those of its interfaces."""
-        host, port = self._server_address()
-        hosts = [host] if host != "0.0.0.0" else self.local_addresses or ["127.0.0.1"]
-        open_address = self.node.remote_address()
-        addresses = [] if open_address is None else [open_address]
-        return tuple(dict.fromkeys([*addresses, *((host, port) for host in hosts)]))
-
-    def _server_address(self) -> Address:
-        socket = self.node.server_socket
-        if socket is None:
-            raise RuntimeError("the node is not started")
-        return socket.address
+        return self.context.own_addresses()
 
     # Connections
 
@@ -292,7 +279,7 @@ class HyperDHT:
         from .peer.server import Server
 
         self.check_usable()
-        return Server(self, on_connection, allow, relay_through)
+        return Server(self.context, self.servers, on_connection, allow, relay_through)
 
     async def connect(
         self,
@@ -318,18 +305,15 @@ class HyperDHT:
             raise ValueError(f"a public key has {KEY_BYTES} bytes")
         self.check_usable()
         own = key_pair or self.key_pair
-        return await connect(self, public_key, own, relay_addresses, relay_through, early_data, timeout)
+        return await connect(self.context, public_key, own, relay_addresses, relay_through, early_data, timeout)
 
     def remember_relays(self, public_key: bytes, relays: Sequence[Address]) -> None:
         """Keep the nodes that led to a server, and its own address if it has one, for the next time."""
-        self._relays[public_key] = tuple(relays)
-        self._relays.move_to_end(public_key)
-        while len(self._relays) > MAX_REMEMBERED_PEERS:
-            self._relays.popitem(last=False)
+        self.context.known_relays.remember(public_key, relays)
 
     def remembered_relays(self, public_key: bytes) -> tuple[Address, ...]:
         """Return the nodes that led to a server the last time, and its own address if it has one."""
-        return self._relays.get(public_key, ())
+        return self.context.known_relays.of(public_key)
 
     # Records
 

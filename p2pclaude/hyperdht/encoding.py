@@ -127,6 +127,13 @@ class Reader:
             return self.uint16()
         return self.uint32() if first == 0xFE else self.uint64()
 
+    def stream_number(self) -> int:
+        """Read a variable-length number that fits 32 bits, as UDX's stream ids and sequence numbers do."""
+        value = self.uint()
+        if value > 0xFFFFFFFF:
+            raise DecodeError("a stream id or sequence number over 32 bits")
+        return value
+
     def fixed(self, size: int) -> bytes:
         """Read exactly `size` bytes."""
         start = self._advance(size)

@@ -11,6 +11,7 @@ from p2pclaude.hyperdht.constants import PacketType
 from p2pclaude.hyperdht.encoding import Reader, array, buffer, ipv4, ipv6, string, uint
 from p2pclaude.hyperdht.errors import DecodeError
 from p2pclaude.hyperdht.peer import setup_messages as handshakes
+from p2pclaude.hyperdht.relay import link_messages as links
 from p2pclaude.hyperdht.relay import mux_frames as protomux
 from p2pclaude.hyperdht.rpc import messages
 from p2pclaude.hyperdht.udx import packet
@@ -180,8 +181,8 @@ TARGETS: Final = (
         "messages",
         "holepunch_payload",
     ),
-    _codec_target("relay_pair", handshakes.decode_relay_pair, handshakes.encode_relay_pair, "protomux", "pair"),
-    _codec_target("relay_unpair", handshakes.decode_relay_unpair, handshakes.encode_relay_unpair, "protomux", "unpair"),
+    _codec_target("relay_pair", links.decode_relay_pair, links.encode_relay_pair, "protomux", "pair"),
+    _codec_target("relay_unpair", links.decode_relay_unpair, links.encode_relay_unpair, "protomux", "unpair"),
     Target("protomux", _read_frames, max_bytes=400, seeds=frame_seeds),
     Target("udx_packet", _read_packet, seeds=packet_seeds),
 )

@@ -28,13 +28,13 @@ def test_destroy_cancelled_while_a_handler_hangs_has_destroyed_all_the_same() ->
             await asyncio.sleep(1)
             leaving = asyncio.create_task(node.destroy())
             await asyncio.sleep(0.5)
-            assert not leaving.done() and not node.servers and node.handlers  # it waits for the handler
+            assert not leaving.done() and not node.servers and node.context.handlers  # it waits for the handler
             leaving.cancel()
             await asyncio.wait([leaving])
             assert leaving.cancelled()
             assert not node.endpoint.sockets
             await asyncio.sleep(0.1)
-            assert not node.handlers
+            assert not node.context.handlers
 
     run(main(), seed=1)
 
@@ -76,7 +76,7 @@ def test_a_client_that_leaves_as_soon_as_it_is_connected_keeps_no_socket(leave: 
             await asyncio.sleep(0.1)
             assert not host.sockets
             await asyncio.sleep(30)
-            assert client.throttle._active == 0
+            assert client.context.throttle._active == 0
 
     run(main(), seed=1)
 

@@ -144,7 +144,7 @@ async def can_ask(client: HyperDHT, key: bytes, data: bytes = b"ping") -> bool:
 
 def is_clean(node: HyperDHT) -> bool:
     """Tell whether a node holds nothing but its own two sockets."""
-    return not node.endpoint.streams and len(node.endpoint.sockets) == 2 and not node.handlers
+    return not node.endpoint.streams and len(node.endpoint.sockets) == 2 and not node.context.handlers
 
 
 async def eventually(check: Callable[[], Awaitable[bool]], seconds: float, step: float = 1.0) -> bool:

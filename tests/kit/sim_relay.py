@@ -31,7 +31,7 @@ class Side:
     async def join(self, relay: bytes, token: bytes, timeout: float = 15.0) -> None:
         """Go to the relay and wait for the other side; the connection breaks off when the relay is lost."""
         is_initiator = self.connection.is_initiator
-        self.link = await open_link(self.dht, relay, token, is_initiator, self.stream, timeout)
+        self.link = await open_link(self.dht.connect, relay, token, is_initiator, self.stream, timeout)
         self.link.on_lost = self._lose
 
     def _lose(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from ..constants import Command, HandshakeError, Mode
 from ..crypto import hash as blake2b
@@ -33,9 +33,6 @@ from ..rpc.requests import RELAYED_RETRIES, Reply
 from ..secure.noise import NoiseIK
 from ..tasks import cancel_all
 from .setup_messages import Handshake, NoisePayload, decode_handshake, decode_noise_payload, encode_handshake
-
-if TYPE_CHECKING:
-    from ..dht import HyperDHT
 
 PARALLEL_HANDSHAKES: Final = 3
 MAX_HINTS: Final = 8  # nodes remembered, asked beside those
@@ -124,9 +121,9 @@ class Handshaking:
     """
 
     def __init__(
-        self, dht: HyperDHT, public_key: bytes, noise: NoiseIK, hints: Sequence[Address], avoid: set[Address]
+        self, node: Node, public_key: bytes, noise: NoiseIK, hints: Sequence[Address], avoid: set[Address]
     ) -> None:
-        self._dht = dht
+        self._node = node
         self._target = blake2b(public_key)
         self._noise = noise
         self._avoid = avoid
@@ -147,7 +144,7 @@ class Handshaking:
         """
         self._message = self._noise.write_message(payload)
         for _ in range(HANDSHAKES):
-            search = RelaySearch(self._dht.node, self._target)
+            search = RelaySearch(self._node, self._target)
             if (shaken := await self._ask_all(search)) is not None:
                 return shaken
             failures = self._failures
@@ -236,7 +233,7 @@ class Handshaking:
         return None
 
     async def _shake_hands_through(self, relay: Address) -> Shaken:
-        reply = await self._dht.node.rpc.request(
+        reply = await self._node.rpc.request(
             relay,
             Command.PEER_HANDSHAKE,
             target=self._target,

@@ -30,11 +30,11 @@ from ..secure.connection import Connection
 from ..secure.noise import NoiseIK
 from ..tasks import cancel_all
 from .client_handshake import Handshaking, Shaken
+from .context import PeerContext
 from .paths import Paths
 from .setup_messages import NoisePayload, RelayThrough, UdxInfo, encode_noise_payload
 
 if TYPE_CHECKING:
-    from ..dht import HyperDHT
     from .puncher import Puncher
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ TRY_LATER_PAUSE: Final = (2.0, 4.0)  # seconds
 
 
 async def connect(
-    dht: HyperDHT,
+    context: PeerContext,
     public_key: bytes,
     key_pair: KeyPair,
     relay_addresses: Sequence[Address],
@@ -72,12 +72,12 @@ async def connect(
             while True:
                 try:
                     attempt = Attempt(
-                        dht, public_key, key_pair, relay_addresses, relay_through, early_data, avoid, latest
+                        context, public_key, key_pair, relay_addresses, relay_through, early_data, avoid, latest
                     )
                     return await attempt.run()
                 except TryLater as error:
                     cause = error
-                    await asyncio.sleep(dht.rng.uniform(*TRY_LATER_PAUSE))
+                    await asyncio.sleep(context.rng.uniform(*TRY_LATER_PAUSE))
                 except HolepunchError as error:
                     cause = error
                     failures += 1
@@ -96,7 +96,7 @@ class Attempt:
 
     def __init__(
         self,
-        dht: HyperDHT,
+        context: PeerContext,
         public_key: bytes,
         key_pair: KeyPair,
         relay_addresses: Sequence[Address],
@@ -105,38 +105,39 @@ class Attempt:
         avoid: set[Address],
         latest: float,
     ) -> None:
-        self._dht = dht
+        self._context = context
+        self._node = context.node
         self._public_key = public_key
         self._target = blake2b(public_key)
         self._relay_addresses = relay_addresses
         self._relay_through = (
-            None if relay_through is None else RelayThrough(relay_through, dht.rng.randbytes(TOKEN_BYTES))
+            None if relay_through is None else RelayThrough(relay_through, context.rng.randbytes(TOKEN_BYTES))
         )
         self._early_data = early_data
         self._avoid = avoid
-        self._noise = NoiseIK.initiator(key_pair, public_key, KeyPair.generate(dht.rng))
-        self._stream = dht.endpoint.streams.create()
+        self._noise = NoiseIK.initiator(key_pair, public_key, KeyPair.generate(context.rng))
+        self._stream = context.streams.create()
         self._connection = Connection(
             self._stream,
             key_pair.public_key,
             public_key,
             is_initiator=True,
-            keep_alive=dht.connection_keep_alive,
-            rng=dht.rng,
+            keep_alive=context.keep_alive,
+            rng=context.rng,
         )
-        self._open_address = dht.node.remote_address()
-        self._paths = Paths(dht.node, self._stream, self._connection)
+        self._open_address = context.node.remote_address()
+        self._paths = Paths(context.node, self._stream, self._connection)
         self._paths.latest = latest
 
     async def run(self) -> Connection:
         """Return the connection, open; raises as `connect` does, but knows no deadline."""
         try:
-            handshaking = Handshaking(self._dht, self._public_key, self._noise, self._hints(), self._avoid)
+            handshaking = Handshaking(self._node, self._public_key, self._noise, self._hints(), self._avoid)
             shaken = await handshaking.run(encode_noise_payload(self._payload()))
             self._avoid.add(shaken.relay_address)
             await self._open(shaken)
         except ConnectionClosed as error:
-            self._dht.check_usable()  # else we ended it ourselves
+            self._context.check_usable()  # else we ended it ourselves
             raise PeerConnectionFailed("the peer broke the connection off at once") from error
         except BaseException:
             self._connection.abort()
@@ -146,23 +147,23 @@ class Attempt:
 
     def _hints(self) -> tuple[Address, ...]:
         """Return the nodes that may know the server, or be it."""
-        forward = self._dht.router.get(self._target, asyncio.get_running_loop().time())
+        forward = self._context.router.get(self._target, asyncio.get_running_loop().time())
         own = () if forward is None or forward.relay is None else (forward.relay,)
-        return (*self._relay_addresses, *own, *self._dht.remembered_relays(self._public_key))
+        return (*self._relay_addresses, *own, *self._context.known_relays.of(self._public_key))
 
     def _remember(self, shaken: Shaken) -> None:
         """Keep what led to the server, and where it answers by itself: at an address that it names and we see."""
         seen = self._connection.remote_address
         named = [address for address in shaken.payload.addresses4 if seen is not None and address[0] == seen[0]]
         direct = named[:1] if shaken.relayed else [shaken.relay_address]
-        self._dht.remember_relays(
+        self._context.known_relays.remember(
             self._public_key, (*direct, *(shaken.payload.relay_addresses or (shaken.relay_address,)))
         )
 
     def _payload(self) -> NoisePayload:
         return NoisePayload(
             firewall=Firewall.UNKNOWN if self._open_address is None else Firewall.OPEN,
-            addresses4=self._dht.own_addresses(),
+            addresses4=self._context.own_addresses(),
             udx=UdxInfo(reusable_socket=False, id=self._stream.id),
             secret_stream=True,
             relay_through=self._relay_through,
@@ -249,7 +250,7 @@ class Attempt:
         from .puncher import Puncher  # here and below: most connections need no hole
 
         puncher = Puncher(
-            self._dht.node, self._dht.rng, self._dht.throttle, is_initiator=True, on_path=self._paths.hear_probe
+            self._node, self._context.rng, self._context.throttle, is_initiator=True, on_path=self._paths.hear_probe
         )
         try:
             await puncher.open()
@@ -263,9 +264,9 @@ class Attempt:
 
         assert shaken.payload.holepunch is not None
         holepunch = ClientHolepunch(
-            self._dht,
+            self._node,
             self._target,
-            Secrets(self._dht, shaken.noise.holepunch_secret),
+            Secrets(self._context.rng, shaken.noise.holepunch_secret),
             puncher,
             slot=shaken.payload.holepunch.id,
             relays=shaken.payload.holepunch.relays,
@@ -276,7 +277,7 @@ class Attempt:
             await self._run_holepunch(holepunch.run)
         finally:
             if not self._connection.opened:
-                self._dht.node.spawn(holepunch.give_up())
+                self._node.spawn(holepunch.give_up())
 
     async def _run_holepunch(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:
@@ -285,13 +286,13 @@ class Attempt:
             except TryLater:
                 if not self._paths.on_relay:  # else there is time
                     raise
-                await asyncio.sleep(self._dht.rng.uniform(*TRY_LATER_PAUSE))
+                await asyncio.sleep(self._context.rng.uniform(*TRY_LATER_PAUSE))
 
     async def _link(self, through: RelayThrough, *, is_initiator: bool) -> None:
         """Meet the server at a blind relay, and give it time to show that it is there."""
         from ..relay.relay_client import open_link
 
-        link = await open_link(self._dht, through.public_key, through.token, is_initiator, self._stream)
+        link = await open_link(self._context.connect, through.public_key, through.token, is_initiator, self._stream)
         self._paths.use_relay(link)
         await asyncio.sleep(PATH_TIMEOUT)
 
@@ -304,7 +305,7 @@ class Attempt:
                 puncher.close(keep=self._stream.own_socket)
 
         # A callback: a task that is cancelled before its first turn (the node may leave at once) gets to no `finally`.
-        self._dht.node.spawn(self._paths.settle(puncher)).add_done_callback(end)
+        self._node.spawn(self._paths.settle(puncher)).add_done_callback(end)
 
     def _candidates(self, shaken: Shaken) -> list[Address]:
         """Return the addresses where the server may be reached, the likeliest first."""
@@ -324,13 +325,13 @@ class Attempt:
     def _distance(self, address: Address) -> int:
         """Return how far an address is from ours: a small number for one in the same network."""
         theirs = ipv4_number(address[0])
-        own = self._dht.node.endpoint.network.interfaces()
+        own = self._node.endpoint.network.interfaces()
         return min((theirs ^ ipv4_number(host) for host in own), default=theirs)
 
     async def _probe(self, address: Address) -> None:
         """Move to an address that answers a ping while nothing has arrived on the present one."""
         try:
-            reply = await self._dht.node.rpc.request(address, InternalCommand.PING, internal=True)
+            reply = await self._node.rpc.request(address, InternalCommand.PING, internal=True)
         except HyperDHTError:
             return
         if not self._stream.acknowledged:

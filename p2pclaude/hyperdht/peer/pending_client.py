@@ -16,6 +16,7 @@ from ..relay.relay_client import open_link
 from ..rpc.requests import IncomingRequest
 from ..secure.connection import Connection
 from ..secure.noise import NoiseIK
+from .context import PeerContext
 from .paths import Paths
 from .punch_rounds import Secrets, ServerHolepunch
 from .puncher import Puncher
@@ -23,7 +24,6 @@ from .router import Answer
 from .setup_messages import Handshake, Holepunch, NoisePayload, RelayThrough
 
 if TYPE_CHECKING:
-    from ..dht import HyperDHT
     from .announcer import Announcer
 
 log = logging.getLogger(__name__)
@@ -37,22 +37,22 @@ class PendingClient:
 
     def __init__(
         self,
-        dht: "HyperDHT",
+        context: PeerContext,
         announcer: "Announcer",
         public_key: bytes,
         noise: NoiseIK,
         relay_through: bytes | None,
     ) -> None:
-        self._dht = dht
+        self._context = context
         self._announcer = announcer
         self._noise = noise
-        self._stream = dht.endpoint.streams.create()
+        self._stream = context.streams.create()
         self._puncher: Puncher | None = None
         self._holepunch: ServerHolepunch | None = None
         self._deadline: asyncio.Timeout | None = None
         self._linking: asyncio.Task[None] | None = None
         self.relay_through = (
-            None if relay_through is None else RelayThrough(relay_through, dht.rng.randbytes(TOKEN_BYTES))
+            None if relay_through is None else RelayThrough(relay_through, context.rng.randbytes(TOKEN_BYTES))
         )
         """The blind relay to meet the client at, for the answer."""
         self.socket: Socket | None = None
@@ -62,10 +62,10 @@ class PendingClient:
             public_key,
             noise.remote_public_key,
             is_initiator=False,
-            keep_alive=dht.connection_keep_alive,
-            rng=dht.rng,
+            keep_alive=context.keep_alive,
+            rng=context.rng,
         )
-        self._paths = Paths(dht.node, self._stream, self.connection)
+        self._paths = Paths(context.node, self._stream, self.connection)
 
     @property
     def stream_id(self) -> int:
@@ -74,10 +74,10 @@ class PendingClient:
 
     async def prepare(self, payload: NoisePayload, message: Handshake, request: IncomingRequest) -> None:
         """Open a socket to punch from, if there will be a hole to punch."""
-        open_here = self._dht.node.remote_address() is not None
+        open_here = self._context.node.remote_address() is not None
         if message.peer_address is None or payload.firewall == Firewall.OPEN or open_here:
             return
-        self._puncher = Puncher(self._dht.node, self._dht.rng, self._dht.throttle, is_initiator=False)
+        self._puncher = Puncher(self._context.node, self._context.rng, self._context.throttle, is_initiator=False)
         await self._puncher.open()
         if not self._is_local(payload, message.peer_address, request):
             self.socket = self._puncher.socket
@@ -88,7 +88,7 @@ class PendingClient:
             return False
         from ipaddress import IPv4Address  # here: clients never need it
 
-        own = {_network(address) for address in self._dht.own_addresses()}
+        own = {_network(address) for address in self._context.own_addresses()}
         return any(_network(address) in own for address in payload.addresses4 if IPv4Address(address[0]).is_private)
 
     def start(self, payload: NoisePayload, message: Handshake, request: IncomingRequest) -> None:
@@ -97,13 +97,13 @@ class PendingClient:
         self._paths.remote_id = payload.udx.id
         self.connection.start(self._noise)
         if self._puncher is not None:
-            secrets = Secrets(self._dht, self._noise.holepunch_secret)
-            self._holepunch = ServerHolepunch(self._dht, self._announcer, secrets, self._puncher, self._on_punch)
+            node, secrets = self._context.node, Secrets(self._context.rng, self._noise.holepunch_secret)
+            self._holepunch = ServerHolepunch(node, self._announcer, secrets, self._puncher, self._on_punch)
         if message.peer_address is None:
             self._paths.take(request.socket, request.source)
         elif payload.firewall == Firewall.OPEN or message.peer_address[0] in dict(payload.addresses4):
             # No NAT changes the client's address: if nothing else holds our first packet up, it comes with the answer.
-            self._paths.take(self.socket or self._dht.node.socket, message.peer_address)
+            self._paths.take(self.socket or self._context.node.socket, message.peer_address)
         elif self.relay_through is not None:
             self._linking = asyncio.create_task(self._link(self.relay_through, is_initiator=True))
         elif payload.relay_through is not None:
@@ -151,7 +151,7 @@ class PendingClient:
     async def _link(self, through: RelayThrough, *, is_initiator: bool) -> None:
         """Meet the client at a blind relay."""
         try:
-            link = await open_link(self._dht, through.public_key, through.token, is_initiator, self._stream)
+            link = await open_link(self._context.connect, through.public_key, through.token, is_initiator, self._stream)
         except HyperDHTError as error:
             log.debug("no way through the relay: %s", error)
         else:

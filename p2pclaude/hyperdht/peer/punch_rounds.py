@@ -11,6 +11,7 @@ it claims, before anything is sent there in numbers. Source: hyperdht lib/connec
 import asyncio
 import hmac
 import logging
+import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -18,6 +19,7 @@ from ..constants import Command, Firewall, HandshakeError, Mode
 from ..crypto import HolepunchBox, keyed_hash
 from ..encoding import Address
 from ..errors import DecodeError, HolepunchError, HyperDHTError, TryLater
+from ..node.node import Node
 from ..rpc.requests import RELAYED_RETRIES, IncomingRequest
 from ..tasks import cancel_all
 from .puncher import Puncher
@@ -33,7 +35,6 @@ from .setup_messages import (
 )
 
 if TYPE_CHECKING:
-    from ..dht import HyperDHT
     from .announcer import Announcer
 
 log = logging.getLogger(__name__)
@@ -51,10 +52,10 @@ BOTH_RANDOM: Final = "both sides are behind NATs with random ports; only a relay
 class Secrets:
     """What protects the rounds of one handshake: the box and the tokens."""
 
-    def __init__(self, dht: "HyperDHT", holepunch_secret: bytes) -> None:
-        self._rng = dht.rng
+    def __init__(self, rng: random.Random, holepunch_secret: bytes) -> None:
+        self._rng = rng
         self._box = HolepunchBox(holepunch_secret)
-        self._token_secret = dht.rng.randbytes(SECRET_BYTES)
+        self._token_secret = rng.randbytes(SECRET_BYTES)
 
     def seal(self, payload: HolepunchPayload) -> bytes:
         """Return a payload as it travels."""
@@ -82,7 +83,7 @@ class ClientHolepunch:
 
     def __init__(
         self,
-        dht: "HyperDHT",
+        node: Node,
         target: bytes,
         secrets: Secrets,
         puncher: Puncher,
@@ -92,7 +93,7 @@ class ClientHolepunch:
         relay_address: Address,
         server_address: Address,
     ) -> None:
-        self._dht = dht
+        self._node = node
         self._target = target
         self._secrets = secrets
         self._puncher = puncher
@@ -224,7 +225,7 @@ class ClientHolepunch:
         """
         self._round += 1
         sealed = self._secrets.seal(payload)
-        pause = max(SINGLE_PAUSE, 2 * self._dht.node.rpc.timeouts.get_relayed(1))
+        pause = max(SINGLE_PAUSE, 2 * self._node.rpc.timeouts.get_relayed(1))
         asking: set[asyncio.Task[RoundReply]] = set()
         try:
             for relay, peer in [*ways] * SINGLE_TURNS:
@@ -242,7 +243,7 @@ class ClientHolepunch:
         self, relay: Address, peer: Address, sealed: bytes, retries: int = RELAYED_RETRIES, timeout: float | None = None
     ) -> RoundReply:
         message = Holepunch(Mode.FROM_CLIENT, self._slot, sealed, peer)
-        reply = await self._dht.node.rpc.request(
+        reply = await self._node.rpc.request(
             relay,
             Command.PEER_HOLEPUNCH,
             target=self._target,
@@ -302,13 +303,13 @@ class ServerHolepunch:
 
     def __init__(
         self,
-        dht: "HyperDHT",
+        node: Node,
         announcer: "Announcer",
         secrets: Secrets,
         puncher: Puncher,
         on_punch: Callable[[], None],
     ) -> None:
-        self._dht = dht
+        self._node = node
         self._announcer = announcer
         self._secrets = secrets
         self.puncher = puncher
@@ -379,4 +380,4 @@ class ServerHolepunch:
         self.puncher.close()
         # The kind of our NAT tells the client why; upstream leaves it out and ignores it.
         answer = HolepunchPayload(error=HandshakeError.ABORTED, firewall=self.puncher.nat.firewall, round=self._round)
-        return Answer(self._secrets.seal(answer), self._dht.node.socket)
+        return Answer(self._secrets.seal(answer), self._node.socket)

@@ -9,7 +9,6 @@ lib/holepuncher.js, lib/nat.js.
 import asyncio
 import logging
 import random
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ from ..net.endpoint import Socket
 from ..net.streams import Stream
 from ..node.nat import NatClassifier
 from ..node.node import Node
+from .punch_throttle import PunchThrottle
 
 log = logging.getLogger(__name__)
 
@@ -46,32 +46,6 @@ def _consistent_pauses() -> Iterator[float]:
     for _ in range(12):
         yield pause
         pause = min(2 * pause, 1.0)
-
-
-class PunchThrottle:
-    """Keeps random punching rare: each leaves a few hundred mappings in the NATs. One for each node."""
-
-    LIMIT: Final = 2  # at a time
-    BURST: Final = 4  # within a window; a client of upstream's does not ask again when it is told to try later
-    WINDOW: Final = 16.0  # seconds
-
-    def __init__(self) -> None:
-        self._active = 0
-        self._begun: deque[float] = deque(maxlen=self.BURST)
-
-    def allows(self, now: float) -> bool:
-        """Tell whether a random punch may begin."""
-        begun = self._begun
-        return self._active < self.LIMIT and (len(begun) < self.BURST or now - begun[0] >= self.WINDOW)
-
-    def begin(self, now: float) -> None:
-        """Count one that begins."""
-        self._active += 1
-        self._begun.append(now)
-
-    def end(self) -> None:
-        """Count one that ended."""
-        self._active -= 1
 
 
 class Puncher:

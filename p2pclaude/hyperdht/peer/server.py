@@ -8,9 +8,9 @@ lib/server.js.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 from ..constants import Firewall, HandshakeError
 from ..crypto import KeyPair
@@ -22,6 +22,7 @@ from ..secure.connection import Connection
 from ..secure.noise import NoiseIK
 from ..storage.records import ExpiringMap
 from .announcer import Announcer
+from .context import PeerContext
 from .pending_client import HANDSHAKE_TIMEOUT, PendingClient
 from .router import Answer
 from .setup_messages import (
@@ -35,9 +36,6 @@ from .setup_messages import (
 )
 from .turns import Turns
 
-if TYPE_CHECKING:
-    from ..dht import HyperDHT
-
 log = logging.getLogger(__name__)
 
 MAX_PENDING: Final = 256  # clients whose first packet has not come yet
@@ -50,12 +48,21 @@ Allow = Callable[[bytes, Address], bool]
 
 
 class Server:
-    """Serves one key pair; made by `HyperDHT.create_server`."""
+    """Serves one key pair; made by `HyperDHT.create_server`.
+
+    `listening` are the servers of the node that listen: this one is among them from `listen` to `close`.
+    """
 
     def __init__(
-        self, dht: "HyperDHT", on_connection: OnConnection, allow: Allow | None, relay_through: bytes | None
+        self,
+        context: PeerContext,
+        listening: "list[Server]",
+        on_connection: OnConnection,
+        allow: Allow | None,
+        relay_through: bytes | None,
     ) -> None:
-        self._dht = dht
+        self._context = context
+        self._listening = listening
         self._relay_through = relay_through
         self._on_connection = on_connection
         self._allow = allow
@@ -98,16 +105,16 @@ class Server:
         Raises ValueError if another server of this node has the key; Suspended, Destroyed. A failed announcement is
         retried behind.
         """
-        self._dht.check_usable()
+        self._context.check_usable()
         if self.closed:
             raise RuntimeError("the server is closed")
         if self._key_pair is not None:
             raise RuntimeError("the server listens already")
-        key_pair = key_pair or self._dht.key_pair
-        self._dht.router.add_server(key_pair.public_key, self)
+        key_pair = key_pair or self._context.key_pair
+        self._context.router.add_server(key_pair.public_key, self)
         self._key_pair = key_pair
-        self._announcer = Announcer(self._dht.node, key_pair)
-        self._dht.servers.append(self)
+        self._announcer = Announcer(self._context.node, key_pair)
+        self._listening.append(self)
         await self._announcer.start()
 
     @property
@@ -125,10 +132,10 @@ class Server:
         if self.closed:
             return
         self.closed = True
-        if self in self._dht.servers:
-            self._dht.servers.remove(self)
+        if self in self._listening:
+            self._listening.remove(self)
         if self._key_pair is not None:
-            self._dht.router.remove_server(self._key_pair.public_key)
+            self._context.router.remove_server(self._key_pair.public_key)
         for pending in list(self._slots.values()):
             pending.connection.abort()
         if self._announcer is not None:
@@ -186,11 +193,11 @@ class Server:
 
     async def _answer(self, message: Handshake, request: IncomingRequest) -> Answer | None:
         client = message.peer_address or request.source
-        if not await self._turns.wait(client[0]) or self.closed or self._dht.node.suspended:
+        if not await self._turns.wait(client[0]) or self.closed or self._context.node.suspended:
             self._answers.delete(message.noise)  # when it comes again there may be room
             return None
         assert self._key_pair is not None
-        noise = NoiseIK.responder(self._key_pair, KeyPair.generate(self._dht.rng))
+        noise = NoiseIK.responder(self._key_pair, KeyPair.generate(self._context.rng))
         try:
             payload = decode_noise_payload(noise.read_message(message.noise))
         except DecodeError:
@@ -211,7 +218,7 @@ class Server:
         """Answer a welcome client, and wait for it in a slot."""
         assert self._announcer is not None
         try:
-            pending = PendingClient(self._dht, self._announcer, self.public_key, noise, self._relay_through)
+            pending = PendingClient(self._context, self._announcer, self.public_key, noise, self._relay_through)
         except HyperDHTError:
             return None  # too many streams
         slot = next(self._numbers)
@@ -229,13 +236,8 @@ class Server:
             pending.close()
             self._release(slot)
             raise
-        self._spawn(self._hand_out(pending, slot))
+        self._context.spawn_handler(self._hand_out(pending, slot))
         return Answer(answer, pending.socket)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._dht.handlers.add(task)
-        task.add_done_callback(self._dht.handlers.discard)
 
     def _allows(self, public_key: bytes, address: Address) -> bool:
         if self._allow is None:
@@ -247,13 +249,13 @@ class Server:
             return False
 
     def _payload(self, error: HandshakeError, pending: PendingClient | None = None, slot: int = 0) -> NoisePayload:
-        open_address = self._dht.node.remote_address()
+        open_address = self._context.node.remote_address()
         relays = () if self._announcer is None else self._announcer.relays
         return NoisePayload(
             error=error,
             firewall=Firewall.UNKNOWN if open_address is None else Firewall.OPEN,
             holepunch=HolepunchInfo(slot, relays) if relays and open_address is None else None,
-            addresses4=self._dht.own_addresses(),
+            addresses4=self._context.own_addresses(),
             udx=UdxInfo(reusable_socket=False, id=0 if pending is None else pending.stream_id),
             secret_stream=True,
             relay_through=None if pending is None else pending.relay_through,
@@ -273,7 +275,7 @@ class Server:
             if not await pending.wait_opened():
                 return
             self._settling[slot] = pending
-            self._spawn(self._settle(pending, slot))
+            self._context.spawn_handler(self._settle(pending, slot))
         finally:
             if self._slots.get(slot) is pending:
                 self._release(slot)

@@ -1,7 +1,7 @@
-"""The messages that set up a connection: handshake, hole punching, blind relay (ring 1).
+"""The messages that set up a connection: handshakes and rounds of hole punching (ring 1).
 
 They are the values of PEER_HANDSHAKE and PEER_HOLEPUNCH requests, and what is encrypted inside of those. Source:
-hyperdht lib/messages.js, blind-relay lib/messages.js.
+hyperdht lib/messages.js.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,6 @@ from ..errors import DecodeError
 from ..rpc.messages import MAX_RELAY_ADDRESSES
 
 MAX_ADDRESSES = 256  # upstream names every interface of a host; a datagram has no room for more
-_MAX_UINT32 = 0xFFFFFFFF
 VERSION = 1
 
 
@@ -170,14 +169,7 @@ def _read_holepunch_info(reader: Reader) -> HolepunchInfo:
 
 def _read_udx(reader: Reader) -> UdxInfo:
     reader.uint()  # version: upstream reads it and goes on
-    features, stream_id, seq = reader.uint(), reader.uint(), reader.uint()
-    _check_stream(stream_id, seq)
-    return UdxInfo(bool(features & 1), stream_id, seq)
-
-
-def _check_stream(stream_id: int, seq: int) -> None:
-    if stream_id > _MAX_UINT32 or seq > _MAX_UINT32:
-        raise DecodeError("a stream id or sequence number over 32 bits")
+    return UdxInfo(bool(reader.uint() & 1), reader.stream_number(), reader.stream_number())
 
 
 def _read_relay_through(reader: Reader) -> RelayThrough:
@@ -266,39 +258,3 @@ def decode_holepunch_payload(data: bytes) -> HolepunchPayload:
         token=reader.fixed(32) if flags & 16 else None,
         remote_token=reader.fixed(32) if flags & 32 else None,
     )
-
-
-class RelayPair(NamedTuple):
-    """Blind relay: link the stream `id` with whoever names the same `token`."""
-
-    is_initiator: bool
-    token: bytes
-    id: int
-    seq: int = 0
-
-
-# Relay pair, blind-relay lib/messages.js: u8 flags: 1 initiator | 32 token | uint id | uint seq
-def encode_relay_pair(message: RelayPair) -> bytes:
-    """Encode a blind relay's pair message."""
-    return bytes((message.is_initiator,)) + fixed(message.token, 32) + uint(message.id) + uint(message.seq)
-
-
-def decode_relay_pair(data: bytes) -> RelayPair:
-    """Decode a blind relay's pair message."""
-    reader = Reader(data)
-    message = RelayPair(bool(reader.uint() & 1), reader.fixed(32), reader.uint(), reader.uint())
-    _check_stream(message.id, message.seq)
-    return message
-
-
-# Relay unpair: u8 flags, none in use | 32 token
-def encode_relay_unpair(token: bytes) -> bytes:
-    """Encode a blind relay's unpair message."""
-    return b"\x00" + fixed(token, 32)
-
-
-def decode_relay_unpair(data: bytes) -> bytes:
-    """Decode a blind relay's unpair message and return its token."""
-    reader = Reader(data)
-    reader.uint()
-    return reader.fixed(32)

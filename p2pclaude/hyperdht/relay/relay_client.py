@@ -7,25 +7,22 @@ Source: blind-relay index.js, hyperdht lib/connect.js (relayConnection).
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Protocol
 
 from ..encoding import Address
 from ..errors import Destroyed, HyperDHTError, RelayFailed, Suspended
 from ..net.endpoint import Socket
 from ..net.streams import Stream
-from ..peer.setup_messages import (
+from ..secure.connection import Connection
+from .link_messages import (
     RelayPair,
     decode_relay_pair,
     decode_relay_unpair,
     encode_relay_pair,
     encode_relay_unpair,
 )
-from ..secure.connection import Connection
 from .mux import Mux
-
-if TYPE_CHECKING:
-    from ..dht import HyperDHT
 
 PROTOCOL: Final = "blind-relay"
 PAIR: Final = 0  # kinds of messages on its channel
@@ -33,6 +30,13 @@ UNPAIR: Final = 1
 LINK_TIMEOUT: Final = 15.0
 MAX_FRAME_BYTES: Final = 16384  # of what a relay and its clients say to each other: some 40 bytes a message
 KEEP_ALIVE: Final = 5.0  # seconds, on the connection to the relay: a NAT must not forget it while it carries packets
+
+
+class Connect(Protocol):
+    """A way to a server: `HyperDHT.connect`, of which a relay's client needs no more than this."""
+
+    def __call__(self, public_key: bytes, /, *, timeout: float) -> Coroutine[Any, Any, Connection]:
+        """Connect within `timeout` seconds."""
 
 
 class RelayClient:
@@ -172,14 +176,14 @@ class RelayLink:
 
 
 async def open_link(
-    dht: "HyperDHT",
+    connect: Connect,
     relay_public_key: bytes,
     token: bytes,
     is_initiator: bool,
     stream: Stream,
     timeout: float = LINK_TIMEOUT,
 ) -> RelayLink:
-    """Connect to a relay, meet the other side there under `token`, and send the stream's packets that way.
+    """Connect to a relay by `connect`, meet the other side there under `token`, and send the stream's packets that way.
 
     A stream that has found a way of its own meanwhile is left on it. The link takes over the stream's `on_forgotten`.
     Raises RelayFailed after `timeout` seconds or when the relay cannot be reached or refuses, with the cause;
@@ -187,7 +191,7 @@ async def open_link(
     """
     try:
         async with asyncio.timeout(timeout):
-            client = RelayClient(await dht.connect(relay_public_key, timeout=timeout))
+            client = RelayClient(await connect(relay_public_key, timeout=timeout))
             try:
                 client.connection.set_keep_alive(KEEP_ALIVE)
                 remote_id = await client.pair(token, is_initiator, stream)

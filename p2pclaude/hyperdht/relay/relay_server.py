@@ -10,30 +10,27 @@ import asyncio
 import logging
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from ..crypto import KeyPair
 from ..encoding import Address
 from ..errors import HyperDHTError
-from ..net.endpoint import Socket
+from ..net.endpoint import Endpoint, Socket
 from ..net.streams import Stream, StreamSet
-from ..peer.setup_messages import (
+from ..secure.connection import Connection
+from ..udx.packet import DESTROY, HEADER, HEADER_BYTES, MAGIC, SEQ_MASK, rewrite_stream_id, unwrap
+from ..udx.stream import UdxStream
+from .link_messages import (
     RelayPair,
     decode_relay_pair,
     decode_relay_unpair,
     encode_relay_pair,
     encode_relay_unpair,
 )
-from ..secure.connection import Connection
-from ..udx.packet import DESTROY, HEADER, HEADER_BYTES, MAGIC, SEQ_MASK, rewrite_stream_id, unwrap
-from ..udx.stream import UdxStream
 from .mux import Channel, Mux
 from .relay_client import KEEP_ALIVE, MAX_FRAME_BYTES, PAIR, PROTOCOL, UNPAIR
-
-if TYPE_CHECKING:
-    from ..dht import HyperDHT
 
 log = logging.getLogger(__name__)
 
@@ -275,6 +272,35 @@ class _Link:
         self._expiry = loop.call_at(when, self._server.close_link, self, reason)
 
 
+class Listener(Protocol):
+    """The server on which a relay's clients arrive: what a relay needs of `peer.server.Server`."""
+
+    @property
+    def public_key(self) -> bytes:
+        """The key clients connect to; RuntimeError before `listen`."""
+
+    @property
+    def is_announced(self) -> bool:
+        """Tell whether the last announcement succeeded."""
+
+    async def listen(self, key_pair: KeyPair | None = None) -> None:
+        """Answer for a key pair and announce it."""
+
+    async def close(self) -> None:
+        """Stop serving and take the announcement back."""
+
+
+class RelayHost(Protocol):
+    """The node that a relay runs on: what it needs of `HyperDHT`."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """All sockets and streams of the node."""
+
+    def create_server(self, on_connection: Callable[[Connection], Awaitable[None]], /) -> Listener:
+        """Make a server that awaits `on_connection` for each client."""
+
+
 class RelayServer:
     """A blind relay on a node. `listen`, then `close`; `on_event` is told what happens.
 
@@ -284,7 +310,7 @@ class RelayServer:
 
     def __init__(
         self,
-        dht: "HyperDHT",
+        dht: RelayHost,
         limits: RelayLimits | None = None,
         on_event: Callable[[RelayEvent], None] | None = None,
     ) -> None:

@@ -224,7 +224,7 @@ def test_every_attempt_settles_by_its_deadline_and_leaves_nothing(timeout: float
             network.net.intercept = None
             await asyncio.sleep(70)
             for made in (node, client):
-                assert not made.endpoint.streams and len(made.endpoint.sockets) == 2 and not made.handlers
+                assert not made.endpoint.streams and len(made.endpoint.sockets) == 2 and not made.context.handlers
             async with await client.connect(server.public_key):
                 pass
 
@@ -271,7 +271,7 @@ def test_a_server_that_names_many_addresses_has_few_of_them_pinged() -> None:
             server_node, client = [await network.join(nat.host(f"192.168.1.{n}")) for n in (2, 3)]
             await asyncio.sleep(5)
             named = tuple((f"192.168.7.{number}", 22) for number in range(150))
-            server_node.own_addresses = lambda: named  # type: ignore[method-assign]
+            server_node.context.own_addresses = lambda: named  # type: ignore[method-assign]
             server = await serve(server_node, server_node.key_pair)
             asked: set[Address] = set()
             network.net.observe = lambda _, packet: asked.add(packet.destination)

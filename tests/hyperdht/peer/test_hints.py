@@ -112,7 +112,7 @@ def test_a_stale_hint_costs_a_packet_and_no_time(stale: str) -> None:
             wrong: dict[str, Sequence[Address]] = {
                 "silent": [(f"5.9.0.{n}", 49737) for n in range(1, 11)],
                 "another node": [("5.0.0.1", 49737)],
-                "another server": [(other._dht.own_addresses()[0])],
+                "another server": [(other._context.own_addresses()[0])],
                 "itself": [("5.8.1.2", 49737)],
             }
             plain = await fresh_client(network, hosts[0], (), server.public_key)

@@ -265,7 +265,7 @@ def test_a_relay_that_leaves_is_missed_soon() -> None:
                 with pytest.raises(ConnectionClosed, match="the relay ended the link"):
                     await connection.read()
             await asyncio.sleep(1)
-            assert not place.server_node.handlers
+            assert not place.server_node.context.handlers
             await asyncio.sleep(30)
             assert place.is_clean()
 

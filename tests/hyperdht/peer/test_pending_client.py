@@ -44,7 +44,7 @@ def test_a_client_that_vanishes_leaves_nothing_behind(kind: str, after: float) -
             await asyncio.wait([attempt])
             await asyncio.sleep(pending.PUNCH_TIMEOUT + pending.HANDSHAKE_TIMEOUT)
             assert is_clean(server_node)
-            assert server_node.throttle.allows(asyncio.get_running_loop().time())
+            assert server_node.context.throttle.allows(asyncio.get_running_loop().time())
             client_host.up = True
             async with await client.connect(server.public_key, timeout=40):
                 pass
@@ -75,7 +75,7 @@ def test_a_client_that_says_again_that_it_punches_gets_no_more_time(kind: str, m
             assert len(server_node.endpoint.sockets) == (3 if kind == "cone" else 642)
             await asyncio.sleep(pending.HANDSHAKE_TIMEOUT + pending.PUNCH_TIMEOUT - 5)
             assert not attempt.done()
-            assert is_clean(server_node) and not server_node.throttle._active
+            assert is_clean(server_node) and not server_node.context.throttle._active
             attempt.cancel()
             await asyncio.wait([attempt])
 
@@ -111,7 +111,7 @@ def test_probes_begin_in_the_moment_in_which_the_time_is_over() -> None:
             initiator = NoiseIK.initiator(keys[0], keys[1].public_key, keys[2])
             responder = NoiseIK.responder(keys[1], keys[3])
             responder.read_message(initiator.write_message(b""))
-            client = pending.PendingClient(node, announcer, keys[1].public_key, responder, None)
+            client = pending.PendingClient(node.context, announcer, keys[1].public_key, responder, None)
             waiting = asyncio.create_task(client.wait_opened())
             await asyncio.sleep(0)
             asyncio.get_running_loop().call_later(pending.HANDSHAKE_TIMEOUT, client._on_punch)

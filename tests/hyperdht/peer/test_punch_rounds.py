@@ -14,7 +14,7 @@ from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import DecodeError, HolepunchError, HyperDHTError, TryLater
-from p2pclaude.hyperdht.peer.puncher import PunchThrottle
+from p2pclaude.hyperdht.peer.punch_throttle import PunchThrottle
 from p2pclaude.hyperdht.peer.server import Server
 from p2pclaude.hyperdht.peer.setup_messages import Holepunch, decode_holepunch, encode_holepunch
 from p2pclaude.hyperdht.rpc.messages import Response, decode_message, encode_response
@@ -71,7 +71,7 @@ def test_a_busy_server_is_asked_again(seed: int) -> None:
             def count(self: PunchThrottle, now: float) -> bool:
                 nonlocal busy
                 allowed = allows(self, now)
-                busy += self is node.throttle and not allowed
+                busy += self is node.context.throttle and not allowed
                 return allowed
 
             with pytest.MonkeyPatch.context() as patch:
@@ -95,7 +95,7 @@ def test_a_server_that_stays_busy_is_the_cause_in_the_end() -> None:
             await asyncio.sleep(5)
             server = await serve(node, node.key_pair)
             for _ in range(PunchThrottle.LIMIT):
-                node.throttle.begin(asyncio.get_running_loop().time())
+                node.context.throttle.begin(asyncio.get_running_loop().time())
             loop = asyncio.get_running_loop()
             started = loop.time()
             with pytest.raises(TryLater):

@@ -16,7 +16,8 @@ from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.net.endpoint import Endpoint, Socket
 from p2pclaude.hyperdht.peer import puncher as module
-from p2pclaude.hyperdht.peer.puncher import Puncher, PunchThrottle
+from p2pclaude.hyperdht.peer.punch_throttle import PunchThrottle
+from p2pclaude.hyperdht.peer.puncher import Puncher
 
 PEER: Address = ("5.77.0.1", 4000)
 
@@ -32,7 +33,7 @@ async def place(random: bool = False) -> AsyncIterator[tuple[Swarm, HyperDHT, Pu
             nat = net.nat("5.8.0.1")
         node = await network.join(nat.host("192.168.1.2"))
         await asyncio.sleep(5)
-        puncher = Puncher(node.node, node.rng, node.throttle, is_initiator=True)
+        puncher = Puncher(node.node, node.rng, node.context.throttle, is_initiator=True)
         await puncher.open()
         try:
             yield network, node, puncher
@@ -73,7 +74,7 @@ def test_silent_helpers_do_not_hold_the_verdict_up() -> None:
             puncher.close()
             for address in puncher._helpers()[:3]:
                 network.net.host(address[0]).up = False
-            second = Puncher(node.node, node.rng, node.throttle, is_initiator=True)
+            second = Puncher(node.node, node.rng, node.context.throttle, is_initiator=True)
             await second.open()
             loop = asyncio.get_running_loop()
             started = loop.time()
@@ -90,7 +91,7 @@ def test_nobody_answers_means_unknown_and_ends_in_time() -> None:
             puncher.close()
             network.net.partition([network.net.nat("5.8.0.2")], [])
             network.net.intercept = lambda packet: packet.origin is not None
-            second = Puncher(node.node, node.rng, node.throttle, is_initiator=True)
+            second = Puncher(node.node, node.rng, node.context.throttle, is_initiator=True)
             await second.open()
             loop = asyncio.get_running_loop()
             started = loop.time()
@@ -246,11 +247,11 @@ def test_the_throttle_is_given_back_however_an_attempt_ends() -> None:
             assert puncher.punch()
             puncher.close()
             puncher.close()
-            assert node.throttle.allows(now)
-            node.throttle.begin(now)
-            assert node.throttle.allows(now)  # ended once, not twice: one of two is left
-            node.throttle.begin(now)
-            assert not node.throttle.allows(now)
+            assert node.context.throttle.allows(now)
+            node.context.throttle.begin(now)
+            assert node.context.throttle.allows(now)  # ended once, not twice: one of two is left
+            node.context.throttle.begin(now)
+            assert not node.context.throttle.allows(now)
 
     run(main(), seed=1)
 
@@ -260,7 +261,7 @@ def test_two_that_answer_probes_do_not_answer_each_other_for_ever() -> None:
 
     async def main() -> None:
         async with place() as (network, node, _):
-            ends = [Puncher(node.node, node.rng, node.throttle, is_initiator=False) for _ in range(2)]
+            ends = [Puncher(node.node, node.rng, node.context.throttle, is_initiator=False) for _ in range(2)]
             for end in ends:
                 await end.open()
             one, other = (end.socket for end in ends)

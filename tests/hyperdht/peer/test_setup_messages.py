@@ -1,4 +1,4 @@
-"""Handshake, hole punching and blind relay messages against the bytes of hyperdht and blind-relay."""
+"""Handshake and hole punching messages against the bytes of hyperdht."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,21 +18,16 @@ from p2pclaude.hyperdht.peer.setup_messages import (
     HolepunchPayload,
     NoisePayload,
     RelayedPath,
-    RelayPair,
     RelayThrough,
     UdxInfo,
     decode_handshake,
     decode_holepunch,
     decode_holepunch_payload,
     decode_noise_payload,
-    decode_relay_pair,
-    decode_relay_unpair,
     encode_handshake,
     encode_holepunch,
     encode_holepunch_payload,
     encode_noise_payload,
-    encode_relay_pair,
-    encode_relay_unpair,
 )
 
 PROPERTY = settings(max_examples=150, derandomize=True, deadline=None)
@@ -81,24 +76,14 @@ def _holepunch_payload(v: dict[str, Any]) -> HolepunchPayload:
     )
 
 
-def _relay_pair(v: dict[str, Any]) -> RelayPair:
-    return RelayPair(v["is_initiator"], unhex(v["token"]), v["id"], v["seq"])
-
-
-def _relay_unpair(v: dict[str, Any]) -> bytes:
-    return unhex(v["token"])
-
-
 Codec = tuple[Callable[[dict[str, Any]], Any], Callable[[Any], bytes], Callable[[bytes], Any]]
 CODECS: dict[str, Codec] = {
     "handshake": (_handshake, encode_handshake, decode_handshake),
     "noise_payload": (_noise_payload, encode_noise_payload, decode_noise_payload),
     "holepunch": (_holepunch, encode_holepunch, decode_holepunch),
     "holepunch_payload": (_holepunch_payload, encode_holepunch_payload, decode_holepunch_payload),
-    "pair": (_relay_pair, encode_relay_pair, decode_relay_pair),
-    "unpair": (_relay_unpair, encode_relay_unpair, decode_relay_unpair),
 }
-VECTORS = load("messages") | load("protomux")
+VECTORS = load("messages")
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -169,8 +154,6 @@ MESSAGES: dict[str, st.SearchStrategy[Any]] = {
         st.none() | KEYS,
         st.none() | KEYS,
     ),
-    "pair": st.builds(RelayPair, st.booleans(), KEYS, UINT32, UINT32),
-    "unpair": KEYS,
 }
 
 
@@ -199,8 +182,6 @@ def test_stream_numbers_over_32_bits_are_refused(stream_id: int, seq: int) -> No
     udx = NoisePayload(udx=UdxInfo(False, stream_id, seq))
     with pytest.raises(DecodeError):
         decode_noise_payload(encode_noise_payload(udx))
-    with pytest.raises(DecodeError):
-        decode_relay_pair(encode_relay_pair(RelayPair(True, bytes(32), stream_id, seq)))
 
 
 def test_a_host_with_many_interfaces_is_heard() -> None:

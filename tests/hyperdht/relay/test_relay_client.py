@@ -204,7 +204,7 @@ def test_a_relay_that_is_not_there() -> None:
             assert isinstance(caught.value.__cause__, PeerNotFound)
             await sides[0].dht.destroy()
             with pytest.raises(Destroyed):
-                await open_link(sides[0].dht, place.relay.public_key, TOKEN, True, sides[0].stream)
+                await open_link(sides[0].dht.connect, place.relay.public_key, TOKEN, True, sides[0].stream)
 
     run(main(), seed=1)
 

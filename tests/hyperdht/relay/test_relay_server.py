@@ -12,7 +12,7 @@ from sim import run
 
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import ConnectionClosed, RelayFailed
-from p2pclaude.hyperdht.peer.setup_messages import (
+from p2pclaude.hyperdht.relay.link_messages import (
     RelayPair,
     decode_relay_pair,
     decode_relay_unpair,
