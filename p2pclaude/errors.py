@@ -54,7 +54,7 @@ class ProtocolError(P2PClaudeError):
 
 
 class WireError(ProtocolError):
-    """A line, or the sealed text in it, is not what `wire.py` describes."""
+    """A line, or the sealed text in it, is not what `protocol.wire` describes."""
 
 
 class Refused(P2PClaudeError):

@@ -1,10 +1,10 @@
 """What a tool learnt of a daemon's whereabouts, kept for the next tool: a file a daemon in the user's cache directory.
 
-`client` reads it before it dials and writes it when it was connected. Nothing depends on it: hints are tried beside the
-search for the daemon, so that an old one costs a packet, and a file that cannot be used is as good as none.
+`rpc_client` reads it before it dials and writes it when it was connected. Nothing depends on it: hints are tried beside
+the search for the daemon, so that an old one costs a packet, and a file that cannot be used is as good as none.
 
     NAME   BLAKE2b of the public key, keyed with the data key, in hex: it tells nobody whose it is
-    text   SEALED (wire.py) of the JSON {"addresses": [[HOST, PORT], ...], "nodes": [[HOST, PORT], ...]}
+    text   SEALED (`protocol.wire`) of the JSON {"addresses": [[HOST, PORT], ...], "nodes": [[HOST, PORT], ...]}
 
 `addresses` are the daemon's own, if one is known, and those of the nodes that led to it; `nodes` are others of the DHT.
 """

@@ -1,7 +1,7 @@
 """Permission requests as seen from afar: list, follow, answer.
 
-Stands between `p2pclaude-approve` and client.py. A daemon that does not know the methods is told apart by its answer,
-"Unknown method", which is a ProtocolError.
+Stands between `p2pclaude-approve` and `rpc_client`. A daemon that does not know the methods is told apart by its
+answer, "Unknown method", which is a ProtocolError.
 """
 
 from __future__ import annotations

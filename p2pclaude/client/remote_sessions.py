@@ -1,6 +1,6 @@
 """Sessions as seen from afar: spawn, send, read, follow, list, stop.
 
-Stands between the command-line tools and client.py: it turns the methods of the wire contract into Python calls with
+Stands between the command-line tools and `rpc_client`: it turns the methods of the wire contract into Python calls with
 typed results, and hides which daemon answers. A TypeScript daemon knows none of our additions; its answers are told
 apart by their shape (no `accepted`, no `state`), and following then means asking again with `clear` every
 `POLL_SECONDS`.

@@ -1,9 +1,9 @@
 """Client of one daemon: pairing -> connection -> calls, and reconnecting.
 
-`remote` and the command-line tools stand above this module, `p2pclaude.hyperdht` below it. A request is a sealed line
-(wire.py) on an encrypted connection to the daemon's public key; answers may come in any order, so several calls can be
-in flight. What a failure means to a script is decided here, once: every error that leaves is a `P2PClaudeError` with
-its exit status.
+`remote_sessions` and the command-line tools stand above this module, `p2pclaude.hyperdht` below it. A request is a
+sealed line (`protocol.wire`) on an encrypted connection to the daemon's public key; answers may come in any order, so
+several calls can be in flight. What a failure means to a script is decided here, once: every error that leaves is a
+`P2PClaudeError` with its exit status.
 """
 
 from __future__ import annotations
@@ -414,7 +414,7 @@ def format_address(stream: Stream) -> str:
 
 
 def _refusal(error: str) -> P2PClaudeError:
-    """Say what an answer with `ok: false` means; our daemon's texts are named in wire.py, others are guessed."""
+    """Say what an answer with `ok: false` means; our daemon's texts are named in `wire`, others are guessed."""
     if error == WRONG_KEY or any(word in error.lower() for word in _KEY_ERRORS):
         return Refused("wrong key: the daemon cannot open the request", hint=_KEY_HINT)
     if error.startswith(UNKNOWN_METHOD):

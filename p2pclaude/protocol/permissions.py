@@ -1,12 +1,12 @@
 """What Claude asks permission for, and what it is told (pure).
 
-    control_request of claude   -> `Book.receive` -> Request, which is pending once `asking` has journaled it
+    control_request of claude   -> `Book.receive` -> Request, pending once `sessions.open_requests` has journaled it
     Answer of whoever may       -> `Answer.reply` -> control_response for claude's stdin
 
-`asking` stands above with journal, clock and stdin; the tools use `decode_answer` too. The formats were measured with
-`@anthropic-ai/claude-code` 2.1.197 and are not documented. A request that is not understood is answered with an error,
-since Claude waits for ever for an answer that does not come; what is wrong with an answer is said before Claude, who
-would take it for a failure of the tool, sees it.
+`sessions.open_requests` stands above with journal, clock and stdin; the tools use `decode_answer` too. The formats were
+measured with `@anthropic-ai/claude-code` 2.1.197 and are not documented. A request that is not understood is answered
+with an error, since Claude waits for ever for an answer that does not come; what is wrong with an answer is said before
+Claude, who would take it for a failure of the tool, sees it.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""What the session record in the DHT holds (pure): `remote` reads it for `p2pclaude-ls --dht`.
+"""What the session record in the DHT holds (pure): `client.remote_sessions` reads it for `p2pclaude-ls --dht`.
 
 The daemon stores `{sessions, updatedAt}` as a mutable record under its public key: sealed under the data key by ours,
 in clear by the TypeScript one. Only the holder of the daemon's secret key can sign a record, so a readable one is its

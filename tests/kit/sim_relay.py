@@ -1,4 +1,4 @@
-"""Two peers that meet at a blind relay on the simulated network: for tests of `relay` and `relayserver`."""
+"""Two peers that meet at a blind relay on the simulated network: for tests of the folder `relay`."""
 
 import asyncio
 from collections.abc import AsyncIterator

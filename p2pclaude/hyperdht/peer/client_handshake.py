@@ -1,6 +1,6 @@
 """A client's handshake: through nodes that know the server, or with the server itself (ring 2).
 
-`connect` makes a `Handshaking` for each attempt. The same Noise message goes to the nodes remembered from before and to
+`dial` makes a `Handshaking` for each attempt. The same Noise message goes to the nodes remembered from before and to
 those a search finds, all at once; the first valid answer wins. A server at a remembered address answers by itself, one
 round trip away. Source: hyperdht lib/connect.js.
 """

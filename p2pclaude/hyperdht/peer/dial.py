@@ -1,7 +1,7 @@
 """A client's way to a server: find it, shake hands through a relay, open the stream (ring 2).
 
-    FIND_PEER -> nodes that know the server -> handshake (`handshaking`) -> the server's addresses -> pings and hole
-    punching -> the stream, on whichever path the server's first packet arrives
+    FIND_PEER -> nodes that know the server -> handshake (`client_handshake`) -> the server's addresses -> pings and
+    hole punching -> the stream, on whichever path the server's first packet arrives
 
 A connection is handed out when the server's first bytes have arrived and decrypted, never before; the own first bytes
 may leave earlier, with the first packet on every path. Source: hyperdht lib/connect.js.
@@ -29,6 +29,7 @@ from ..errors import (
 from ..secure.connection import Connection
 from ..secure.noise import NoiseIK
 from ..tasks import cancel_all
+from .attempt_life import AttemptLife, Event
 from .client_handshake import Handshaking, Shaken
 from .context import PeerContext
 from .paths import Paths
@@ -44,7 +45,6 @@ LAST_CHANCE: Final = 1.0
 NEAR_HEAD_START: Final = 0.02  # seconds for the first packet to reach a neighbour, before a hole is punched to it
 RESERVED: Final = ipv4_number("240.0.0.0")  # and above
 MAX_CANDIDATES: Final = 32  # addresses of a server that are tried; a host may have many interfaces
-MAX_PUNCHES: Final = 3
 TRY_LATER_PAUSE: Final = (2.0, 4.0)  # seconds
 
 
@@ -65,23 +65,25 @@ async def connect(
     """
     cause: HolepunchError | None = None
     avoid: set[Address] = set()  # relays that led to no path: another may
-    failures = 0
+    life = AttemptLife()
     latest = asyncio.get_running_loop().time() + timeout - min(LAST_CHANCE, timeout / 10)
     try:
         async with asyncio.timeout(timeout):
             while True:
                 try:
                     attempt = Attempt(
-                        context, public_key, key_pair, relay_addresses, relay_through, early_data, avoid, latest
+                        context, life, public_key, key_pair, relay_addresses, relay_through, early_data, avoid, latest
                     )
                     return await attempt.run()
                 except TryLater as error:
                     cause = error
+                    life.see(Event.TOLD_TO_WAIT)
                     await asyncio.sleep(context.rng.uniform(*TRY_LATER_PAUSE))
+                    life.see(Event.RESTED)
                 except HolepunchError as error:
                     cause = error
-                    failures += 1
-                    if failures == MAX_PUNCHES:
+                    life.see_no_way()
+                    if life.is_over:
                         raise
     except TimeoutError as error:
         if isinstance(error, HyperDHTError):
@@ -89,6 +91,8 @@ async def connect(
         if cause is not None:
             raise cause from None
         raise Timeout(f"not connected after {timeout:g} seconds") from error
+    finally:
+        life.give_up()
 
 
 class Attempt:
@@ -97,6 +101,7 @@ class Attempt:
     def __init__(
         self,
         context: PeerContext,
+        life: AttemptLife,
         public_key: bytes,
         key_pair: KeyPair,
         relay_addresses: Sequence[Address],
@@ -106,6 +111,7 @@ class Attempt:
         latest: float,
     ) -> None:
         self._context = context
+        self._life = life
         self._node = context.node
         self._public_key = public_key
         self._target = blake2b(public_key)
@@ -133,17 +139,29 @@ class Attempt:
         """Return the connection, open; raises as `connect` does, but knows no deadline."""
         try:
             handshaking = Handshaking(self._node, self._public_key, self._noise, self._hints(), self._avoid)
-            shaken = await handshaking.run(encode_noise_payload(self._payload()))
+            shaken = await self._shake_hands(handshaking)
             self._avoid.add(shaken.relay_address)
             await self._open(shaken)
         except ConnectionClosed as error:
             self._context.check_usable()  # else we ended it ourselves
+            self._life.see(Event.BROKEN_OFF)
             raise PeerConnectionFailed("the peer broke the connection off at once") from error
         except BaseException:
             self._connection.abort()
             raise
+        assert self._connection.opened
+        self._life.see(Event.OPENED)
         self._remember(shaken)
         return self._connection
+
+    async def _shake_hands(self, handshaking: Handshaking) -> Shaken:
+        try:
+            shaken = await handshaking.run(encode_noise_payload(self._payload()))
+        except HyperDHTError:
+            self._life.see(Event.UNANSWERED)
+            raise
+        self._life.see(Event.SHAKEN)
+        return shaken
 
     def _hints(self) -> tuple[Address, ...]:
         """Return the nodes that may know the server, or be it."""
@@ -185,6 +203,7 @@ class Attempt:
         if shaken.relayed and _is_near(shaken) and await self._opens_within(NEAR_HEAD_START):
             self._settle(None, ())
             return
+        self._life.see(Event.HELP_NEEDED)
         puncher = await self._make_puncher(shaken)
         probes = [asyncio.create_task(self._probe(candidate)) for candidate in candidates if shaken.relayed]
         efforts = [asyncio.create_task(effort) for effort in self._efforts(shaken, puncher)]

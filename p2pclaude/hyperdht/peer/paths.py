@@ -5,7 +5,7 @@ probe; a relay's way is known once both sides are paired there. The client settl
 first bytes arrive; the server follows the client's packets until one of its own was acknowledged, which the client
 sends on the way it settled for. Later a stream moves only when its way has fallen silent and the peer goes on sending
 from elsewhere, as behind a NAT that changed its mapping. From a relay both move on to a direct way as soon as one
-carries packets of the stream, and back if it turns out to carry no more of them. `connect` and `pending` have one
+carries packets of the stream, and back if it turns out to carry no more of them. `dial` and `pending_client` have one
 such object each.
 """
 

@@ -1,7 +1,7 @@
 """The sockets of one attempt to get through NATs, and what they send at whom (ring 2).
 
-`holepunch` exchanges the rounds with the other side and decides; here a socket of its own is opened, the NAT before it
-is classified with the help of a few DHT nodes, and probes leave by the strategy that fits both NATs. A probe is one
+`punch_rounds` exchanges the rounds with the other side and decides; here a socket of its own is opened, the NAT before
+it is classified with the help of a few DHT nodes, and probes leave by the strategy that fits both NATs. A probe is one
 byte; the side that connects takes the path on which one arrives, the other side sends it back. Source: hyperdht
 lib/holepuncher.js, lib/nat.js.
 """

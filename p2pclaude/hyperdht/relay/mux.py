@@ -1,7 +1,7 @@
 """Channels over one connection, as the JavaScript's protomux has them (ring 2).
 
-`relay` opens its channel here. What a channel sends becomes a frame (`protomux`), one encrypted message of the
-`Connection`; `run` reads the peer's frames and hands messages to the channels.
+`relay_client` and `relay_server` open their channels here. What a channel sends becomes a frame (`mux_frames`), one
+encrypted message of the `Connection`; `run` reads the peer's frames and hands messages to the channels.
 
 A channel is open when both sides have opened one of the same protocol and id; each side counts its own channels, and
 a message names the sender's number. Messages may follow the sender's open at once: they wait until this side opens

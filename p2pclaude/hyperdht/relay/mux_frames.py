@@ -1,6 +1,6 @@
 """Protomux frames: several channels over one secret stream, as blind relays speak it (ring 1).
 
-`relay` puts the bytes made here into secret-stream messages and reads the peer's with `decode_frames`. Which side may
+`mux` puts the bytes made here into secret-stream messages and reads the peer's with `decode_frames`. Which side may
 use which channel number is for the session to know; here stands the format. Source: protomux index.js.
 
 A channel number is always that of the sender. Numbers from 1 on carry messages; 0 carries what is listed below.

@@ -2,7 +2,7 @@
 
 Both sides of a connection connect to the relay, each on an encrypted connection of its own, and name the same token
 and the id of the stream that waits. The relay answers with the id of a stream of its own, and passes UDX packets on
-between the two: it sees ciphertext only. `connect` and `server` call `open_link`; `relayserver` is the other side.
+between the two: it sees ciphertext only. `peer` calls `open_link`; `relay_server` is the other side.
 Source: blind-relay index.js, hyperdht lib/connect.js (relayConnection).
 """
 

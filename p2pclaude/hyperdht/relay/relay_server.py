@@ -3,7 +3,8 @@
     client A <-> stream a = stream b <-> client B      all packets for a go to B, all for b to A
 
 The packets are encrypted between the clients; the relay only changes the stream id in front. Everything that a client
-can make it keep has a limit. `relay` is the clients' side. Source: blind-relay index.js, libudx (udx_stream_relay_to).
+can make it keep has a limit. `relay_client` is the clients' side. Source: blind-relay index.js, libudx
+(udx_stream_relay_to).
 """
 
 import asyncio
