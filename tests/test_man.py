@@ -19,7 +19,7 @@ from p2pclaude.daemon.daemon import SHUTDOWN_SECONDS
 from p2pclaude.daemon.methods import Methods
 from p2pclaude.host import log
 from p2pclaude.host import systemd as notify
-from p2pclaude.hyperdht.peer import server
+from p2pclaude.hyperdht.peer import server, slots
 from p2pclaude.hyperdht.relay import relay_server as relayserver
 from p2pclaude.protocol import wire
 from p2pclaude.sessions import claude
@@ -243,7 +243,7 @@ def test_limits_of_handshakes() -> None:
     """Those of the library are named too."""
     text = rendered(section(page("p2pclaude-daemon.1"), "SECURITY"))
     assert f"{server.HANDSHAKES_OF_ALL:g} a second, {server.HANDSHAKES_OF_HOST:g} of them from one address" in text
-    assert f"{server.MAX_PENDING} clients whose first packet has not come" in text
+    assert f"{slots.MAX_PENDING} clients whose first packet has not come" in text
     assert f"looked at every {service.WEIGH_SECONDS:g} seconds" in text
 
 

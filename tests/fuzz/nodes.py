@@ -33,7 +33,7 @@ from p2pclaude.hyperdht.encoding import Address, uint
 from p2pclaude.hyperdht.errors import DecodeError, HyperDHTError
 from p2pclaude.hyperdht.net.endpoint import Arrival, Socket
 from p2pclaude.hyperdht.node.routing import node_id
-from p2pclaude.hyperdht.peer.server import MAX_PENDING, Server
+from p2pclaude.hyperdht.peer.server import Server
 from p2pclaude.hyperdht.peer.setup_messages import (
     Handshake,
     Holepunch,
@@ -48,6 +48,7 @@ from p2pclaude.hyperdht.peer.setup_messages import (
     encode_holepunch_payload,
     encode_noise_payload,
 )
+from p2pclaude.hyperdht.peer.slots import MAX_PENDING
 from p2pclaude.hyperdht.rpc.messages import (
     Announce,
     MutablePut,

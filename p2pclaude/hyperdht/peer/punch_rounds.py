@@ -122,10 +122,10 @@ class ClientHolepunch:
         puncher.open_session(self._server_address)
         reply = await self._probe_round()
         for _ in range(2):
-            if puncher.remote_firewall == Firewall.UNKNOWN:
+            if puncher.remote.firewall == Firewall.UNKNOWN:
                 await asyncio.sleep(REMOTE_ANALYSIS_PAUSE)
             stable = await puncher.analyse(reopen=False) or await puncher.analyse(reopen=True)
-            if stable and puncher.remote_firewall != Firewall.UNKNOWN and reply.payload.token is not None:
+            if stable and puncher.remote.firewall != Firewall.UNKNOWN and reply.payload.token is not None:
                 break
             reply = await self._probe_round()
         await self._check_kinds()
@@ -138,7 +138,7 @@ class ClientHolepunch:
         return await self._exchange(self._relays, remote_address=self._server_address)
 
     async def _check_kinds(self) -> None:
-        kinds = self._puncher.nat.firewall, self._puncher.remote_firewall
+        kinds = self._puncher.nat.firewall, self._puncher.remote.firewall
         if Firewall.UNKNOWN in kinds:
             await self._abort()
             raise HolepunchError("too few nodes answered to tell what kind of NAT stands between")
@@ -160,7 +160,7 @@ class ClientHolepunch:
             token=self._secrets.token(self._server_address),
             remote_token=remote_token,
         )
-        if not puncher.remote_punching:
+        if not puncher.remote.punching:
             raise HolepunchError("the other side does not punch")
         if not puncher.punch():
             raise HolepunchError("the other side's address could not be verified")
@@ -329,14 +329,14 @@ class ServerHolepunch:
             return self._abort()
         self._learn(payload, peer, request)
         puncher = self.puncher
-        stable = await puncher.analyse(reopen=False) or puncher.remote_punching
+        stable = await puncher.analyse(reopen=False) or puncher.remote.punching
         if not stable and not await puncher.analyse(reopen=True):
             return self._abort()
         if puncher.closed:
             return None
         if puncher.nat.firewall != Firewall.RANDOM and payload.remote_address in puncher.nat.addresses:
             puncher.probe(peer)  # the client's NAT is open for it: this alone may do
-        if puncher.remote_punching:
+        if puncher.remote.punching:
             if not puncher.may_punch():
                 return self._reply(payload, peer, request, HandshakeError.TRY_LATER)
             begins = not puncher.punching and not puncher.exhausted

@@ -48,6 +48,23 @@ def _consistent_pauses() -> Iterator[float]:
         pause = min(2 * pause, 1.0)
 
 
+class RemoteSide:
+    """What the other side says of itself, and which of its hosts have proved that they receive what we send."""
+
+    __slots__ = ("addresses", "firewall", "punching", "verified")
+
+    def __init__(self) -> None:
+        self.firewall: int = Firewall.UNKNOWN
+        self.addresses: tuple[Address, ...] = ()
+        self.punching = False
+        """Whether it sends probes, or is about to."""
+        self.verified: set[str] = set()
+
+    def verified_address(self) -> Address | None:
+        """Return the first of its addresses that is proved: the only kind to which thousands of packets may go."""
+        return next((address for address in self.addresses if address[0] in self.verified), None)
+
+
 class Puncher:
     """One attempt's sockets. `open` it, `close` it when the stream has a path or the attempt is over."""
 
@@ -75,11 +92,8 @@ class Puncher:
         self._answers_left = MAX_ANSWERS
         self.nat = NatClassifier(node.firewalled)
         """What is known of the NAT before our socket."""
-        self.remote_firewall: int = Firewall.UNKNOWN
-        self.remote_addresses: tuple[Address, ...] = ()
-        self.remote_punching = False
+        self.remote = RemoteSide()
         self.closed = False
-        self._verified: set[str] = set()
 
     @property
     def socket(self) -> Socket:
@@ -195,7 +209,7 @@ class Puncher:
             await self._known.wait()
 
     def _is_stable(self) -> bool:
-        both_random = self.remote_firewall == Firewall.RANDOM and self.nat.firewall == Firewall.RANDOM
+        both_random = self.remote.firewall == Firewall.RANDOM and self.nat.firewall == Firewall.RANDOM
         return not both_random and self.nat.firewall != Firewall.UNKNOWN
 
     async def _reopen(self) -> None:
@@ -220,10 +234,10 @@ class Puncher:
     ) -> None:
         """Take what the other side says of itself; `verified_host` is one that echoed our token."""
         if verified_host is not None:
-            self._verified.add(verified_host)
-        self.remote_firewall = firewall
-        self.remote_addresses = addresses[:MAX_REMOTE_ADDRESSES]
-        self.remote_punching = punching
+            self.remote.verified.add(verified_host)
+        self.remote.firewall = firewall
+        self.remote.addresses = addresses[:MAX_REMOTE_ADDRESSES]
+        self.remote.punching = punching
 
     def probe(self, address: Address) -> None:
         """Send one probe."""
@@ -248,7 +262,7 @@ class Puncher:
     @property
     def needs_random(self) -> bool:
         """Whether one of the NATs makes ports a matter of chance."""
-        return Firewall.RANDOM in (self.remote_firewall, self.nat.firewall)
+        return Firewall.RANDOM in (self.remote.firewall, self.nat.firewall)
 
     def may_punch(self) -> bool:
         """Tell whether punching may begin now; random punches are throttled."""
@@ -278,12 +292,12 @@ class Puncher:
             await asyncio.wait([self._punching])
 
     def _choose(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
-        own, remote = self.nat.firewall, self.remote_firewall
-        if not self.remote_addresses:
+        own, remote = self.nat.firewall, self.remote.firewall
+        if not self.remote.addresses:
             return None
         if own in _CONSISTENT and remote in _CONSISTENT:
             return self._probe_consistent
-        if self._verified_address() is None:
+        if self.remote.verified_address() is None:
             return None
         if own in _CONSISTENT and remote == Firewall.RANDOM:
             return self._probe_random_ports
@@ -291,19 +305,16 @@ class Puncher:
             return self._probe_from_many_sockets
         return None
 
-    def _verified_address(self) -> Address | None:
-        return next((address for address in self.remote_addresses if address[0] in self._verified), None)
-
     async def _probe_consistent(self) -> None:
         for number, pause in enumerate(_consistent_pauses()):
-            for address in self.remote_addresses:
-                if address[1] and (address[0] in self._verified or number % UNVERIFIED_EVERY == 0):
+            for address in self.remote.addresses:
+                if address[1] and (address[0] in self.remote.verified or number % UNVERIFIED_EVERY == 0):
                     self.probe(address)
             await asyncio.sleep(pause)
 
     async def _probe_random_ports(self) -> None:
         """Hit one of the many ports that the other side has open."""
-        address = self._verified_address()
+        address = self.remote.verified_address()
         assert address is not None
         ports = iter(self._rng.sample(range(1024, 65536), RANDOM_PROBES))
         for _ in range(RANDOM_PROBES // RANDOM_BURST):
@@ -313,7 +324,7 @@ class Puncher:
 
     async def _probe_from_many_sockets(self) -> None:
         """Open many ports, and keep them open, for the other side to hit one."""
-        address = self._verified_address()
+        address = self.remote.verified_address()
         assert address is not None
         while len(self.sockets) < BIRTHDAY_SOCKETS:
             try:

@@ -7,9 +7,7 @@ lib/server.js.
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable
-from itertools import count
 from typing import Final
 
 from ..constants import Firewall, HandshakeError
@@ -34,11 +32,11 @@ from .setup_messages import (
     decode_noise_payload,
     encode_noise_payload,
 )
+from .slots import Slots
 from .turns import Turns
 
 log = logging.getLogger(__name__)
 
-MAX_PENDING: Final = 256  # clients whose first packet has not come yet
 HANDSHAKES_OF_HOST: Final = 100.0  # a second; each costs about a millisecond, with all that follows
 HANDSHAKES_OF_ALL: Final = 200.0
 MAX_ANSWERS: Final = 4096  # answers kept for repeats
@@ -71,12 +69,8 @@ class Server:
         # By Noise message, so that all relays and repeats get the same answer.
         self._answers: ExpiringMap[bytes, asyncio.Task[Answer | None]] = ExpiringMap(MAX_ANSWERS, HANDSHAKE_TIMEOUT)
         self._budget = VerifyBudget(HANDSHAKES_OF_HOST)
-        self._held: Counter[str] = Counter()  # slots, by the client's host
-        self._turns = Turns(HANDSHAKES_OF_ALL, self._held)
-        self._numbers = count()  # of slots
-        self._slots: dict[int, PendingClient] = {}
-        self._hosts: dict[int, str] = {}  # of the clients in the slots
-        self._settling: dict[int, PendingClient] = {}  # clients that came, perhaps through a relay, and still punch
+        self._slots = Slots()
+        self._turns = Turns(HANDSHAKES_OF_ALL, self._slots.held)
         self.closed = False
         """Whether `close` was called."""
 
@@ -136,8 +130,7 @@ class Server:
             self._listening.remove(self)
         if self._key_pair is not None:
             self._context.router.remove_server(self._key_pair.public_key)
-        for pending in list(self._slots.values()):
-            pending.connection.abort()
+        self._slots.abort()
         if self._announcer is not None:
             await self._announcer.stop()
 
@@ -168,28 +161,8 @@ class Server:
 
     async def handle_holepunch(self, message: Holepunch, request: IncomingRequest) -> Answer | None:
         """Answer a hole punching round of a handshake that was answered before."""
-        pending = self._slots.get(message.id) or self._settling.get(message.id)
+        pending = self._slots.find(message.id)
         return None if pending is None else await pending.handle_holepunch(message, request)
-
-    def _make_room(self, host: str) -> bool:
-        """Keep the number of pending clients bounded: the host that has most of them loses its oldest."""
-        if len(self._slots) < MAX_PENDING:
-            return True
-        busiest, most = self._held.most_common(1)[0]
-        if self._held[host] >= most:
-            return False
-        oldest = next(slot for slot, other in self._hosts.items() if other == busiest)
-        self._slots[oldest].connection.abort()
-        self._release(oldest)
-        return True
-
-    def _release(self, slot: int) -> None:
-        self._slots.pop(slot, None)
-        host = self._hosts.pop(slot, None)
-        if host is not None:
-            self._held[host] -= 1
-            if not self._held[host]:
-                del self._held[host]
 
     async def _answer(self, message: Handshake, request: IncomingRequest) -> Answer | None:
         client = message.peer_address or request.source
@@ -207,7 +180,7 @@ class Server:
         if payload.version != 1 or payload.udx is None:
             error = HandshakeError.VERSION_MISMATCH if payload.version != 1 else HandshakeError.ABORTED
             return Answer(noise.write_message(encode_noise_payload(self._payload(error))))
-        if not self._make_room(client[0]):  # only a client that knows the key may take another's place
+        if not self._slots.make_room(client[0]):  # only a client that knows the key may take another's place
             self._answers.delete(message.noise)  # as above
             return None
         return await self._admit(client[0], noise, payload, message, request)
@@ -221,9 +194,7 @@ class Server:
             pending = PendingClient(self._context, self._announcer, self.public_key, noise, self._relay_through)
         except HyperDHTError:
             return None  # too many streams
-        slot = next(self._numbers)
-        self._slots[slot], self._hosts[slot] = pending, host
-        self._held[host] += 1
+        slot = self._slots.take(pending, host)
         try:
             try:
                 await pending.prepare(payload, message, request)
@@ -234,7 +205,7 @@ class Server:
         except BaseException:  # it gets no answer: nothing shall wait for it
             pending.connection.abort()
             pending.close()
-            self._release(slot)
+            self._slots.give_back(slot)
             raise
         self._context.spawn_handler(self._hand_out(pending, slot))
         return Answer(answer, pending.socket)
@@ -266,7 +237,7 @@ class Server:
         try:
             await pending.settle()
         finally:
-            del self._settling[slot]
+            self._slots.end_settling(slot)
 
     async def _hand_out(self, pending: PendingClient, slot: int) -> None:
         """Give the connection to the application once the client is there."""
@@ -274,11 +245,10 @@ class Server:
         try:
             if not await pending.wait_opened():
                 return
-            self._settling[slot] = pending
+            self._slots.begin_settling(slot, pending)
             self._context.spawn_handler(self._settle(pending, slot))
         finally:
-            if self._slots.get(slot) is pending:
-                self._release(slot)
+            self._slots.give_back(slot)
         try:
             await self._on_connection(connection)
         except ConnectionClosed as error:

@@ -16,7 +16,7 @@ from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import HyperDHTError
-from p2pclaude.hyperdht.peer import server as server_module
+from p2pclaude.hyperdht.peer import slots as slots_module
 from p2pclaude.hyperdht.peer.pending_client import HANDSHAKE_TIMEOUT, PUNCH_TIMEOUT
 from p2pclaude.hyperdht.peer.setup_messages import (
     Handshake,
@@ -85,9 +85,9 @@ def test_a_flood_of_handshakes_is_bounded_and_others_still_get_in(hosts: str, be
             for _ in range(4):
                 await asyncio.sleep(0.5)
                 most = max(most, len(server._slots))
-                assert len(server._slots) <= server_module.MAX_PENDING
-                assert len(node.endpoint.streams) <= server_module.MAX_PENDING + 50
-                assert len(node.endpoint.sockets) <= server_module.MAX_PENDING + 50
+                assert len(server._slots) <= slots_module.MAX_PENDING
+                assert len(node.endpoint.streams) <= slots_module.MAX_PENDING + 50
+                assert len(node.endpoint.sockets) <= slots_module.MAX_PENDING + 50
                 assert await ask(running, b"still there") == b"still there"
             assert most > 50  # the flood is one
             late = await network.join(network.net.nat("5.8.0.3").host("192.168.3.2"))
@@ -98,7 +98,7 @@ def test_a_flood_of_handshakes_is_bounded_and_others_still_get_in(hosts: str, be
             await running.close()
             await asyncio.sleep(HANDSHAKE_TIMEOUT + PUNCH_TIMEOUT)
             assert is_clean(node)
-            assert not server._slots and not server._hosts and not server._settling
+            assert server._slots.is_settled
             assert len(asyncio.all_tasks()) <= tasks + 3
 
     run(main(), seed=1)
@@ -156,7 +156,7 @@ def test_hundreds_of_connects_and_closes_leave_nothing_behind(kind: str) -> None
                     await asyncio.gather(*(_connect_and_close(client, server.public_key, n) for n in numbers))
                 await asyncio.sleep(60)
                 assert is_clean(node) and is_clean(client)
-                assert not server._slots and not server._settling
+                assert server._slots.is_settled
                 gc.collect()
                 connections = sum(isinstance(thing, Connection) for thing in gc.get_objects())
                 return len(asyncio.all_tasks()), _timers(loop), connections
@@ -265,7 +265,7 @@ def test_who_finds_no_room_at_first_comes_in_with_a_repetition() -> None:
             clients = [await network.join(nat.host(f"192.168.2.{number}")) for number in range(2, 6)]
             server = await serve(node, node.key_pair)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(server_module, "MAX_PENDING", 1)
+                patch.setattr(slots_module, "MAX_PENDING", 1)
                 came = await asyncio.gather(*(client.connect(server.public_key) for client in clients))
             for connection in came:
                 assert await ask(connection, b"hello") == b"hello"
@@ -350,7 +350,7 @@ def test_a_client_that_cannot_be_answered_leaves_nothing_behind() -> None:
                     await client.connect(server.public_key, timeout=4)
             await asyncio.sleep(1)
             assert is_clean(node)
-            assert not server._slots and not server._hosts and not server._held
+            assert server._slots.is_settled and not server._slots.held
             async with await client.connect(server.public_key):
                 pass
 
