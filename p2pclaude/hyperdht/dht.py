@@ -18,7 +18,8 @@ from .constants import DEFAULT_PORT, KEY_BYTES
 from .crypto import KeyPair
 from .encoding import Address
 from .errors import Destroyed, HyperDHTError, Suspended
-from .net.endpoint import Endpoint, Network
+from .net.endpoint import Endpoint
+from .net.sockets import Network
 from .net.udp import UdpNetwork
 from .node.bootstrap import PUBLIC_NODES
 from .node.node import Node

@@ -31,8 +31,7 @@ from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address, uint
 from p2pclaude.hyperdht.errors import DecodeError, HyperDHTError
-from p2pclaude.hyperdht.net.endpoint import Arrival, Socket
-from p2pclaude.hyperdht.node.routing import node_id
+from p2pclaude.hyperdht.net.sockets import Arrival, Socket
 from p2pclaude.hyperdht.peer.server import Server
 from p2pclaude.hyperdht.peer.setup_messages import (
     Handshake,
@@ -62,6 +61,7 @@ from p2pclaude.hyperdht.rpc.messages import (
     encode_peer,
     encode_request,
     encode_response,
+    node_id,
 )
 from p2pclaude.hyperdht.rpc.requests import IncomingRequest
 from p2pclaude.hyperdht.secure.connection import Connection
@@ -191,7 +191,7 @@ class _Node:
 def _request(script: Script, node: _Node, source: Address) -> bytes:
     rpc = node.dht.node.rpc
     flags = script.byte()
-    token = (None, rpc.issue_token(source[0]), bytes(32), None)[flags & 3]
+    token = (None, rpc.own.issue_token(source[0]), bytes(32), None)[flags & 3]
     own_id = node_id(source) if flags & 4 and source[1] else (bytes(32) if flags & 8 else None)
     target = TARGETS_OF[flags >> 4 & 3]
     command = script.byte() % 12 if flags & 128 else script.byte()
@@ -345,7 +345,7 @@ def _incoming(node: _Node, script: Script, command: int, value: bytes) -> Incomi
     choice = script.byte()
     source = _RELAY if choice & 1 else PEERS[(choice >> 1) % 4]
     request = Request(7, HERE, command, False, None, None, TARGETS_OF[1], value)
-    return IncomingRequest(node.dht.node.rpc, node.sockets[choice >> 7], source, request)
+    return IncomingRequest(node.dht.node.rpc.own, node.sockets[choice >> 7], source, request)
 
 
 def _peer_address(script: Script) -> Address | None:

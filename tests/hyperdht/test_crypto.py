@@ -23,8 +23,7 @@ from p2pclaude.hyperdht.crypto import (
 )
 from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.errors import DecodeError
-from p2pclaude.hyperdht.node.routing import node_id
-from p2pclaude.hyperdht.rpc.messages import encode_mutable_signable
+from p2pclaude.hyperdht.rpc.messages import encode_mutable_signable, node_id
 
 VECTORS = load("crypto")
 PROPERTY = settings(max_examples=150, derandomize=True, deadline=None)

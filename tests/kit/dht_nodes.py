@@ -74,13 +74,13 @@ class Peer:
 
     async def start(self, port: int = PORT) -> Peer:
         """Bind the socket, which is server and client socket at once."""
-        self.rpc.server_socket = self.rpc.client_socket = await self.endpoint.bind("0.0.0.0", port)
+        self.rpc.own.server_socket = self.rpc.own.client_socket = await self.endpoint.bind("0.0.0.0", port)
         return self
 
     @property
     def address(self) -> Address:
         """The socket's address."""
-        return self.host.addresses[0], self.rpc.socket.address[1]
+        return self.host.addresses[0], self.rpc.own.socket.address[1]
 
     def close(self) -> None:
         """Close the sockets."""

@@ -9,7 +9,8 @@ from sim import Host, SimNetwork
 
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.net.endpoint import Endpoint, Socket
+from p2pclaude.hyperdht.net.endpoint import Endpoint
+from p2pclaude.hyperdht.net.sockets import Socket
 from p2pclaude.hyperdht.net.streams import Stream
 from p2pclaude.hyperdht.secure.connection import Connection
 from p2pclaude.hyperdht.secure.noise import NoiseIK

@@ -12,7 +12,7 @@ from kit.sim_peers import seeds
 
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import HolepunchError, HyperDHTError
-from p2pclaude.hyperdht.net.endpoint import Socket
+from p2pclaude.hyperdht.net.sockets import Socket
 from p2pclaude.hyperdht.peer.punch_rounds import ServerHolepunch
 from p2pclaude.hyperdht.peer.puncher import Puncher
 from p2pclaude.hyperdht.peer.router import Answer

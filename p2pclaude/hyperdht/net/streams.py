@@ -11,15 +11,13 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from ..encoding import Address
 from ..errors import HyperDHTError
 from ..udx.packet import local_id_of
 from ..udx.stream import Closed, DataReceived, Drained, EndReceived, Event, MessageReceived, UdxStream
-
-if TYPE_CHECKING:
-    from .endpoint import Socket
+from .sockets import Socket
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +88,7 @@ class Stream:
         """Whether the peer has acknowledged a packet: then it hears us."""
         return self.core.sender.acked_below > 0
 
-    def connect(self, socket: "Socket", remote_id: int, address: Address) -> None:
+    def connect(self, socket: Socket, remote_id: int, address: Address) -> None:
         """Set the way to the peer and its id for the stream, which a relay changes; what was queued leaves now."""
         now = self._streams.now()
         if not self.core.connected:
@@ -106,7 +104,7 @@ class Stream:
         self.core.reset_path(self._streams.now())
         self.flush()
 
-    def try_way(self, socket: "Socket", remote_id: int, address: Address) -> None:
+    def try_way(self, socket: Socket, remote_id: int, address: Address) -> None:
         """Send a packet on another way, which shows the peer that it is there; the stream stays where it is."""
         if not self.core.closed:
             socket.send([self.core.heartbeat(remote_id)], address)
@@ -154,11 +152,11 @@ class Stream:
         if self.core.closed and self.socket is not None and self.address is not None:
             self.socket.send(self.core.datagrams_to_send(math.inf), self.address)
 
-    def is_way(self, socket: "Socket", source: Address) -> bool:
+    def is_way(self, socket: Socket, source: Address) -> bool:
         """Tell whether this is the stream's own way at present."""
         return socket is self.socket and source == self.address
 
-    def accepts(self, socket: "Socket", source: Address) -> bool:
+    def accepts(self, socket: Socket, source: Address) -> bool:
         """Decide about a packet by its way in; new ways are the firewall hook's choice."""
         if self.is_way(socket, source):
             self.heard = True

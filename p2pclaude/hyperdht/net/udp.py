@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from ..encoding import Address
-from .endpoint import Arrival
 from .interfaces import host_addresses
+from .sockets import Arrival
 
 BATCH: Final = 128  # datagrams a turn: enough to amortise the turn, few enough to let others run
 RECEIVE_BYTES: Final = 2048  # no datagram of this protocol is larger; of others the rest is cut off

@@ -15,7 +15,9 @@ from typing import Any, Final, Unpack
 from ..constants import ID_BYTES, ErrorCode, InternalCommand
 from ..encoding import Address
 from ..errors import Destroyed, HyperDHTError, Suspended
-from ..net.endpoint import Endpoint, Socket
+from ..net.endpoint import Endpoint
+from ..net.sockets import Socket
+from ..rpc.messages import node_id
 from ..rpc.requests import DEFAULT_RETRIES, IncomingRequest, OutgoingRequest, Reply, RequestOptions
 from ..rpc.rpc import Rpc
 from .bootstrap import Bootstrap, is_ipv4
@@ -23,7 +25,7 @@ from .health import HealthMonitor
 from .internal import MAX_PING_DELAY_MS, InternalCommands
 from .query import Query, QueryOptions
 from .reachability import Reachability
-from .routing import RoutingTable, node_id
+from .routing import RoutingTable
 from .upkeep import Upkeep, is_usable
 
 logger = logging.getLogger(__name__)
@@ -101,8 +103,8 @@ class Node:
         self._tasks: dict[asyncio.Task[None], None] = {}  # in order, so that simulations replay
         self._ticker: asyncio.TimerHandle | None = None
         self._last_tick = (0.0, 0.0)
-        self.rpc.firewalled = firewalled
-        self.rpc.closest = self._closest
+        self.rpc.own.firewalled = firewalled
+        self.rpc.own.closest = self._closest
         self.rpc.on_request = self._on_request
         self.rpc.on_response = self.upkeep.heard_reply
         self.rpc.on_timeout = self.upkeep.on_timeout
@@ -113,12 +115,12 @@ class Node:
     @property
     def server_socket(self) -> Socket | None:
         """The socket on the known port, where others may reach us."""
-        return self.rpc.server_socket
+        return self.rpc.own.server_socket
 
     @property
     def client_socket(self) -> Socket | None:
         """The socket on a port of chance, which our requests leave from while we are firewalled."""
-        return self.rpc.client_socket
+        return self.rpc.own.client_socket
 
     @property
     def bind_host(self) -> str:
@@ -128,22 +130,22 @@ class Node:
     @property
     def socket(self) -> Socket:
         """The socket our requests leave from."""
-        return self.rpc.socket
+        return self.rpc.own.socket
 
     @property
     def id(self) -> bytes | None:
         """Our id, None while ephemeral."""
-        return self.rpc.identity
+        return self.rpc.own.identity
 
     @property
     def ephemeral(self) -> bool:
         """Whether we have no id: others neither keep us in their tables nor store anything here."""
-        return self.rpc.identity is None
+        return self.rpc.own.identity is None
 
     @property
     def firewalled(self) -> bool:
         """Whether strangers cannot reach our server socket, as far as we know."""
-        return self.rpc.firewalled
+        return self.rpc.own.firewalled
 
     @property
     def host(self) -> str | None:
@@ -308,7 +310,7 @@ class Node:
             server.close()
             client.close()
             raise Destroyed("the node is destroyed")
-        self.rpc.server_socket, self.rpc.client_socket = server, client
+        self.rpc.own.server_socket, self.rpc.own.client_socket = server, client
         self._bound_ports = server.address[1], client.address[1]
 
     async def _bind_server(self) -> Socket:
@@ -391,9 +393,9 @@ class Node:
 
     def set_identity(self, identity: bytes | None) -> None:
         """Become persistent under an id, or ephemeral again."""
-        if identity == self.rpc.identity:
+        if identity == self.rpc.own.identity:
             return
-        self.rpc.identity = identity
+        self.rpc.own.identity = identity
         if identity is None:
             self._emit(self.on_ephemeral)
             return

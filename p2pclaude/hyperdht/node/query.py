@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Final, TypedDict
 from ..constants import ErrorCode, K
 from ..encoding import Address
 from ..errors import HyperDHTError, RemoteError, Timeout, TooFewNodes
+from ..rpc.messages import node_id
 from ..rpc.requests import OutgoingRequest, Reply
-from .routing import node_id
 
 if TYPE_CHECKING:
     from .node import Node

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Final
 from ..constants import InternalCommand
 from ..encoding import Address
 from ..errors import HyperDHTError
+from ..rpc.messages import node_id
 from ..rpc.requests import OutgoingRequest, Reply
 from .nat import NatSampler
 from .query import Query
-from .routing import node_id
 
 if TYPE_CHECKING:
     from .node import Node
@@ -124,7 +124,7 @@ class Reachability:
         node, sampler = self._node, NatSampler()
         if not node.firewalled and not await self._is_firewalled(sampler):
             return
-        node.rpc.firewalled = True
+        node.rpc.own.firewalled = True
         node.set_identity(None)
         node.upkeep.replace_sampler(NatSampler())  # the old samples are of another network
         for known in node.table:
@@ -170,7 +170,7 @@ class Reachability:
         # What we compare with may have changed while we waited.
         if (host, port) != (node.host, node.port) or sampler.host != host or sampler.port == 0:
             return False
-        node.rpc.firewalled = False
+        node.rpc.own.firewalled = False
         if sampler is not node.upkeep.nat:
             node.upkeep.replace_sampler(sampler)
         if not only_firewall:

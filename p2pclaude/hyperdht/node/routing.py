@@ -10,17 +10,12 @@ from itertools import islice
 from typing import Final
 
 from ..constants import ID_BYTES, K
-from ..crypto import hash
-from ..encoding import Address, ipv4
+from ..encoding import Address
+from ..rpc.messages import node_id
 
 RECENT_TICKS: Final = 12  # a node pinged since then (1 min) is fresh
 OLD_TICKS: Final = 360  # a node added before that (30 min) has proved itself
 _BITS: Final = ID_BYTES * 8
-
-
-def node_id(address: Address) -> bytes:
-    """Return the id (32 bytes) of the DHT node at `address`: BLAKE2b-256 of its 6 encoded bytes."""
-    return hash(ipv4(address))
 
 
 class TableNode:

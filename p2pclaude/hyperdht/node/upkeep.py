@@ -14,10 +14,11 @@ from ..constants import InternalCommand
 from ..crypto import hash
 from ..encoding import Address, ipv4
 from ..errors import HyperDHTError, Timeout
+from ..rpc.messages import node_id
 from ..rpc.requests import OutgoingRequest, Reply
 from ..rpc.rpc import Rpc
 from .nat import NatSampler
-from .routing import OLD_TICKS, RECENT_TICKS, RoutingTable, TableNode, node_id
+from .routing import OLD_TICKS, RECENT_TICKS, RoutingTable, TableNode
 
 MAX_CHECKS: Final = 10
 MAX_SWAPS: Final = 3
@@ -226,7 +227,7 @@ class Upkeep:
 
         Nor do the two that ask what a NAT lets in.
         """
-        if call.internal and call.command not in (InternalCommand.PING_NAT, InternalCommand.DELAYED_PING):
+        if call.asked.internal and call.asked.command not in (InternalCommand.PING_NAT, InternalCommand.DELAYED_PING):
             self.forget(call)
 
 

@@ -25,7 +25,7 @@ from ..errors import (
     Timeout,
     TooFewNodes,
 )
-from ..net.endpoint import Socket
+from ..net.sockets import Socket
 from ..node.node import Node
 from ..node.query import Query
 from ..rpc.messages import decode_peer

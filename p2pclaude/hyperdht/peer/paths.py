@@ -17,7 +17,7 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from ..encoding import Address
-from ..net.endpoint import Socket
+from ..net.sockets import Socket
 from ..net.streams import Stream
 from ..node.node import Node
 from ..secure.connection import Connection

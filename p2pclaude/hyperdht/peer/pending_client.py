@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from ..constants import TOKEN_BYTES, Firewall
 from ..encoding import Address, ipv4_number
 from ..errors import ConnectionClosed, HyperDHTError
-from ..net.endpoint import Socket
+from ..net.sockets import Socket
 from ..relay.relay_client import open_link
 from ..rpc.requests import IncomingRequest
 from ..secure.connection import Connection

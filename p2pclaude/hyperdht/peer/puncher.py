@@ -15,7 +15,7 @@ from typing import Any, Final
 from ..constants import Firewall, InternalCommand
 from ..encoding import Address
 from ..errors import HyperDHTError
-from ..net.endpoint import Socket
+from ..net.sockets import Socket
 from ..net.streams import Stream
 from ..node.nat import NatClassifier
 from ..node.node import Node

@@ -14,7 +14,7 @@ from ..constants import Command, Mode
 from ..crypto import hash as blake2b
 from ..encoding import Address
 from ..errors import DecodeError
-from ..net.endpoint import Socket
+from ..net.sockets import Socket
 from ..rpc.rpc import IncomingRequest
 from ..storage.records import Forward, ForwardStore
 from .setup_messages import (

@@ -14,11 +14,11 @@ from ..constants import Firewall, HandshakeError
 from ..crypto import KeyPair
 from ..encoding import Address
 from ..errors import ConnectionClosed, DecodeError, HyperDHTError
+from ..expiring import ExpiringMap
 from ..node.budget import VerifyBudget
 from ..rpc.requests import IncomingRequest
 from ..secure.connection import Connection
 from ..secure.noise import NoiseIK
-from ..storage.records import ExpiringMap
 from .announcer import Announcer
 from .context import PeerContext
 from .pending_client import HANDSHAKE_TIMEOUT, PendingClient

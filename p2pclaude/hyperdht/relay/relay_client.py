@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 from ..encoding import Address
 from ..errors import Destroyed, HyperDHTError, RelayFailed, Suspended
-from ..net.endpoint import Socket
+from ..net.sockets import Socket
 from ..net.streams import Stream
 from ..secure.connection import Connection
 from .link_messages import (

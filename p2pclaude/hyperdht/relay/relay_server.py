@@ -18,7 +18,8 @@ from typing import Final, Protocol
 from ..crypto import KeyPair
 from ..encoding import Address
 from ..errors import HyperDHTError
-from ..net.endpoint import Endpoint, Socket
+from ..net.endpoint import Endpoint
+from ..net.sockets import Socket
 from ..net.streams import Stream, StreamSet
 from ..secure.connection import Connection
 from ..udx.packet import DESTROY, HEADER, HEADER_BYTES, MAGIC, SEQ_MASK, rewrite_stream_id, unwrap

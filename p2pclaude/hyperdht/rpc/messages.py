@@ -1,13 +1,14 @@
 """The DHT's messages: requests, responses and stored records (ring 1).
 
 `endpoint` hands every datagram that is no UDX packet to `decode_message`. The values inside requests and responses
-have codecs of their own here; those of the connection handshake stand in `handshakes`.
+have codecs of their own here; those of the connection handshake stand in `peer.setup_messages`.
 """
 
 import struct
 from typing import NamedTuple
 
 from ..constants import REQUEST_ID, RESPONSE_ID, ErrorCode
+from ..crypto import hash as blake2b
 from ..encoding import Address, Reader, array, buffer, fixed, ipv4, string, uint
 from ..errors import DecodeError
 
@@ -16,6 +17,11 @@ MAX_LOOKUP_PEERS = 64  # upstream sends 20
 MAX_RELAY_ADDRESSES = 16  # upstream sends 3
 
 _TID = struct.Struct("<H")
+
+
+def node_id(address: Address) -> bytes:
+    """Return the id (32 bytes) of the DHT node at `address`: BLAKE2b-256 of its 6 encoded bytes."""
+    return blake2b(ipv4(address))
 
 
 class Request(NamedTuple):

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict
+from typing import Final, NamedTuple, TypedDict, Unpack
 
 from ..constants import Command, ErrorCode
 from ..encoding import Address
-from ..net.endpoint import Socket
-from ..node.routing import node_id
-from .messages import Request, Response, encode_request, encode_response
-
-if TYPE_CHECKING:
-    from .rpc import Rpc
+from ..net.sockets import Socket
+from .messages import Request, Response, encode_request, encode_response, node_id
+from .own_side import OwnSide
 
 DEFAULT_RETRIES: Final = 3
 RELAYED_RETRIES: Final = 6  # on the way client, relay, server and back a packet may get lost four times
@@ -26,21 +23,26 @@ Value = bytes | Callable[[bytes], bytes] | None
 """A request's value; a function makes it of the token the request carries (signatures cover tokens)."""
 
 
-class RequestOptions(TypedDict, total=False):
-    """What may be said of a request beside its receiver and its command.
+class QuestionOptions(TypedDict, total=False):
+    """What may be said of a request beside its receiver, its command and its token.
 
     `timeout` is in seconds for each of the 1 + `retries` sends (default: learnt); pass one when the answer takes longer
     than the node's round trip (handshakes and hole punching are known to). `socket` is where it leaves (default: the
-    node's). A refused `token` is replaced by the one that came with the refusal, once.
+    node's).
     """
 
     internal: bool
     target: bytes | None
     value: Value
-    token: bytes | None
     socket: Socket | None
     retries: int
     timeout: float | None
+
+
+class RequestOptions(QuestionOptions, total=False):
+    """The same with the token: one that is refused is replaced by the one that came with the refusal, once."""
+
+    token: bytes | None
 
 
 def checked_id(claimed: bytes | None, source: Address) -> bytes | None:
@@ -73,10 +75,10 @@ class IncomingRequest:
     `id` is the sender's, checked against `source`; `token`, if there is one, is a token of ours for that host.
     """
 
-    __slots__ = ("_rpc", "command", "id", "internal", "socket", "source", "target", "tid", "to", "token", "value")
+    __slots__ = ("_own", "command", "id", "internal", "socket", "source", "target", "tid", "to", "token", "value")
 
-    def __init__(self, rpc: Rpc, socket: Socket, source: Address, message: Request) -> None:
-        self._rpc = rpc
+    def __init__(self, own: OwnSide, socket: Socket, source: Address, message: Request) -> None:
+        self._own = own
         self.socket = socket
         self.source = source
         self.tid = message.tid
@@ -107,9 +109,9 @@ class IncomingRequest:
     def relay(self, value: bytes | None, to: Address, *, socket: Socket | None = None) -> None:
         """Pass the request on to another node: a request again, with the same tid, that nobody here waits for."""
         out = socket or self.socket
-        own_id = self._rpc.id_on(out)
+        own_id = self._own.id_on(out)
         message = Request(self.tid, to, self.command, self.internal, own_id, None, self.target, value)
-        self._rpc.send_datagram(out, encode_request(message), to)
+        self._own.send_datagram(out, encode_request(message), to)
 
     def _respond(
         self,
@@ -120,17 +122,53 @@ class IncomingRequest:
         socket: Socket | None,
         to: Address | None,
     ) -> None:
-        rpc, out, receiver = self._rpc, socket or self.socket, to or self.source
+        own, out, receiver = self._own, socket or self.socket, to or self.source
         response = Response(
             self.tid,
             receiver,
-            rpc.id_on(out),
-            rpc.issue_token(receiver[0]) if token else None,
-            tuple(rpc.closest(self.target)) if closer_nodes and self.target is not None else (),
+            own.id_on(out),
+            own.issue_token(receiver[0]) if token else None,
+            tuple(own.closest(self.target)) if closer_nodes and self.target is not None else (),
             error,
             value,
         )
-        rpc.send_datagram(out, encode_response(response), receiver)
+        own.send_datagram(out, encode_response(response), receiver)
+
+
+class Question:
+    """What is asked of whom, and how patiently: a request as it stays while it is sent again."""
+
+    __slots__ = ("_value", "command", "internal", "retries", "socket", "target", "timeout", "to")
+
+    def __init__(
+        self,
+        to: Address,
+        command: int,
+        *,
+        internal: bool = False,
+        target: bytes | None = None,
+        value: Value = None,
+        socket: Socket | None = None,
+        retries: int = DEFAULT_RETRIES,
+        timeout: float | None = None,
+    ) -> None:
+        self.to = to
+        self.command = command
+        self.internal = internal
+        self.target = target
+        self.socket = socket
+        self.retries = retries
+        self.timeout = timeout
+        self._value = value
+
+    @property
+    def relayed(self) -> bool:
+        """Whether the node asked passes the request on: then the answer takes longer than the way to that node."""
+        return not self.internal and self.command in (Command.PEER_HANDSHAKE, Command.PEER_HOLEPUNCH)
+
+    def value_for(self, token: bytes | None) -> bytes | None:
+        """Return the value that belongs to a token."""
+        return self._value(token or b"") if callable(self._value) else self._value
 
 
 class OutgoingRequest:
@@ -140,51 +178,23 @@ class OutgoingRequest:
     """
 
     __slots__ = (
-        "_rpc",
-        "_value",
-        "command",
-        "first_sent",
-        "future",
-        "internal",
-        "on_resend",
-        "retries",
-        "sends",
-        "socket",
-        "target",
-        "tid",
-        "timeout",
-        "timer",
-        "to",
-        "token",
-        "token_retried",
+        "_on_cancel", "asked", "first_sent", "future", "on_resend", "sends", "tid", "timer", "token", "token_retried",
         "value",
-    )
+    )  # fmt: skip
 
     def __init__(
         self,
-        rpc: Rpc,
+        on_cancel: Callable[[OutgoingRequest], None],
         to: Address,
         command: int,
         *,
-        internal: bool = False,
-        target: bytes | None = None,
-        value: Value = None,
         token: bytes | None = None,
-        socket: Socket | None = None,
-        retries: int = DEFAULT_RETRIES,
-        timeout: float | None = None,
+        **options: Unpack[QuestionOptions],
     ) -> None:
-        self._rpc = rpc
-        self._value = value
-        self.to = to
-        self.command = command
+        self._on_cancel = on_cancel
+        self.asked = Question(to, command, **options)
         self.future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self.on_resend: Callable[[OutgoingRequest], None] | None = None
-        self.internal = internal
-        self.target = target
-        self.socket = socket
-        self.retries = retries
-        self.timeout = timeout
         self.timer: asyncio.TimerHandle | None = None
         self.tid: int | None = None
         self.sends = 0
@@ -193,22 +203,23 @@ class OutgoingRequest:
         self.use_token(token)
 
     @property
-    def relayed(self) -> bool:
-        """Whether the node asked passes the request on: then the answer takes longer than the way to that node."""
-        return not self.internal and self.command in (Command.PEER_HANDSHAKE, Command.PEER_HOLEPUNCH)
+    def to(self) -> Address:
+        """Whom it asks."""
+        return self.asked.to
 
     def use_token(self, token: bytes | None) -> None:
         """Carry this token from now on, with the value that belongs to it."""
         self.token = token
-        self.value = self._value(token or b"") if callable(self._value) else self._value
+        self.value = self.asked.value_for(token)
 
     def cancel(self) -> None:
         """Forget the request; nothing happens if it is settled."""
-        self._rpc.forget(self)
+        self._on_cancel(self)
         self.future.cancel()
 
     def encode(self, tid: int, own_id: bytes | None) -> bytes:
         """Return the datagram."""
+        asked = self.asked
         return encode_request(
-            Request(tid, self.to, self.command, self.internal, own_id, self.token, self.target, self.value)
+            Request(tid, asked.to, asked.command, asked.internal, own_id, self.token, asked.target, self.value)
         )

@@ -11,15 +11,16 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, Unpack
 
 from ..constants import ErrorCode, InternalCommand
 from ..encoding import Address
 from ..errors import DecodeError, HyperDHTError, Timeout
-from ..net.endpoint import Endpoint, Socket
-from ..storage.records import TokenJar
+from ..net.endpoint import Endpoint
+from ..net.sockets import Socket
 from .messages import Request, Response, decode_message
+from .own_side import OwnSide
 from .requests import IncomingRequest, OutgoingRequest, Reply, RequestOptions, checked_id
 from .timeouts import LAST_TIMEOUT, AdaptiveTimeouts
 from .window import SLOT_SECONDS, CongestionWindow
@@ -52,25 +53,18 @@ class RpcStats:
 class Rpc:
     """The table of requests in flight, and the way in for those of others.
 
-    The node sets: `server_socket` and `client_socket` (all own requests leave from the client socket while
-    `firewalled`), `identity` (the own id while persistent, else None), `closest` (target -> addresses for
-    responses), and the callbacks `on_request`, `on_response` and `on_timeout`. The flag that the first two get
-    says that the datagram came in on the socket we do not send from, so that its `to` tells nothing about that.
+    `own` is what others see of us, which the node sets, as it sets the callbacks `on_request`, `on_response` and
+    `on_timeout`. The flag that the first two get says that the datagram came in on the socket we do not send from, so
+    that its `to` tells nothing about that.
     """
 
     def __init__(self, endpoint: Endpoint, rng: random.Random, *, max_window: int = 80) -> None:
-        self.server_socket: Socket | None = None
-        self.client_socket: Socket | None = None
-        self.firewalled = True
-        self.identity: bytes | None = None
-        self.closest: Callable[[bytes], Sequence[Address]] = _no_nodes
+        self.own = OwnSide(rng)
         self.on_request: Callable[[IncomingRequest, bool], None] = _ignore
         self.on_response: Callable[[Reply, bool], None] = _ignore
         self.on_timeout: Callable[[OutgoingRequest], None] = _ignore
         self.stats = RpcStats()
         self.timeouts = AdaptiveTimeouts(rng)
-        self._tokens = TokenJar(rng)
-        self._tokens_rotated = 0.0
         self._window = CongestionWindow(max_window)
         self._calls: dict[OutgoingRequest, None] = {}  # in order, so that simulations replay
         self._in_flight: dict[int, OutgoingRequest] = {}  # by tid, which a request gets with its first send
@@ -86,42 +80,12 @@ class Rpc:
         """The number of requests that wait for an answer or for room in the window."""
         return len(self._calls)
 
-    @property
-    def socket(self) -> Socket:
-        """The socket own requests leave from."""
-        socket = self.client_socket if self.firewalled else self.server_socket
-        if socket is None:
-            raise RuntimeError("the node is not started")
-        return socket
-
     def heard_since(self, call: OutgoingRequest) -> bool:
         """Tell whether anybody said anything since a request was first sent.
 
         If not, its silence says more about our own network than about the node that was asked.
         """
         return self._last_heard >= call.first_sent
-
-    def id_on(self, socket: Socket) -> bytes | None:
-        """Return the id a datagram leaving from `socket` carries: only persistent nodes' server sockets have one."""
-        return self.identity if socket is self.server_socket else None
-
-    def issue_token(self, host: str) -> bytes:
-        """Return the current round-trip token of a host."""
-        self._rotate_tokens()
-        return self._tokens.issue(host)
-
-    def _rotate_tokens(self) -> None:
-        # On demand, so that an idle node needs no timer. Two rotations replace both secrets; more change nothing.
-        now = asyncio.get_running_loop().time()
-        due = int((now - self._tokens_rotated) // TokenJar.ROTATION_SECONDS)
-        for _ in range(min(due, 2)):
-            self._tokens.rotate()
-        self._tokens_rotated += due * TokenJar.ROTATION_SECONDS
-
-    def send_datagram(self, socket: Socket, datagram: bytes, to: Address) -> None:
-        """Send one datagram, unless there is no way to: a lost datagram is nothing unusual here."""
-        if self._closed is None and not socket.closed and to[1] > 0:
-            socket.send([datagram], to)
 
     # asking
 
@@ -148,7 +112,7 @@ class Rpc:
         """Begin what `request` awaits. Raises Suspended or Destroyed at once; all else comes through the future."""
         if self._closed is not None:
             raise self._closed()
-        call = OutgoingRequest(self, to, command, **options)
+        call = OutgoingRequest(self.forget, to, command, **options)
         call.on_resend = on_resend
         self._calls[call] = None
         try:
@@ -175,6 +139,7 @@ class Rpc:
     def close(self, reason: Callable[[], HyperDHTError]) -> None:
         """Fail everything in flight with `reason()`, and every later request, until `open`."""
         self._closed = reason
+        self.own.silent = True
         calls = list(self._calls)
         self._calls.clear()
         self._in_flight.clear()
@@ -192,11 +157,12 @@ class Rpc:
     def open(self) -> None:
         """Take requests again, after `close`."""
         self._closed = None
+        self.own.silent = False
 
     def _submit(self, call: OutgoingRequest) -> None:
         if self._window.full or self._queue:
             if not call.sends:
-                call.encode(0, self.identity)  # raises now what it would raise later
+                call.encode(0, self.own.identity)  # raises now what it would raise later
             self._queue.append(call)
             self._watch_window()
         else:
@@ -204,31 +170,31 @@ class Rpc:
 
     def _send(self, call: OutgoingRequest) -> None:
         loop = asyncio.get_running_loop()
-        now = loop.time()
-        out = call.socket if call.socket is not None and not call.socket.closed else self.socket
+        now, asked = loop.time(), call.asked
+        out = asked.socket if asked.socket is not None and not asked.socket.closed else self.own.socket
         tid = self._take_tid() if call.tid is None else call.tid
-        datagram = call.encode(tid, self.id_on(out))
+        datagram = call.encode(tid, self.own.id_on(out))
         if call.tid is None:
             call.tid, call.first_sent = tid, now
             self._in_flight[tid] = call
         call.sends += 1
         self._count_send(call)
         call.timer = loop.call_later(self._wait_for(call, now), self._on_timer, call)
-        self.send_datagram(out, datagram, call.to)
+        self.own.send_datagram(out, datagram, asked.to)
 
     def _wait_for(self, call: OutgoingRequest, now: float) -> float:
-        if call.timeout is not None:
-            return call.timeout
-        timeouts = self.timeouts
-        wait = timeouts.get_relayed(call.sends) if call.relayed else timeouts.get(call.to, call.sends, now)
-        last = 2 * LAST_TIMEOUT if call.relayed else LAST_TIMEOUT  # two nodes may be busy
-        return wait if call.sends <= call.retries else max(wait, last)
+        asked, timeouts = call.asked, self.timeouts
+        if asked.timeout is not None:
+            return asked.timeout
+        wait = timeouts.get_relayed(call.sends) if asked.relayed else timeouts.get(asked.to, call.sends, now)
+        last = 2 * LAST_TIMEOUT if asked.relayed else LAST_TIMEOUT  # two nodes may be busy
+        return wait if call.sends <= asked.retries else max(wait, last)
 
     def _count_send(self, call: OutgoingRequest) -> None:
         self._window.sent()
         self._watch_window()
-        if call.internal and call.command in _INTERNAL:
-            command = InternalCommand(call.command)
+        if call.asked.internal and call.asked.command in _INTERNAL:
+            command = InternalCommand(call.asked.command)
             self.stats.commands_sent[command] = self.stats.commands_sent.get(command, 0) + 1
 
     def _take_tid(self) -> int:
@@ -241,7 +207,7 @@ class Rpc:
 
     def _on_timer(self, call: OutgoingRequest) -> None:
         call.timer = None
-        if call.sends <= call.retries:
+        if call.sends <= call.asked.retries:
             self._resend(call)
             return
         self.stats.timeouts += 1
@@ -288,7 +254,7 @@ class Rpc:
             self.stats.garbage += 1
             return
         self._last_heard = asyncio.get_running_loop().time()
-        external = socket is not (self.client_socket if self.firewalled else self.server_socket)
+        external = self.own.is_other_socket(socket)
         try:
             if isinstance(message, Request):
                 self._receive_request(socket, source, message, external)
@@ -299,16 +265,12 @@ class Rpc:
             logger.exception("a datagram's handler failed")
 
     def _receive_request(self, socket: Socket, source: Address, message: Request, external: bool) -> None:
-        request = IncomingRequest(self, socket, source, message)
-        if message.token is not None and not self._is_our_token(source[0], message.token):
+        request = IncomingRequest(self.own, socket, source, message)
+        if message.token is not None and not self.own.is_our_token(source[0], message.token):
             self.stats.bad_tokens += 1
             request.error(ErrorCode.INVALID_TOKEN, token=True)
             return
         self.on_request(request, external)
-
-    def _is_our_token(self, host: str, token: bytes) -> bool:
-        self._rotate_tokens()
-        return self._tokens.check(host, token)
 
     def _receive_response(self, socket: Socket, source: Address, message: Response, external: bool) -> None:
         call = self._in_flight.get(message.tid)
@@ -328,7 +290,7 @@ class Rpc:
     def _make_reply(self, call: OutgoingRequest, socket: Socket, source: Address, message: Response) -> Reply:
         now = asyncio.get_running_loop().time()
         rtt = now - call.first_sent
-        if call.timeout is None and not call.relayed:  # else the answer may have waited for something
+        if call.asked.timeout is None and not call.asked.relayed:  # else the answer may have waited for something
             self.timeouts.put(source, rtt, call.sends, now)
         return Reply(
             source,
@@ -363,10 +325,6 @@ class Rpc:
 
 
 _INTERNAL: Final = frozenset(InternalCommand)
-
-
-def _no_nodes(target: bytes) -> Sequence[Address]:
-    return ()
 
 
 def _ignore(*args: object) -> None:

@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from ..encoding import Address
 from ..errors import ConnectionClosed, DecodeError
-from ..net.endpoint import Socket
+from ..net.sockets import Socket
 from ..net.streams import Stream
 from .noise import NoiseIK
 from .secretstream import MAX_FRAME_BYTES, SecretStream

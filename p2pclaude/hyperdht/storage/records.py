@@ -1,4 +1,4 @@
-"""What a persistent node keeps for others: announcements, mutable and immutable values, tokens (ring 1).
+"""What a persistent node keeps for others: announcements, mutable and immutable values (ring 1).
 
 `node` answers FIND_PEER, LOOKUP, ANNOUNCE and the puts and gets from these stores; `router` finds in `ForwardStore`
 where to pass a handshake on. Signatures are the caller's to check. Times are `now` in seconds of any steady clock.
@@ -6,15 +6,13 @@ Every store is bounded and forgets honestly: an entry lives its lifetime from th
 first when there is no room. Sources: hyperdht lib/persistent.js and index.js (defaultCacheOpts).
 """
 
-import hmac
 import random
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
-from ..constants import TOKEN_BYTES, ErrorCode
-from ..crypto import hash, keyed_hash
+from ..constants import ErrorCode
+from ..crypto import hash
 from ..encoding import Address
+from ..expiring import ExpiringMap
 from ..rpc.messages import MutableGetReply
 
 CAPACITY: Final = 65536
@@ -22,86 +20,6 @@ ANNOUNCE_LIFETIME: Final = 20 * 60.0
 VALUE_LIFETIME: Final = 48 * 3600.0
 MAX_BUMP_DRIFT_MS: Final = 60_000
 LOOKUP_RECORDS: Final = 20
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
-
-class TokenJar:
-    """Round-trip tokens: proof that a requester receives at the host it sends from; dht-rpc lib/io.js.
-
-    The caller rotates every `ROTATION_SECONDS`; a token is good until the second rotation after its issue.
-    """
-
-    ROTATION_SECONDS: Final = 7.5
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-        self._old = rng.randbytes(TOKEN_BYTES)
-        self._new = rng.randbytes(TOKEN_BYTES)
-
-    def issue(self, host: str) -> bytes:
-        """Return the token (32 bytes) for a dotted IPv4 host."""
-        return keyed_hash(host.encode(), self._new)
-
-    def check(self, host: str, token: bytes) -> bool:
-        """Tell whether `token` was issued to `host` lately."""
-        return any(hmac.compare_digest(token, keyed_hash(host.encode(), secret)) for secret in (self._new, self._old))
-
-    def rotate(self) -> None:
-        """Replace the older secret by a fresh one."""
-        self._old, self._new = self._new, self._rng.randbytes(TOKEN_BYTES)
-
-
-class ExpiringMap(Generic[Key, Value]):
-    """A bounded dictionary whose entries live `lifetime` seconds from when they were last set.
-
-    `on_drop(key)` is called for entries that expire or make room, not for deleted or overwritten ones. As all
-    live equally long, the dictionary's order is that of expiry.
-    """
-
-    def __init__(self, capacity: int, lifetime: float, on_drop: Callable[[Key], None] | None = None) -> None:
-        self.capacity = capacity
-        self.lifetime = lifetime
-        self._on_drop = on_drop
-        self._entries: OrderedDict[Key, tuple[float, Value]] = OrderedDict()  # finds its first entry in no time
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def set(self, key: Key, value: Value, now: float) -> None:
-        """Store or overwrite an entry; its life begins anew."""
-        self._entries[key] = now + self.lifetime, value
-        self._entries.move_to_end(key)
-        self.expire(now)
-        while len(self._entries) > self.capacity:
-            self._drop(next(iter(self._entries)))
-
-    def get(self, key: Key, now: float) -> Value | None:
-        """Return the entry's value, None if it is missing or too old."""
-        expires, value = self._entries.get(key, (now, None))
-        return value if now < expires else None
-
-    def delete(self, key: Key) -> bool:
-        """Remove an entry; False if there was none."""
-        return self._entries.pop(key, None) is not None
-
-    def clear(self) -> None:
-        """Drop all entries, silently."""
-        self._entries.clear()
-
-    def expire(self, now: float) -> None:
-        """Drop all entries that are too old: call it now and then, `set` does."""
-        while self._entries:
-            key = next(iter(self._entries))
-            if now < self._entries[key][0]:
-                break
-            self._drop(key)
-
-    def _drop(self, key: Key) -> None:
-        del self._entries[key]
-        if self._on_drop is not None:
-            self._on_drop(key)
 
 
 class _Topic:

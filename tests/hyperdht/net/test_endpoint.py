@@ -9,7 +9,8 @@ from sim import Link, Packet, SimNetwork, SimulationError, run
 
 from p2pclaude.hyperdht.constants import PacketType
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.net.endpoint import Endpoint, Socket
+from p2pclaude.hyperdht.net.endpoint import Endpoint
+from p2pclaude.hyperdht.net.sockets import Socket
 from p2pclaude.hyperdht.secure.connection import WRITE_HIGH_WATER
 from p2pclaude.hyperdht.udx.packet import DATA, HEADER, MAGIC
 

@@ -15,7 +15,7 @@ import pytest
 
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.net import udp
-from p2pclaude.hyperdht.net.endpoint import Arrival
+from p2pclaude.hyperdht.net.sockets import Arrival
 from p2pclaude.hyperdht.net.udp import PLAIN, UdpSocket
 
 FULL = 1472

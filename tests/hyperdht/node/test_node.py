@@ -15,8 +15,7 @@ from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import Destroyed, Suspended
 from p2pclaude.hyperdht.node.node import TICK_SECONDS, host_sleep
 from p2pclaude.hyperdht.node.reachability import STABLE_TICKS
-from p2pclaude.hyperdht.node.routing import node_id
-from p2pclaude.hyperdht.rpc.messages import Response, encode_response
+from p2pclaude.hyperdht.rpc.messages import Response, encode_response, node_id
 from p2pclaude.hyperdht.rpc.requests import IncomingRequest
 
 TWENTY_MINUTES = STABLE_TICKS * TICK_SECONDS
@@ -193,7 +192,7 @@ def test_an_answer_on_the_wrong_socket_proves_nothing() -> None:
             # To where the question came from, PING_NAT's too, while telling of the server socket's port.
             closer = tuple(other.address for other in peers)
             message = Response(request.tid, ("8.8.8.8", PORT), node_id(peer.address), closer_nodes=closer)
-            peer.rpc.send_datagram(peer.rpc.socket, encode_response(message), request.source)
+            peer.rpc.own.send_datagram(peer.rpc.own.socket, encode_response(message), request.source)
 
         for peer in peers:
             peer.rpc.on_request = partial(lie, peer)
@@ -287,7 +286,7 @@ def test_a_full_row_lets_a_newcomer_in_only_for_a_silent_node() -> None:
                 address = f"7.{rng.randrange(256)}.0.{rng.randrange(1, 255)}"
                 if node_id((address, PORT))[0] & 0x80 != top:
                     peer = await Peer(net.host(address)).start()
-                    peer.rpc.identity = node_id(peer.address)
+                    peer.rpc.own.identity = node_id(peer.address)
                     peer.rpc.on_request = lambda request, external: request.reply(None)
                     peers.append(peer)
             for peer in peers[:20]:
@@ -314,7 +313,7 @@ def test_requests_do_not_teach_us_our_address() -> None:
         node = make_node(net.host("8.8.8.8"), firewalled=False)
         async with running(node):
             peer = await Peer(net.host("7.7.7.7")).start()
-            peer.rpc.identity = node_id(peer.address)
+            peer.rpc.own.identity = node_id(peer.address)
             await peer.rpc.request(("8.8.8.8", PORT), InternalCommand.PING, internal=True)
             assert len(node.table) == 1 and node.remote_address() is None
             peer.rpc.on_request = lambda request, external: request.reply(None)

@@ -15,8 +15,7 @@ from p2pclaude.hyperdht.encoding import Address, ipv4
 from p2pclaude.hyperdht.errors import Destroyed, RemoteError, Suspended, TooFewNodes
 from p2pclaude.hyperdht.node.node import Node
 from p2pclaude.hyperdht.node.query import MAX_VISITS, QUERY_RETRIES, Query
-from p2pclaude.hyperdht.node.routing import node_id
-from p2pclaude.hyperdht.rpc.messages import Request, decode_message
+from p2pclaude.hyperdht.rpc.messages import Request, decode_message, node_id
 from p2pclaude.hyperdht.rpc.requests import IncomingRequest, Reply
 
 TARGET = b"\x07" * 32
@@ -76,8 +75,8 @@ class Script:
         """Start one more peer; its host's number is its own in the order of starting."""
         host = self.net.host(f"7.0.0.{len(self.peers) + 1}")
         peer = await Peer(host, len(self.peers)).start()
-        peer.rpc.identity = node_id(peer.address) if persistent else None
-        peer.rpc.closest = lambda target: closer
+        peer.rpc.own.identity = node_id(peer.address) if persistent else None
+        peer.rpc.own.closest = lambda target: closer
 
         def on_request(request: IncomingRequest, external: bool) -> None:
             self.requests.append((peer.address, request.command))
@@ -253,7 +252,7 @@ def test_a_hostile_node_cannot_make_it_wander_for_ever() -> None:
 
         peers = [await script.peer() for _ in range(30)]
         for peer in script.peers:
-            peer.rpc.closest = invent
+            peer.rpc.own.closest = invent
         _, query = await script.query(*peers, retries=0)
         await query.finished()
         assert query._visits <= MAX_VISITS

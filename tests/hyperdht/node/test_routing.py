@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pclaude.hyperdht.node.routing import OLD_TICKS, RECENT_TICKS, RoutingTable, TableNode, node_id
+from p2pclaude.hyperdht.node.routing import OLD_TICKS, RECENT_TICKS, RoutingTable, TableNode
+from p2pclaude.hyperdht.rpc.messages import node_id
 
 PROPERTY = settings(max_examples=100, derandomize=True, deadline=None)
 ME = node_id(("127.0.0.1", 10001))

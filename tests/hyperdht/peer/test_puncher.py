@@ -14,7 +14,8 @@ from sim.realm import Packet
 from p2pclaude.hyperdht.constants import Firewall
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.net.endpoint import Endpoint, Socket
+from p2pclaude.hyperdht.net.endpoint import Endpoint
+from p2pclaude.hyperdht.net.sockets import Socket
 from p2pclaude.hyperdht.peer import puncher as module
 from p2pclaude.hyperdht.peer.punch_throttle import PunchThrottle
 from p2pclaude.hyperdht.peer.puncher import Puncher

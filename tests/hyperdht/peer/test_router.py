@@ -9,7 +9,7 @@ import pytest
 from p2pclaude.hyperdht.constants import Command, Mode
 from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.encoding import Address
-from p2pclaude.hyperdht.net.endpoint import Socket
+from p2pclaude.hyperdht.net.sockets import Socket
 from p2pclaude.hyperdht.peer.router import Answer, Router
 from p2pclaude.hyperdht.peer.setup_messages import (
     Handshake,
@@ -20,8 +20,8 @@ from p2pclaude.hyperdht.peer.setup_messages import (
     encode_holepunch,
 )
 from p2pclaude.hyperdht.rpc.messages import Request, Response, decode_message
+from p2pclaude.hyperdht.rpc.own_side import OwnSide
 from p2pclaude.hyperdht.rpc.requests import IncomingRequest
-from p2pclaude.hyperdht.rpc.rpc import Rpc
 from p2pclaude.hyperdht.storage.records import ForwardStore
 
 CLIENT = ("10.0.0.1", 1000)
@@ -85,7 +85,7 @@ async def deliver(
 ) -> list[tuple[Address, Request | Response]]:
     wire = Wire()
     request = Request(7, SERVER, command, target=TARGET, value=value)
-    assert router.handle(IncomingRequest(cast(Rpc, wire), SOCKET, source, request))
+    assert router.handle(IncomingRequest(cast(OwnSide, wire), SOCKET, source, request))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     return wire.sent

@@ -10,8 +10,7 @@ from sim.realm import Packet
 
 from p2pclaude.hyperdht.constants import Command, ErrorCode
 from p2pclaude.hyperdht.errors import Destroyed, Suspended, Timeout
-from p2pclaude.hyperdht.node.routing import node_id
-from p2pclaude.hyperdht.rpc.messages import Response, encode_response
+from p2pclaude.hyperdht.rpc.messages import Response, encode_response, node_id
 from p2pclaude.hyperdht.rpc.requests import IncomingRequest, Reply
 
 TARGET = b"\x07" * 32
@@ -38,12 +37,12 @@ def test_a_request_is_answered_with_all_there_is_to_know() -> None:
     async def main() -> None:
         net = SimNetwork(link=Link(latency=(0.05, 0.05)))
         ask, serve = await pair(net)
-        serve.rpc.identity = node_id(serve.address)
-        serve.rpc.closest = lambda target: [("1.2.3.4", 5)]
+        serve.rpc.own.identity = node_id(serve.address)
+        serve.rpc.own.closest = lambda target: [("1.2.3.4", 5)]
         reply = await ask.rpc.request(serve.address, 3, target=TARGET)
         assert (reply.source, reply.to, reply.value) == (serve.address, ask.address, b"ok")
         assert (reply.id, reply.error, reply.closer_nodes) == (node_id(serve.address), 0, (("1.2.3.4", 5),))
-        assert reply.token == serve.rpc.issue_token(ask.address[0])
+        assert reply.token == serve.rpc.own.issue_token(ask.address[0])
         assert reply.rtt == pytest.approx(0.1, abs=0.01)
         assert ask.rpc.in_flight == 0
 
@@ -59,10 +58,10 @@ def test_an_id_that_is_not_the_sources_counts_as_none() -> None:
             request.reply(None)
 
         ask, serve = await pair(SimNetwork(), answer)
-        ask.rpc.identity = node_id(ask.address)
-        serve.rpc.identity = b"\x01" * 32
+        ask.rpc.own.identity = node_id(ask.address)
+        serve.rpc.own.identity = b"\x01" * 32
         assert (await ask.rpc.request(serve.address, 3)).id is None
-        ask.rpc.identity = b"\x02" * 32
+        ask.rpc.own.identity = b"\x02" * 32
         await ask.rpc.request(serve.address, 3)
         assert ids == [node_id(ask.address), None]
 
@@ -150,7 +149,7 @@ def test_a_reply_from_another_address_is_no_reply() -> None:
 
         def answer(request: IncomingRequest) -> None:
             message = Response(request.tid, request.source, value=b"forged")
-            stranger.rpc.send_datagram(stranger.rpc.socket, encode_response(message), request.source)
+            stranger.rpc.own.send_datagram(stranger.rpc.own.socket, encode_response(message), request.source)
 
         ask, serve = await pair(net, answer)
         with pytest.raises(Timeout):
@@ -203,7 +202,7 @@ def test_a_refused_token_is_replaced_once_with_its_value() -> None:
     async def main() -> None:
         ask, serve = await pair(SimNetwork(), lambda request: request.reply(request.value))
         reply = await ask.rpc.request(serve.address, 4, token=b"\x01" * 32, value=lambda token: b"for " + token)
-        assert reply.value == b"for " + serve.rpc.issue_token(ask.address[0])
+        assert reply.value == b"for " + serve.rpc.own.issue_token(ask.address[0])
         assert ask.rpc.stats.token_retries == 1
 
         def refuse(request: IncomingRequest) -> None:
@@ -235,7 +234,7 @@ def test_a_token_refused_while_a_resend_waits_for_room_is_replaced_once() -> Non
         assert (await call.future).error == ErrorCode.NONE
         assert ask.rpc.stats.token_retries == 1
         await asyncio.sleep(5)
-        assert heard == [serve.rpc.issue_token(ask.address[0])]
+        assert heard == [serve.rpc.own.issue_token(ask.address[0])]
         for other in crowd:
             other.cancel()
 

@@ -11,12 +11,12 @@ from sim import run
 
 from p2pclaude.hyperdht.constants import Command, ErrorCode, InternalCommand
 from p2pclaude.hyperdht.encoding import Address, ipv4
-from p2pclaude.hyperdht.net.endpoint import Endpoint, Socket
-from p2pclaude.hyperdht.node.routing import node_id
-from p2pclaude.hyperdht.rpc.messages import Request, Response, decode_message, encode_request
+from p2pclaude.hyperdht.net.endpoint import Endpoint
+from p2pclaude.hyperdht.net.sockets import Socket
+from p2pclaude.hyperdht.rpc.messages import Request, Response, decode_message, encode_request, node_id
 from p2pclaude.hyperdht.rpc.requests import IncomingRequest
 from p2pclaude.hyperdht.rpc.rpc import Rpc
-from p2pclaude.hyperdht.storage.records import TokenJar
+from p2pclaude.hyperdht.rpc.tokens import TokenJar
 
 TARGET = b"\x07" * 32
 DESTINATION = ("10.1.2.3", 49737)
@@ -58,12 +58,12 @@ async def engine(*, persistent: bool = False) -> tuple[Rpc, Wire]:
     endpoint = Endpoint(wire, random.Random(1))
     rpc = Rpc(endpoint, random.Random(1))
     rpc._next_tid = 0x1234
-    rpc.server_socket, rpc.client_socket = await endpoint.bind("0.0.0.0", 1), await endpoint.bind("0.0.0.0", 2)
-    rpc._tokens._old, rpc._tokens._new = b"\x01" * 32, b"\x02" * 32
-    rpc._tokens_rotated = asyncio.get_running_loop().time()
-    rpc.closest = lambda target: [("127.0.0.1", 10002), ("127.0.0.1", 10003)]
+    rpc.own.server_socket, rpc.own.client_socket = await endpoint.bind("0.0.0.0", 1), await endpoint.bind("0.0.0.0", 2)
+    rpc.own._tokens._old, rpc.own._tokens._new = b"\x01" * 32, b"\x02" * 32
+    rpc.own._tokens_rotated = asyncio.get_running_loop().time()
+    rpc.own.closest = lambda target: [("127.0.0.1", 10002), ("127.0.0.1", 10003)]
     if persistent:
-        rpc.identity, rpc.firewalled = node_id(("127.0.0.1", 10001)), False
+        rpc.own.identity, rpc.own.firewalled = node_id(("127.0.0.1", 10001)), False
     return rpc, wire
 
 
@@ -121,7 +121,7 @@ def test_a_persistent_node_puts_its_id_into_requests_from_the_server_socket_only
     async def main() -> None:
         rpc, wire = await engine(persistent=True)
         rpc.start(DESTINATION, InternalCommand.PING, internal=True)
-        rpc.start(DESTINATION, InternalCommand.PING, internal=True, socket=rpc.client_socket)
+        rpc.start(DESTINATION, InternalCommand.PING, internal=True, socket=rpc.own.client_socket)
         forget_all(rpc)
         assert [data.hex() for data, _ in wire.sent] == [
             "030534120a01020349c2" + IDENTITY + "00",
@@ -132,8 +132,8 @@ def test_a_persistent_node_puts_its_id_into_requests_from_the_server_socket_only
 
 
 def incoming(rpc: Rpc) -> IncomingRequest:
-    assert rpc.server_socket is not None
-    return IncomingRequest(rpc, rpc.server_socket, REQUESTER, Request(0x1234, DESTINATION, 0, target=TARGET))
+    assert rpc.own.server_socket is not None
+    return IncomingRequest(rpc.own, rpc.own.server_socket, REQUESTER, Request(0x1234, DESTINATION, 0, target=TARGET))
 
 
 RESPONSES: dict[str, tuple[str, Callable[[Rpc], object]]] = {
@@ -161,8 +161,8 @@ RESPONSES: dict[str, tuple[str, Callable[[Rpc], object]]] = {
 
 
 def receive(rpc: Rpc, message: Request) -> None:
-    assert rpc.server_socket is not None
-    rpc.receive(rpc.server_socket, encode_request(message), REQUESTER)
+    assert rpc.own.server_socket is not None
+    rpc.receive(rpc.own.server_socket, encode_request(message), REQUESTER)
 
 
 @pytest.mark.parametrize("name", RESPONSES)
@@ -180,7 +180,7 @@ def test_a_relayed_request_is_a_request_with_the_same_tid() -> None:
 def test_a_reply_can_go_elsewhere_and_leave_elsewhere() -> None:
     async def main() -> None:
         rpc, wire = await engine(persistent=True)
-        incoming(rpc).reply(b"x", to=DESTINATION, socket=rpc.client_socket, token=False, closer_nodes=False)
+        incoming(rpc).reply(b"x", to=DESTINATION, socket=rpc.own.client_socket, token=False, closer_nodes=False)
         [(data, to)] = wire.sent
         assert to == DESTINATION
         assert decode_message(data) == Response(0x1234, DESTINATION, value=b"x")  # no id: not the server socket
@@ -194,7 +194,7 @@ def test_tokens_are_good_for_two_rotations_and_for_one_host() -> None:
         rpc.on_request = lambda request, external: seen.append(request)
         seen: list[IncomingRequest] = []
         old = bytes.fromhex("00a117249665ad87de86a018fa2547da2826404fae2e80230c28621d739ed020")
-        token = rpc.issue_token(REQUESTER[0])
+        token = rpc.own.issue_token(REQUESTER[0])
         assert token.hex() == TOKEN
         for good in (old, token):
             receive(rpc, Request(1, DESTINATION, 4, token=good))
@@ -203,11 +203,11 @@ def test_tokens_are_good_for_two_rotations_and_for_one_host() -> None:
         receive(rpc, Request(1, DESTINATION, 4, token=old))
         receive(rpc, Request(1, DESTINATION, 4, token=token))
         assert len(seen) == 3
-        receive(rpc, Request(1, DESTINATION, 4, token=rpc.issue_token("10.0.0.1")))
+        receive(rpc, Request(1, DESTINATION, 4, token=rpc.own.issue_token("10.0.0.1")))
         await asyncio.sleep(TokenJar.ROTATION_SECONDS)
         receive(rpc, Request(1, DESTINATION, 4, token=token))
         assert (len(seen), rpc.stats.bad_tokens) == (3, 3)
-        token = rpc.issue_token(REQUESTER[0])
+        token = rpc.own.issue_token(REQUESTER[0])
         await asyncio.sleep(3600)  # without a request in between
         receive(rpc, Request(1, DESTINATION, 4, token=token))
         assert (len(seen), rpc.stats.bad_tokens) == (3, 4)
@@ -235,7 +235,7 @@ def test_any_datagram_is_swallowed(data: bytes) -> None:
     async def main() -> None:
         rpc, _ = await engine()
         call = rpc.start(DESTINATION, 3)
-        sockets: list[Socket] = [s for s in (rpc.server_socket, rpc.client_socket) if s is not None]
+        sockets: list[Socket] = [s for s in (rpc.own.server_socket, rpc.own.client_socket) if s is not None]
         for socket in sockets:
             rpc.receive(socket, data, DESTINATION)
             rpc.receive(socket, data, ("10.0.0.1", 0))
@@ -268,7 +268,7 @@ def test_a_datagram_on_the_other_socket_is_external() -> None:
         seen: list[bool] = []
         rpc.on_request = lambda request, external: seen.append(external)
         receive(rpc, Request(1, DESTINATION, 4))
-        rpc.firewalled = False
+        rpc.own.firewalled = False
         receive(rpc, Request(1, DESTINATION, 4))
         assert seen == [True, False]
 

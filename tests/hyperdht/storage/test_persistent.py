@@ -81,7 +81,7 @@ class Shop:
 
     @property
     def token(self) -> bytes:
-        return self.node.rpc.issue_token(self.peer.address[0])
+        return self.node.rpc.own.issue_token(self.peer.address[0])
 
     def signed(
         self,

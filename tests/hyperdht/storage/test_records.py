@@ -4,10 +4,8 @@ import random
 from collections import Counter
 
 import pytest
-from hyperdht.test_crypto import FixedRandom
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vectors import load, unhex
 
 from p2pclaude.hyperdht.constants import ErrorCode
 from p2pclaude.hyperdht.crypto import hash as blake2b
@@ -16,7 +14,6 @@ from p2pclaude.hyperdht.storage.records import (
     ANNOUNCE_LIFETIME,
     CAPACITY,
     VALUE_LIFETIME,
-    ExpiringMap,
     Forward,
     ForwardStore,
     ImmutableStore,
@@ -24,7 +21,6 @@ from p2pclaude.hyperdht.storage.records import (
     RecordStore,
     Refresh,
     RefreshStore,
-    TokenJar,
     check_mutable_put,
 )
 
@@ -35,107 +31,6 @@ TOPIC, OTHER_TOPIC = bytes(32), bytes([1]) * 32
 def key(number: int) -> bytes:
     """Return a public key."""
     return number.to_bytes(32, "big")
-
-
-# Tokens
-
-
-def test_tokens_are_those_of_dht_rpc() -> None:
-    old, new = load("datagrams")["tokens"]
-    jar = TokenJar(FixedRandom(unhex(old["secret"]) + unhex(new["secret"])))
-    assert jar.issue(new["host"]).hex() == new["token"]
-    assert jar.check(old["host"], unhex(old["token"]))
-    assert jar.check(new["host"], unhex(new["token"]))
-
-
-def test_a_token_outlives_one_rotation() -> None:
-    jar = TokenJar(random.Random(1))
-    token = jar.issue("10.0.0.1")
-    checks = []
-    for _ in range(4):
-        checks.append(jar.check("10.0.0.1", token))
-        jar.rotate()
-    assert checks == [True, True, False, False]
-    assert jar.issue("10.0.0.1") != token
-
-
-@pytest.mark.parametrize("token", [b"", bytes(31), bytes(32), bytes(33)])
-def test_other_tokens_are_refused(token: bytes) -> None:
-    assert not TokenJar(random.Random(1)).check("10.0.0.1", token)
-
-
-def test_a_token_is_for_one_host() -> None:
-    jar = TokenJar(random.Random(1))
-    assert not jar.check("10.0.0.2", jar.issue("10.0.0.1"))
-    assert not TokenJar(random.Random(2)).check("10.0.0.1", jar.issue("10.0.0.1"))
-
-
-# The map below all stores
-
-
-def test_an_entry_lives_its_lifetime_from_the_last_set() -> None:
-    store: ExpiringMap[str, int] = ExpiringMap(10, 60.0)
-    store.set("a", 1, now=0.0)
-    assert store.get("a", now=59.9) == 1
-    assert store.get("a", now=60.0) is None
-    store.set("a", 2, now=50.0)
-    assert store.get("a", now=109.9) == 2
-    assert store.get("a", now=110.0) is None
-    assert store.get("b", now=0.0) is None
-
-
-def test_expired_entries_are_dropped_and_reported() -> None:
-    dropped: list[str] = []
-    store: ExpiringMap[str, int] = ExpiringMap(10, 60.0, dropped.append)
-    for i, name in enumerate("abc"):
-        store.set(name, i, now=float(i))
-    store.delete("b")
-    store.set("a", 9, now=30.0)
-    store.expire(now=62.0)
-    assert dropped == ["c"]
-    store.set("d", 1, now=95.0)
-    assert dropped == ["c", "a"]
-    assert len(store) == 1
-
-
-def test_the_entry_longest_not_set_makes_room() -> None:
-    dropped: list[str] = []
-    store: ExpiringMap[str, int] = ExpiringMap(3, 60.0, dropped.append)
-    for name in "abc":
-        store.set(name, 0, now=0.0)
-    store.set("a", 1, now=1.0)
-    store.set("d", 1, now=1.0)
-    assert dropped == ["b"]
-    assert len(store) == 3
-
-
-Steps = list[tuple[str, int, float]]
-STEPS = st.lists(
-    st.tuples(st.sampled_from(["set", "delete", "expire"]), st.integers(0, 9), st.floats(0, 30)), max_size=40
-)
-
-
-@PROPERTY
-@given(STEPS)
-def test_the_map_against_a_plain_model(steps: Steps) -> None:
-    store: ExpiringMap[int, int] = ExpiringMap(5, 40.0)
-    model: dict[int, tuple[float, int]] = {}
-    now = 0.0
-    for i, (what, name, wait) in enumerate(steps):
-        now += wait
-        if what == "set":
-            store.set(name, i, now)
-            model.pop(name, None)
-            model[name] = (now + 40.0, i)
-        elif what == "delete":
-            assert store.delete(name) or name not in model or model[name][0] <= now
-            model.pop(name, None)
-        else:
-            store.expire(now)
-        model = dict([(n, e) for n, e in model.items() if now < e[0]][-5:])
-        assert len(store) <= 5
-        for n in range(10):
-            assert store.get(n, now) == (model[n][1] if n in model else None)
 
 
 # Announcements
