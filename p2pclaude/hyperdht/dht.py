@@ -102,8 +102,8 @@ class HyperDHT:
         self._sleep_lock = asyncio.Lock()  # `suspend` and `resume` come one after the other
         self._destroyed = False
         self.node.on_request = self._handle_request
-        self.node.on_network_change.append(self.refresh)
-        self.node.on_wakeup.append(self.refresh)  # the announcements have grown older than the loop's clock says
+        self.node.events.network_change.append(self.refresh)
+        self.node.events.wakeup.append(self.refresh)  # the announcements have grown older than the loop's clock says
 
     # What a client that only connects never needs is loaded when it is first used.
 

@@ -8,7 +8,6 @@ those who need a well filled table wait for it.
 import asyncio
 import logging
 import random
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Unpack
 
@@ -17,34 +16,65 @@ from ..encoding import Address
 from ..errors import Destroyed, HyperDHTError, Suspended
 from ..net.endpoint import Endpoint
 from ..net.sockets import Socket
-from ..rpc.messages import node_id
-from ..rpc.requests import DEFAULT_RETRIES, IncomingRequest, OutgoingRequest, Reply, RequestOptions
+from ..rpc.requests import DEFAULT_RETRIES, IncomingRequest, Reply, RequestOptions
 from ..rpc.rpc import Rpc
 from .bootstrap import Bootstrap, is_ipv4
 from .health import HealthMonitor
 from .internal import MAX_PING_DELAY_MS, InternalCommands
-from .query import Query, QueryOptions
-from .reachability import Reachability
+from .ports import Ports
+from .query import Contacts, Query, QueryOptions
+from .reachability import NodeActions, Reachability
 from .routing import RoutingTable
-from .upkeep import Upkeep, is_usable
+from .ticks import Ticker, host_sleep
+from .upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
-TICK_SECONDS: Final = 5.0
-SLEEP_SECONDS: Final = 3 * TICK_SECONDS  # a gap between ticks that means the host slept
 REFRESH_TICKS: Final = 60  # 5 min without a query
 EMPTY_REFRESH_TICKS: Final = 2
-PORT_TRIES: Final = 5  # ports after the wanted one, if that is taken
 BACKGROUND_CONCURRENCY: Final = 2
 
 
-def host_sleep() -> float:
-    """Return the seconds this host has slept since it booted, which the event loop's clock leaves out."""
-    if hasattr(time, "CLOCK_BOOTTIME"):  # Linux
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
-    if hasattr(time, "CLOCK_UPTIME_RAW"):  # macOS, whose CLOCK_MONOTONIC goes on
-        return time.clock_gettime(time.CLOCK_MONOTONIC) - time.clock_gettime(time.CLOCK_UPTIME_RAW)
-    return 0.0
+class NodeEvents:
+    """Who wants to know when something happens to a node: lists of functions, called without arguments."""
+
+    __slots__ = ("ephemeral", "nat_update", "network_change", "network_update", "persistent", "wakeup")
+
+    def __init__(self) -> None:
+        self.persistent: list[Callable[[], None]] = []
+        self.ephemeral: list[Callable[[], None]] = []
+        self.nat_update: list[Callable[[], None]] = []
+        self.network_change: list[Callable[[], None]] = []  # the host has other addresses
+        self.network_update: list[Callable[[], None]] = []  # that, or `online` or `degraded` changed
+        self.wakeup: list[Callable[[], None]] = []
+
+
+class _Background:
+    """A node's tasks: none of them outlives it, and a failure is logged."""
+
+    __slots__ = ("_tasks",)
+
+    def __init__(self) -> None:
+        self._tasks: dict[asyncio.Task[None], None] = {}  # in order, so that simulations replay
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a coroutine."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[task] = None
+        task.add_done_callback(self._finished)
+        return task
+
+    def cancel(self) -> list[asyncio.Task[None]]:
+        """Cancel every task but the one that asks, and return them."""
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        return tasks
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(task, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a background task failed", exc_info=error)
 
 
 class Node:
@@ -74,41 +104,61 @@ class Node:
     ) -> None:
         if not is_ipv4(host) or (public_address is not None and not is_ipv4(public_address[0])):
             raise ValueError("a node needs IPv4 addresses")
+        rpc = Rpc(endpoint, rng)
+        table = RoutingTable(rng.randbytes(ID_BYTES))
+        names = Bootstrap(bootstrap, endpoint.network.resolve, remembered)
+        upkeep = Upkeep(rpc, table, rng, max_bootstrap_samples=len(bootstrap))
         self.endpoint = endpoint
-        self.rpc = Rpc(endpoint, rng)
-        self.table = RoutingTable(rng.randbytes(ID_BYTES))
-        self.bootstrap = Bootstrap(bootstrap, endpoint.network.resolve, remembered)
-        self.upkeep = Upkeep(self.rpc, self.table, rng, max_bootstrap_samples=len(bootstrap))
+        self.contacts = Contacts(rpc, table, names, upkeep)
+        """Whom the node knows, and how it asks them."""
         self.health = HealthMonitor()
         self.bootstrapped = asyncio.Event()
         self.suspended = False
         self.destroyed = False
         self.on_request: Callable[[IncomingRequest], bool] = _refuse
         """Gets every command that is not internal; False has it answered with UNKNOWN_COMMAND."""
-        self.on_persistent: list[Callable[[], None]] = []
-        self.on_ephemeral: list[Callable[[], None]] = []
-        self.on_nat_update: list[Callable[[], None]] = []
-        self.on_network_change: list[Callable[[], None]] = []  # the host has other addresses
-        self.on_network_update: list[Callable[[], None]] = []  # that, or `online` or `degraded` changed
-        self.on_wakeup: list[Callable[[], None]] = []
-        self._internal = InternalCommands(self.upkeep)
-        self._reachability = Reachability(self, ephemeral=ephemeral, firewalled=firewalled)
+        self.events = NodeEvents()
+        self._internal = InternalCommands(upkeep)
+        self._reachability = Reachability(
+            self.contacts,
+            NodeActions(self._walk, self.refresh, self.set_identity, self.spawn),
+            self.bootstrapped,
+            ephemeral=ephemeral,
+            firewalled=firewalled,
+        )
         self._rng = rng
-        self._host, self._port, self._any_port = host, port, any_port
+        self._ports = Ports(endpoint, host, port, any_port=any_port)
         self._public_address = public_address
-        self._slept = slept
-        self._bound_ports = (0, 0)
         self._refresh_ticks = rng.randint(REFRESH_TICKS // 2 + 1, REFRESH_TICKS)
         self._interfaces: frozenset[str] | None = None
-        self._tasks: dict[asyncio.Task[None], None] = {}  # in order, so that simulations replay
-        self._ticker: asyncio.TimerHandle | None = None
-        self._last_tick = (0.0, 0.0)
-        self.rpc.own.firewalled = firewalled
-        self.rpc.own.closest = self._closest
-        self.rpc.on_request = self._on_request
-        self.rpc.on_response = self.upkeep.heard_reply
-        self.rpc.on_timeout = self.upkeep.on_timeout
-        self.upkeep.on_nat_update = lambda: self._emit(self.on_nat_update)
+        self._background = _Background()
+        self._ticker = Ticker(self._tick, slept)
+        rpc.own.firewalled = firewalled
+        rpc.own.closest = self._closest
+        rpc.on_request = self._on_request
+        rpc.on_response = upkeep.heard_reply
+        rpc.on_timeout = upkeep.on_timeout
+        upkeep.on_nat_update = lambda: self._emit(self.events.nat_update)
+
+    @property
+    def rpc(self) -> Rpc:
+        """The engine that asks and is asked."""
+        return self.contacts.rpc
+
+    @property
+    def table(self) -> RoutingTable:
+        """The nodes we know."""
+        return self.contacts.table
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        """The nodes to begin with."""
+        return self.contacts.bootstrap
+
+    @property
+    def upkeep(self) -> Upkeep:
+        """What keeps the table true, and knows how others see us."""
+        return self.contacts.upkeep
 
     # what we are
 
@@ -125,7 +175,7 @@ class Node:
     @property
     def bind_host(self) -> str:
         """The local host all sockets are bound to."""
-        return self._host
+        return self._ports.host
 
     @property
     def socket(self) -> Socket:
@@ -174,10 +224,6 @@ class Node:
             return None
         return host, port
 
-    def accepts(self, address: Address) -> bool:
-        """Tell whether an address that another node named may be asked."""
-        return is_usable(address)
-
     # asking
 
     async def request(self, to: Address, command: int, **options: Unpack[RequestOptions]) -> Reply:
@@ -199,7 +245,7 @@ class Node:
     def query(self, command: int, target: bytes, **options: Unpack[QueryOptions]) -> Query:
         """Return a walk towards `target`; it starts from the bootstrap nodes if need be, and waits for nothing."""
         self._refresh_ticks = REFRESH_TICKS
-        return Query(self, command, target, **options)
+        return Query(self.contacts, command, target, **options)
 
     def find_node(self, target: bytes) -> Query:
         """Return a walk to the nodes closest to `target`."""
@@ -218,28 +264,17 @@ class Node:
         self._reachability.watch(query)
         query.start()
 
-    # what `query` needs
-
-    def send_down_hint(self, to: Address, down: Address) -> None:
-        """Tell a node that one it named does not answer."""
-        self.upkeep.send_down_hint(to, down)
-
-    def forget(self, call: OutgoingRequest) -> None:
-        """Remove the node that left a request unanswered from the table."""
-        self.upkeep.forget(call)
-
-    def suspect(self, address: Address) -> None:
-        """Ping a node that is slow to answer, and remove it if it stays silent."""
-        self.upkeep.suspect(address)
+    def _walk(self, target: bytes, concurrency: int) -> Query:
+        return self.background_query(target, concurrency=concurrency)
 
     # start and end
 
     async def start(self) -> None:
         """Bind both sockets and begin to bootstrap. Raises OSError if no port is to be had."""
         await self._bind()
-        self._begin_ticks()
-        if self._public_address is None and not len(self.bootstrap) and self._host != "0.0.0.0":
-            self._public_address = self._host, self._bound_ports[0]  # alone, there is nobody to tell us
+        self._ticker.start()
+        if self._public_address is None and not len(self.bootstrap) and self.bind_host != "0.0.0.0":
+            self._public_address = self.bind_host, self._ports.bound[0]  # alone, there is nobody to tell us
         if self._public_address is not None and not self.firewalled:
             self.upkeep.sample(self._public_address)
         self.spawn(self._bootstrap())
@@ -267,7 +302,7 @@ class Node:
         await self._bind()
         self.suspended = False
         self.rpc.open()
-        self._begin_ticks()
+        self._ticker.start()
         self._wake_up()
         if self.bootstrapped.is_set():
             self.refresh()
@@ -285,71 +320,25 @@ class Node:
             self.bootstrapped.set()  # nobody shall wait for it any longer
 
     async def _halt(self, reason: Callable[[], HyperDHTError]) -> None:
-        if self._ticker is not None:
-            self._ticker.cancel()
-            self._ticker = None
+        self._ticker.stop()
         self._internal.close()
         self.rpc.close(reason)
         for socket in (self.server_socket, self.client_socket):
             if socket is not None:
                 socket.close()
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
+        tasks = self._background.cancel()
         await self.bootstrap.close()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _bind(self) -> None:
-        server = await self._bind_server()
-        try:
-            client = await self._bind_any(self._bound_ports[1])
-        except OSError:
-            server.close()
-            raise
+        server, client = await self._ports.bind()
         if self.destroyed:  # meanwhile
             server.close()
             client.close()
             raise Destroyed("the node is destroyed")
         self.rpc.own.server_socket, self.rpc.own.client_socket = server, client
-        self._bound_ports = server.address[1], client.address[1]
-
-    async def _bind_server(self) -> Socket:
-        if not self._port:
-            return await self._bind_any(self._bound_ports[0])
-        wanted = [self._bound_ports[0]] if self._bound_ports[0] else []
-        wanted += range(self._port, min(self._port + (PORT_TRIES if self._any_port else 1), 65536))
-        for port in wanted:
-            try:
-                return await self.endpoint.bind(self._host, port)
-            except OSError:
-                if not self._any_port:
-                    raise
-        return await self.endpoint.bind(self._host, 0)
-
-    async def _bind_any(self, port: int) -> Socket:
-        if port:
-            try:
-                return await self.endpoint.bind(self._host, port)
-            except OSError:
-                pass  # taken while we were suspended
-        return await self.endpoint.bind(self._host, 0)
 
     # ticks
-
-    def _begin_ticks(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._last_tick = loop.time(), self._slept()
-        self._ticker = loop.call_later(TICK_SECONDS, self._on_timer)
-
-    def _on_timer(self) -> None:
-        loop = asyncio.get_running_loop()
-        last, self._last_tick = self._last_tick, (loop.time(), self._slept())
-        self._ticker = loop.call_later(TICK_SECONDS, self._on_timer)
-        slept = sum(self._last_tick) - sum(last) > SLEEP_SECONDS
-        try:
-            self._tick(slept)
-        except Exception:
-            logger.exception("a tick failed")
 
     def _tick(self, slept: bool) -> None:
         if slept:
@@ -364,7 +353,7 @@ class Node:
             self.upkeep.ping_some()
         self._refresh_if_due()
         if self.health.update(self.rpc.stats.responses, self.rpc.stats.timeouts):
-            self._emit(self.on_network_update)
+            self._emit(self.events.network_update)
 
     def _refresh_if_due(self) -> None:
         self._refresh_ticks -= 1
@@ -377,16 +366,16 @@ class Node:
         self.upkeep.begin_tick(woken=True)
         self._refresh_ticks = 1  # in a tick: the network needs its time to wake up too
         if self.health.reset():
-            self._emit(self.on_network_update)
+            self._emit(self.events.network_update)
         self._reachability.reconsider()
-        self._emit(self.on_wakeup)
+        self._emit(self.events.wakeup)
 
     def _watch_interfaces(self) -> None:
         current = frozenset(self.endpoint.network.interfaces())
         if self._interfaces is not None and current != self._interfaces:
             self._reachability.reconsider()
-            self._emit(self.on_network_change)
-            self._emit(self.on_network_update)
+            self._emit(self.events.network_change)
+            self._emit(self.events.network_update)
         self._interfaces = current
 
     # identity
@@ -397,14 +386,14 @@ class Node:
             return
         self.rpc.own.identity = identity
         if identity is None:
-            self._emit(self.on_ephemeral)
+            self._emit(self.events.ephemeral)
             return
         if identity != self.table.id:
             self.table.remove(identity)
             self.table.rebuild(identity)
             if self.bootstrapped.is_set():
                 self.refresh()  # we have other neighbours now
-        self._emit(self.on_persistent)
+        self._emit(self.events.persistent)
 
     # being asked
 
@@ -421,15 +410,7 @@ class Node:
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a coroutine in the background until the node ends; its failure is logged."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks[task] = None
-        task.add_done_callback(self._finished)
-        return task
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.pop(task, None)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a background task failed", exc_info=error)
+        return self._background.spawn(work)
 
     def _emit(self, listeners: Sequence[Callable[[], None]]) -> None:
         for listener in list(listeners):
@@ -442,5 +423,3 @@ class Node:
 def _refuse(request: IncomingRequest) -> bool:
     return False
 
-
-__all__ = ["Node", "node_id"]

@@ -7,7 +7,8 @@ that moved to another network notices, and a forced persistent node tries until 
 """
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, NamedTuple
 
 from ..constants import InternalCommand
 from ..encoding import Address
@@ -15,10 +16,7 @@ from ..errors import HyperDHTError
 from ..rpc.messages import node_id
 from ..rpc.requests import OutgoingRequest, Reply
 from .nat import NatSampler
-from .query import Query
-
-if TYPE_CHECKING:
-    from .node import Node
+from .query import Contacts, Query
 
 STABLE_TICKS: Final = 240  # 20 min without a sleep: worth a look whether we can be persistent
 MORE_STABLE_TICKS: Final = 3 * STABLE_TICKS
@@ -29,11 +27,35 @@ NEEDED_OF_MANY: Final = 3
 NEEDED_OF_FEW: Final = 1
 
 
+class NodeActions(NamedTuple):
+    """What the verdict makes a node do, and how it gets there."""
+
+    walk: Callable[[bytes, int], Query]
+    """Make a walk towards an id that asks so many nodes at a time."""
+    refresh: Callable[[], None]
+    """Fill the table, where the network may be another one."""
+    set_identity: Callable[[bytes | None], None]
+    """Become persistent under an id, or ephemeral again."""
+    spawn: Callable[[Coroutine[Any, Any, None]], object]
+    """Do something in the background, until the node ends."""
+
+
 class Reachability:
     """The verdict on one node. `ephemeral` is None for a node that shall decide by itself."""
 
-    def __init__(self, node: "Node", *, ephemeral: bool | None, firewalled: bool) -> None:
-        self._node = node
+    def __init__(
+        self,
+        contacts: Contacts,
+        actions: NodeActions,
+        bootstrapped: asyncio.Event,
+        *,
+        ephemeral: bool | None,
+        firewalled: bool,
+    ) -> None:
+        self._contacts = contacts
+        self._own = contacts.rpc.own
+        self._actions = actions
+        self._bootstrapped = bootstrapped
         self._adaptive = ephemeral is None
         self._forced = ephemeral is False
         self._assume_open = not firewalled
@@ -50,7 +72,7 @@ class Reachability:
     async def bootstrap(self) -> None:
         """Walk towards our own id, test the firewall, and once persistent walk towards the id we then have."""
         for _ in range(2):
-            query = self._node.background_query(self._node.table.id, concurrency=10)
+            query = self._actions.walk(self._contacts.table.id, 10)
             self.watch(query)
             await query.finished()
             await self._await_probe()
@@ -77,7 +99,9 @@ class Reachability:
             return
         self._probe_due = False
         try:
-            call = self._node.rpc.start(reply.source, InternalCommand.PING_NAT, internal=True, value=self._port_value())
+            call = self._contacts.rpc.start(
+                reply.source, InternalCommand.PING_NAT, internal=True, value=self._port_value()
+            )
         except HyperDHTError:
             return  # suspended since the reply came
         self._probe_call, self._probe_rtt = call, reply.rtt
@@ -86,14 +110,14 @@ class Reachability:
     def _probed(self, future: "asyncio.Future[Reply]") -> None:
         if future.cancelled() or future.exception() is not None:
             return
-        if future.result().socket is not self._node.server_socket:
+        if future.result().socket is not self._own.server_socket:
             return
         self._probe_answered = True
-        if self._node.bootstrapped.is_set():
-            self._node.spawn(self._update_in_background(only_firewall=not self._forced))
+        if self._bootstrapped.is_set():
+            self._actions.spawn(self._update_in_background(only_firewall=not self._forced))
 
     def _port_value(self) -> bytes:
-        socket = self._node.server_socket
+        socket = self._own.server_socket
         assert socket is not None  # bound before anything is sent
         return socket.address[1].to_bytes(2, "little")
 
@@ -101,36 +125,38 @@ class Reachability:
 
     def tick(self) -> None:
         """Count one tick of a node that is not persistent but may become so."""
-        if not self._node.ephemeral or not (self._adaptive or self._forced):
-            return
+        if self._own.identity is None and (self._adaptive or self._forced):
+            self._count_tick()
+
+    def _count_tick(self) -> None:
         self._ticks_left -= 1
         if self._ticks_left > 0:
             return
-        if self._adaptive and self._last_host == self._node.host:
+        if self._adaptive and self._last_host == self._contacts.upkeep.nat.host:
             self._ticks_left = MORE_STABLE_TICKS  # the same network as at the last attempt
         else:
-            self._node.spawn(self._update_in_background(only_firewall=False))
+            self._actions.spawn(self._update_in_background(only_firewall=False))
 
     def reconsider(self) -> None:
         """Look again after a sleep or a change of the network; an adaptive node is ephemeral until it is proven."""
         self._last_host = None
         self._ticks_left = MORE_STABLE_TICKS if self._adaptive else FORCED_RETRY_TICKS
         if self._adaptive:
-            self._node.set_identity(None)
+            self._actions.set_identity(None)
         if not self._assume_open:
-            self._node.spawn(self._recheck())
+            self._actions.spawn(self._recheck())
 
     async def _recheck(self) -> None:
-        node, sampler = self._node, NatSampler()
-        if not node.firewalled and not await self._is_firewalled(sampler):
+        own, upkeep, sampler = self._own, self._contacts.upkeep, NatSampler()
+        if not own.firewalled and not await self._is_firewalled(sampler):
             return
-        node.rpc.own.firewalled = True
-        node.set_identity(None)
-        node.upkeep.replace_sampler(NatSampler())  # the old samples are of another network
-        for known in node.table:
+        own.firewalled = True
+        self._actions.set_identity(None)
+        upkeep.replace_sampler(NatSampler())  # the old samples are of another network
+        for known in self._contacts.table:
             known.sampled = 0
         self._probe_due, self._probe_answered = not self._forced, False
-        node.refresh()
+        self._actions.refresh()
 
     # the verdict
 
@@ -146,8 +172,8 @@ class Reachability:
 
         With `only_firewall` the node learns that it is open, but stays ephemeral. Raises Suspended or Destroyed.
         """
-        node = self._node
-        if self._busy or not node.ephemeral or (only_firewall and not node.firewalled):
+        own = self._own
+        if self._busy or own.identity is not None or (only_firewall and not own.firewalled):
             return False
         self._busy = True
         try:
@@ -156,50 +182,51 @@ class Reachability:
             self._busy = False
 
     async def _update(self, only_firewall: bool) -> bool:
-        node, host, port = self._node, self._node.host, self._node.port
+        own, upkeep = self._own, self._contacts.upkeep
+        host, port = upkeep.nat.host, upkeep.nat.port
         if not only_firewall:
             self._ticks_left = FORCED_RETRY_TICKS if self._forced else MORE_STABLE_TICKS
             self._last_host = host
         if host is None or port == 0:
             return False
-        sampler = node.upkeep.nat
-        if node.firewalled:
+        sampler = upkeep.nat
+        if own.firewalled:
             sampler = NatSampler()
             if await self._is_firewalled(sampler):
                 return False
         # What we compare with may have changed while we waited.
-        if (host, port) != (node.host, node.port) or sampler.host != host or sampler.port == 0:
+        if (host, port) != (upkeep.nat.host, upkeep.nat.port) or sampler.host != host or sampler.port == 0:
             return False
-        node.rpc.own.firewalled = False
-        if sampler is not node.upkeep.nat:
-            node.upkeep.replace_sampler(sampler)
+        own.firewalled = False
+        if sampler is not upkeep.nat:
+            upkeep.replace_sampler(sampler)
         if not only_firewall:
-            node.set_identity(node_id((host, sampler.port)))
+            self._actions.set_identity(node_id((host, sampler.port)))
         return True
 
     async def _is_firewalled(self, sampler: NatSampler) -> bool:
         """Have several nodes answer to our server socket, which did not ask them; feed what they see to `sampler`."""
-        node = self._node
+        own, rpc = self._own, self._contacts.rpc
         asked = self._choose()
         calls = [
             # From the client socket whatever we use otherwise: the server socket's own question would open the door.
-            node.rpc.request(
-                address, InternalCommand.PING_NAT, internal=True, value=self._port_value(), socket=node.client_socket
+            rpc.request(
+                address, InternalCommand.PING_NAT, internal=True, value=self._port_value(), socket=own.client_socket
             )
             for address in asked
         ]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        pongs = [o for o in outcomes if isinstance(o, Reply) and o.socket is node.server_socket]
+        pongs = [o for o in outcomes if isinstance(o, Reply) and o.socket is own.server_socket]
         for pong in pongs:
             sampler.add(*pong.to)
         if len(pongs) < (NEEDED_OF_MANY if len(asked) >= CHECKED_NODES else NEEDED_OF_FEW):
             return True
-        server = node.server_socket
+        server, host = own.server_socket, self._contacts.upkeep.nat.host
         # A server socket behind a NAT that gives it another port is as good as closed.
-        return sampler.host is None or sampler.host != node.host or server is None or sampler.port != server.address[1]
+        return sampler.host is None or sampler.host != host or server is None or sampler.port != server.address[1]
 
     def _choose(self) -> list[Address]:
-        addresses = [known.address for known in self._node.table.latest(CHECKED_NODES)]
+        addresses = [known.address for known in self._contacts.table.latest(CHECKED_NODES)]
         if len(addresses) < CHECKED_NODES:
-            addresses += [a for a in self._node.bootstrap.known() if a not in addresses]
+            addresses += [a for a in self._contacts.bootstrap.known() if a not in addresses]
         return addresses

@@ -11,8 +11,9 @@ from p2pclaude.hyperdht.constants import ErrorCode, InternalCommand
 from p2pclaude.hyperdht.encoding import ipv4
 from p2pclaude.hyperdht.errors import Timeout
 from p2pclaude.hyperdht.node.internal import MAX_DELAYED_PINGS
-from p2pclaude.hyperdht.node.node import TICK_SECONDS, Node
+from p2pclaude.hyperdht.node.node import Node
 from p2pclaude.hyperdht.node.routing import TableNode
+from p2pclaude.hyperdht.node.ticks import TICK_SECONDS
 from p2pclaude.hyperdht.node.upkeep import MAX_CHECKS, MAX_DOWN_HINTS
 
 
@@ -150,10 +151,10 @@ def test_down_hints_sent_are_bounded_by_tick() -> None:
         node, peer = await asker(net)
         peer.rpc.on_request = lambda request, external: request.reply(None)
         for i in range(200):
-            node.send_down_hint(peer.address, ("6.6.6.6", i + 1))
+            node.upkeep.send_down_hint(peer.address, ("6.6.6.6", i + 1))
         assert node.rpc.stats.commands_sent[InternalCommand.DOWN_HINT] == MAX_DOWN_HINTS
         await asyncio.sleep(TICK_SECONDS)
-        node.send_down_hint(peer.address, ("6.6.6.6", 1))
+        node.upkeep.send_down_hint(peer.address, ("6.6.6.6", 1))
         assert node.rpc.stats.commands_sent[InternalCommand.DOWN_HINT] == MAX_DOWN_HINTS + 1
         await node.destroy()
 

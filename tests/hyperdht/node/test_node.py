@@ -13,8 +13,8 @@ from p2pclaude.hyperdht import HyperDHT
 from p2pclaude.hyperdht.constants import InternalCommand
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import Destroyed, Suspended
-from p2pclaude.hyperdht.node.node import TICK_SECONDS, host_sleep
 from p2pclaude.hyperdht.node.reachability import STABLE_TICKS
+from p2pclaude.hyperdht.node.ticks import TICK_SECONDS, host_sleep
 from p2pclaude.hyperdht.rpc.messages import Response, encode_response, node_id
 from p2pclaude.hyperdht.rpc.requests import IncomingRequest
 
@@ -157,7 +157,7 @@ def test_an_adaptive_node_becomes_persistent_after_twenty_quiet_minutes() -> Non
         async with dht(net, 12) as nodes:
             node = make_node(net.host("8.8.8.8"), bootstrap=[address_of(nodes[0])])
             became: list[float] = []
-            node.on_persistent.append(lambda: became.append(now()))
+            node.events.persistent.append(lambda: became.append(now()))
             start = now()
             async with running(node):
                 await asyncio.sleep(TWENTY_MINUTES - 60)
@@ -212,8 +212,8 @@ def test_a_node_that_moves_behind_a_nat_notices() -> None:
             host = net.host("8.8.8.8")
             node = make_node(host, bootstrap=[address_of(nodes[0])])
             changes: list[str] = []
-            node.on_network_change.append(lambda: changes.append("network"))
-            node.on_ephemeral.append(lambda: changes.append("ephemeral"))
+            node.events.network_change.append(lambda: changes.append("network"))
+            node.events.ephemeral.append(lambda: changes.append("ephemeral"))
             async with running(node):
                 await asyncio.sleep(TWENTY_MINUTES + 60)
                 assert not node.ephemeral and not node.firewalled
@@ -253,7 +253,7 @@ def test_while_everything_is_silent_nobody_is_forgotten() -> None:
         async with dht(net, 12) as nodes:
             updates: list[bool] = []
             node = nodes[3]
-            node.on_network_update.append(lambda: updates.append(node.online))
+            node.events.network_update.append(lambda: updates.append(node.online))
             await asyncio.sleep(60)
             host = net.host(node.endpoint.network.interfaces()[-1])
             host.up = False
@@ -335,7 +335,7 @@ def test_waking_up_is_noticed_and_the_table_is_looked_through() -> None:
                 await asyncio.sleep(TWENTY_MINUTES + 60)
                 assert not node.ephemeral
                 woken: list[float] = []
-                node.on_wakeup.append(lambda: woken.append(now()))
+                node.events.wakeup.append(lambda: woken.append(now()))
                 loop = asyncio.get_running_loop()
                 assert isinstance(loop, SimLoop)
                 asked = node.rpc.stats.requests
@@ -354,7 +354,7 @@ def test_a_sleep_that_the_loops_clock_did_not_see_is_noticed_too() -> None:
         node = make_node(SimNetwork().host("8.8.8.8"), slept=lambda: clock[0])
         async with running(node):
             woken: list[float] = []
-            node.on_wakeup.append(lambda: woken.append(now()))
+            node.events.wakeup.append(lambda: woken.append(now()))
             await asyncio.sleep(12)
             clock[0] += 60
             await asyncio.sleep(12)
@@ -484,11 +484,11 @@ def test_a_listener_that_fails_does_not_stop_the_node(caplog: pytest.LogCaptureF
         def fail() -> None:
             raise RuntimeError("a bug")
 
-        node.on_persistent += [fail, lambda: called.append(("8.8.8.8", 1))]
+        node.events.persistent += [fail, lambda: called.append(("8.8.8.8", 1))]
         node._watch_interfaces = fail  # type: ignore[method-assign]
         await node.start()
         await asyncio.sleep(12)
-        assert called and node._ticker is not None and "a tick failed" in caplog.text
+        assert called and node._ticker.is_running and "a tick failed" in caplog.text
         await node.destroy()
 
     loop = SimLoop()

@@ -14,7 +14,7 @@ from p2pclaude.hyperdht.constants import Command, ErrorCode, InternalCommand, K
 from p2pclaude.hyperdht.encoding import Address, ipv4
 from p2pclaude.hyperdht.errors import Destroyed, RemoteError, Suspended, TooFewNodes
 from p2pclaude.hyperdht.node.node import Node
-from p2pclaude.hyperdht.node.query import MAX_VISITS, QUERY_RETRIES, Query
+from p2pclaude.hyperdht.node.query import CONCURRENCY, MAX_VISITS, QUERY_RETRIES, Query
 from p2pclaude.hyperdht.rpc.messages import Request, decode_message, node_id
 from p2pclaude.hyperdht.rpc.requests import IncomingRequest, Reply
 
@@ -238,7 +238,7 @@ def test_nodes_too_far_to_matter_are_not_asked() -> None:
         peers = [await script.peer() for _ in range(60)]
         _, query = await script.query(*peers)
         await query.finished()
-        assert K <= len(script.requests) <= K + query.concurrency
+        assert K <= len(script.requests) <= K + CONCURRENCY
 
     scripted(body)
 
@@ -255,9 +255,9 @@ def test_a_hostile_node_cannot_make_it_wander_for_ever() -> None:
             peer.rpc.own.closest = invent
         _, query = await script.query(*peers, retries=0)
         await query.finished()
-        assert query._visits <= MAX_VISITS
+        assert query._frontier._visits <= MAX_VISITS
         assert len(query.closest_replies) == K
-        assert query._visits <= len(peers) * (K + 1)  # no more than twenty of what each one said
+        assert query._frontier._visits <= len(peers) * (K + 1)  # no more than twenty of what each one said
 
     scripted(body)
 
@@ -335,14 +335,14 @@ def test_a_listener_that_fails_does_not_stall_the_walk(caplog: pytest.LogCapture
         peers = [await script.peer() for _ in range(3)]
         _, query = await script.query(*peers)
 
-        def fail(reply: Reply) -> None:
+        def fail(*args: object) -> None:
             raise RuntimeError("a bug")
 
         query.on_reply = fail
         await query.finished()
         assert query.successes == 3
         _, query = await script.query(*peers)
-        query._node.accepts = fail  # type: ignore[method-assign, assignment]
+        query._add = fail  # type: ignore[method-assign, assignment]
         for _ in range(2):
             with pytest.raises(RuntimeError):
                 await query.finished()

@@ -263,7 +263,7 @@ def test_after_a_sleep_the_announcement_is_made_anew() -> None:
         async with swarm(1, 12) as network:
             _, _, node = await behind_nat(network, 1)
             slept = 0.0
-            node.node._slept = lambda: slept
+            node.node._ticker.slept = lambda: slept
             server = await serve(node, node.key_pair)
             await asyncio.sleep(10)
             forget(network, server)
