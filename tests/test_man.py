@@ -190,7 +190,7 @@ def test_log_fields(enum: type[log.Event | log.NodeEvent]) -> None:
 def test_session_states() -> None:
     """p2pclaude-ls(1) explains exactly the states that there are."""
     text = section(page("p2pclaude-ls.1"), "DESCRIPTION")
-    states = enum_members("p2pclaude/sessions/directory.py", "State")
+    states = enum_members("p2pclaude/sessions/life.py", "State")
     assert set(re.findall(r"^\.It Cm (\w+)", text, re.M)) == set(states)
 
 

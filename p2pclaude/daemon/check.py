@@ -18,7 +18,7 @@ from p2pclaude.errors import P2PClaudeError, TryAgain, Unavailable, WireError
 from p2pclaude.host.datadir import DataDir, file_errors, write_atomically
 from p2pclaude.host.log import first_line
 from p2pclaude.sessions.claude import child_environment, find_claude
-from p2pclaude.sessions.session import Info
+from p2pclaude.sessions.directory import Info
 
 if TYPE_CHECKING:
     from p2pclaude.hyperdht import Connection, HyperDHT

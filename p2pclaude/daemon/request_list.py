@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from p2pclaude.errors import DataError, NoSession
 from p2pclaude.protocol.permissions import MAX_LIST_BYTES, Answer, Request, version_of
 from p2pclaude.protocol.wire import REQUEST_NOT_FOUND, dump_json
-from p2pclaude.sessions.session import Session, State
+from p2pclaude.sessions.life import OVER, State
+from p2pclaude.sessions.session import Session
 from p2pclaude.sessions.table import MAX_WAIT_MS, SessionTable
-
-_OVER = frozenset({State.ENDED, State.FAILED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class Approvals:
             state = None if session_id is None else self._table.find(session_id).state
             current = version_of((session.info.session_id, request.request_id) for session, request in pending)
             left = deadline - loop.time()
-            if current != version or left <= 0 or state in _OVER:
+            if current != version or left <= 0 or state in OVER:
                 break
             await self._table.wait_change(left)
         texts = _fitting(pending)

@@ -12,40 +12,18 @@ import asyncio
 import fcntl
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from p2pclaude.errors import TryAgain, WireError
 from p2pclaude.host.datadir import file_errors, write_atomically
+from p2pclaude.host.log import Event, Log
 from p2pclaude.host.processes import Mark, end_leftovers, holders
 from p2pclaude.protocol.wire import dump_json, load_json
-
-
-class State(StrEnum):
-    """What a session is doing, as `list-sessions` and `get-output` say it."""
-
-    STARTING = "starting"
-    """Claude is about to be started, or was and has not been heard of."""
-    IDLE = "idle"
-    """Claude waits for a message."""
-    RUNNING = "running"
-    """Claude works on a message."""
-    WAITING = "waiting"
-    """Claude asks for permission, and nobody has answered yet."""
-    PAUSED = "paused"
-    """The disk is full: nothing is lost, claude waits until there is room."""
-    DORMANT = "dormant"
-    """No process; the next message starts one that knows the conversation."""
-    ENDED = "ended"
-    """It was stopped, and takes no more messages."""
-    FAILED = "failed"
-    """Claude died with an error, or cannot be started; the next message tries again."""
-
-
-LIVE = frozenset({State.STARTING, State.IDLE, State.RUNNING, State.WAITING, State.PAUSED})
-"""The states in which there is a process, or is about to be one."""
+from p2pclaude.sessions.life import State
 
 LOCK_SECONDS = 3.0
 """How long a new claude waits for an earlier one of its session to be gone."""
@@ -113,6 +91,61 @@ class Info:
     def save(self, path: Path) -> None:
         """Write `session.json` into a session's directory, in one step. Raises OSError."""
         write_atomically(path / "session.json", dump_json(asdict(self)) + b"\n")
+
+
+class InfoFile:
+    """A session's `session.json`: what it shall hold, and that it is written again after a failure.
+
+    `note` brings `info` up to date before each write.
+    """
+
+    def __init__(self, path: Path, info: Info, log: Log, note: Callable[[], None]) -> None:
+        self.path = path
+        self.info = info
+        self.is_damaged = False
+        """Whether the file cannot be read: the session can be shown, but neither resumed nor written."""
+        self._log = log
+        self._note = note
+        self._saving = asyncio.Lock()
+        self._is_out_of_date = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def create(self) -> None:
+        """Write it for the first time: what is accepted later can be found again. Raises OSError."""
+        await asyncio.to_thread(self.info.save, self.path)
+
+    async def save(self) -> None:
+        """Write it; a failure is logged, and it is tried again after a while."""
+        if self.is_damaged:
+            return
+        async with self._saving:
+            self._note()
+            self._is_out_of_date = False
+            try:
+                await asyncio.to_thread(self.info.save, self.path)
+            except OSError as error:
+                self._log(Event.WARNING, message=f"session.json: {error.strerror}", session=self.info.session_id)
+                self._is_out_of_date = not isinstance(error, FileNotFoundError)
+                asyncio.get_running_loop().call_later(SAVE_AGAIN_SECONDS, partial(self.save_soon, again=True))
+
+    def save_soon(self, *, again: bool = False) -> None:
+        """Write it in the background; with `again` only if that was in vain the last time."""
+        if again and not self._is_out_of_date:
+            return
+        task = asyncio.create_task(self.save())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settle(self) -> None:
+        """Wait for what `save_soon` began, and write what could not be written before."""
+        self.save_soon(again=True)
+        while self._tasks:
+            await asyncio.gather(*self._tasks)
+
+    async def abandon(self) -> None:
+        """Write it a last time if that is due, and not again: the directory is about to be deleted."""
+        await self.settle()
+        self._is_out_of_date = False
 
 
 def delete_directory(path: Path, *, ignore_errors: bool = False) -> None:

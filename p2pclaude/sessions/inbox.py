@@ -3,9 +3,11 @@
     journal                      here
     MESSAGE                      accepted: it waits
     TURN, synced                 handed: only then it is written to Claude's stdin
-    a `result`, or TURN_CUT      done; TURN_CUT with `again`: it waits once more
+    a `result`, or TURN_CUT      done, or cut off; TURN_CUT with `again`: it waits once more
 
-`session` stands above and keeps the journal; nothing here reads or writes but `unfinished`, which reads what a crash
+`message_life` has the table of what can happen to a message.
+
+`session` stands above and keeps the journal; nothing here reads or writes but `Recovery`, which reads what a crash
 left. Claude gives one result for each message it was handed, in their order, as long as it gets one message when it is
 idle and at most one more, with priority "now", during a turn: that one ends the turn, which gets its result first. A
 turn that Claude began by itself has a result too, which `wire.Results` tells apart; if it is such a turn that the
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from p2pclaude.protocol.wire import MESSAGE, OUTPUT, REPLAY, TURN, TURN_CUT, Results, load_json
+from p2pclaude.sessions.message_life import BEGUN, OVER, TAKEN, Happening, Stage, after
 
 NOW = "now"
 """The priority of a message that is handed during a turn."""
@@ -37,16 +40,26 @@ _SAYS_NOTHING = ("system", "control_response")  # printed before work has begun,
 
 @dataclass(slots=True)
 class Message:
-    """One message on its way; `begun` is set once something that Claude printed shows that it works on it.
-
-    `taken` is set once Claude has said that it took it in; `attempts` counts how often it was handed.
-    """
+    """One message on its way; `attempts` counts how often it was handed."""
 
     seq: int
     data: Mapping[str, Any]
-    begun: bool = False
-    taken: bool = False
     attempts: int = 0
+    stage: Stage = Stage.WAITING
+
+    def see(self, what: Happening) -> None:
+        """Go where a happening leads."""
+        self.stage = after(self.stage, what)
+
+    @property
+    def begun(self) -> bool:
+        """Tell whether something that Claude printed shows that it works on the message."""
+        return self.stage in BEGUN
+
+    @property
+    def taken(self) -> bool:
+        """Tell whether Claude has said that it took the message in."""
+        return self.stage in TAKEN
 
     @property
     def uuid(self) -> str:
@@ -97,6 +110,7 @@ class Inbox:
     def hand(self, message: Message) -> None:
         """Move a message to what Claude has."""
         self._waiting.remove(message)
+        message.see(Happening.HANDED_OVER)
         message.attempts += 1
         self.handed.append(message)
 
@@ -112,18 +126,20 @@ class Inbox:
         if not self.handed:
             return None
         if is_answer:
-            return self.handed.popleft()
+            answered = self.handed.popleft()
+            answered.see(Happening.ANSWERED)
+            return answered
         if Results.is_replay(value):
             self._take(value.get("uuid"))
         elif value.get("type") not in _SAYS_NOTHING:
             # Of a turn of Claude's own it says too much, which is safe.
-            self.handed[0].begun = True
+            self.handed[0].see(Happening.OUTPUT)
         return None
 
     def _take(self, uuid: object) -> None:
         """Note which message Claude has taken in: it is answered before any that it has not."""
         for message in [one for one in self.handed if one.uuid == uuid]:
-            message.taken = True
+            message.see(Happening.REPLAYED)
             if not self.handed[0].taken:
                 self.handed.remove(message)
                 self.handed.appendleft(message)
@@ -131,9 +147,17 @@ class Inbox:
     def drop(self, message: Message, *, again: bool) -> None:
         """End a message that gets no result; with `again` it waits once more, before all others."""
         (self.handed if message in self.handed else self._waiting).remove(message)
+        message.see(Happening.HANDED_BACK if again else Happening.CUT)
         if again:
-            message.begun = message.taken = False
             self._waiting.appendleft(message)
+
+    def check(self) -> None:
+        """Assert that every message is in one place only, and that its stage says which."""
+        everybody = [*self._waiting, *self.handed]
+        assert len({message.seq for message in everybody}) == len(everybody)
+        assert all(message.stage is Stage.WAITING for message in self._waiting)
+        assert not any(message.stage is Stage.WAITING or message.stage in OVER for message in self.handed)
+        assert all(message.attempts > 0 for message in self.handed)
 
 
 class Recovery:
@@ -178,6 +202,7 @@ class Recovery:
             while turns and turns[0][0] <= seq:
                 turn = turns.popleft()
                 if (message := self._message(read, turn[1])) is not None:
+                    message.see(Happening.HANDED_OVER)
                     inbox.handed.append(message)
             value = load_json(read(seq)) if inbox.handed else {}
             if value.get("type") in (OUTPUT, REPLAY) and isinstance(value.get("data"), dict):

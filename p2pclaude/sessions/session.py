@@ -11,6 +11,7 @@ import asyncio
 import os
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,11 @@ from p2pclaude.sessions.claude import (
     knows_message,
     user_message,
 )
-from p2pclaude.sessions.directory import LIVE, SAVE_AGAIN_SECONDS, Info, State, delete_directory, save_last_words
+from p2pclaude.sessions.directory import Info, InfoFile, delete_directory, save_last_words
 from p2pclaude.sessions.inbox import MAX_ATTEMPTS, Inbox, Message
 from p2pclaude.sessions.journal import DiskFull, Journal, recover
+from p2pclaude.sessions.life import Happening, ImpossibleHappening, Order, SessionLife, Stage, State
 from p2pclaude.sessions.open_requests import Asking
-
-__all__ = ["LIVE", "MAX_QUEUED", "Info", "Session", "State"]
 
 MAX_QUEUED = 256
 """Messages of one session that may wait for their turn."""
@@ -52,6 +52,16 @@ SETTLE_SECONDS = 0.3
 """A child that dies within this time makes the spawn fail; one that prints a line earlier is believed earlier."""
 RETRY_SECONDS = 1.0
 """Pause between attempts to write to a full disk."""
+
+
+@dataclass(slots=True)
+class _Child:
+    """A claude, and the task that journals what it prints."""
+
+    process: ClaudeProcess
+    pump: asyncio.Task[None]
+    turns: int = 0
+    """Turns that it has finished, one way or the other."""
 
 
 class Session:
@@ -71,9 +81,8 @@ class Session:
         on_orphans: Callable[["Session"], None] = lambda _: None,
         ask_timeout: float | None = None,
     ) -> None:
-        self.path = path
-        self.info = info
-        self.is_damaged = False  # session.json cannot be read: it can be shown, but neither resumed nor written
+        self.life = SessionLife()
+        self.file = InfoFile(path, info, log, self._note_numbers)
         self.journal: Journal | None = None
         self.inbox = Inbox()
         self.asking = Asking(info.session_id, self._keep, log, self._changed, asks=info.ask, timeout=ask_timeout)
@@ -81,38 +90,36 @@ class Session:
         self._log = log
         self._on_change = on_change
         self._on_orphans = on_orphans
-        self._process: ClaudeProcess | None = None
-        self._pump: asyncio.Task[None] | None = None
+        self._child: _Child | None = None
         self.idle_since = 0.0
         """The loop's time at which claude was last done with all that there was."""
-        self._turns = 0  # that this process has finished, one way or the other
-        self._orderly = False  # it ended with nothing left to do; put to sleep after an error it has status 1 as well
-        self._ending = False  # it is being ended: nothing more is handed to it
-        self._news = asyncio.Event()
-        self._final: State | None = None  # what to become when the process ends because it was told to
-        self._paused = self._unsaved = False  # there is no room for output; session.json is out of date
-        self._removed = False
+        self._news = asyncio.Event()  # there may be something to hand to claude
         self._opening = asyncio.Lock()
-        self._saving = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def path(self) -> Path:
+        """Give the session's directory."""
+        return self.file.path
+
+    @property
+    def info(self) -> Info:
+        """Give what session.json keeps."""
+        return self.file.info
 
     @property
     def state(self) -> State:
         """Give the state as others see it."""
-        stored = State(self.info.state)
-        if stored in LIVE and self._paused:  # without a process there is nobody who waits for room
-            return State.PAUSED
-        return State.WAITING if stored in LIVE and any(self.asking.pending) else stored
+        return self.life.seen(asks=any(self.asking.pending))
 
     @property
     def is_live(self) -> bool:
         """Tell whether there is a process, or is about to be one."""
-        return self.state in LIVE
+        return self.life.is_live
 
     @property
     def is_orphaned(self) -> bool:
         """Tell whether there is no process, but is about to be one."""
-        return self.info.state == State.STARTING and (self._pump is None or self._pump.done())
+        return self.life.is_orphaned
 
     @property
     def is_at_rest(self) -> bool:
@@ -127,7 +134,7 @@ class Session:
     @property
     def pid(self) -> int | None:
         """Give claude's process id while there is one."""
-        return self._process.pid if self._process is not None and self.is_live and not self.is_orphaned else None
+        return self._child.process.pid if self._child is not None and self.life.has_process else None
 
     @property
     def last_seq(self) -> int:
@@ -144,7 +151,7 @@ class Session:
         Raises NoSession once the session is deleted, and OSError.
         """
         async with self._opening:
-            if self._removed:
+            if self.life.is_removed:
                 raise NoSession(SESSION_NOT_FOUND)
             if self.journal is None or (anew and self.journal.is_broken):
                 file, inbox, asked = await asyncio.to_thread(recover, self.path / "journal.jsonl")
@@ -180,36 +187,37 @@ class Session:
         `lock` is the descriptor of the session's lock, for claude to hold. Raises Unavailable, with claude's own last
         words, if it cannot be run or dies at once.
         """
-        before, self.info.state = self.info.state, State.STARTING
+        was_live = self.is_live
+        self._see(Happening.START_TRIED, quietly=True)
         try:
             journal = await self.open_journal(anew=True)
-            if before not in LIVE:  # the next daemon shall look for what is accepted from here on
-                await self.save()
+            if not was_live:  # the next daemon shall look for what is accepted from here on
+                await self.file.save()
             await self.settle_turns("claude ended in its turn")
             keep = () if lock is None else (lock,)
             process = await ClaudeProcess.start(launch, mark=Mark.of_session(self.path), keep=keep)
         except BaseException as error:
-            stuck = before not in LIVE and bool(self.inbox)  # what was accepted while it looked alive
+            stuck = not was_live and bool(self.inbox)  # what was accepted while it looked alive
             self.info.error = str(error) if stuck else self.info.error
-            self._set_state(State.FAILED if stuck else State(before))
+            self._see(Happening.START_REFUSED_MAIL if stuck else Happening.START_REFUSED)
             raise
-        self._process, self._turns, self._final, self._ending = process, 0, None, False
+        self._see(Happening.LAUNCHED, quietly=True)
         self.info.exit_status = self.info.error = self.info.ended_at = None
-        self._pump = asyncio.create_task(self._run(process, journal))
+        child = self._child = _Child(process, asyncio.create_task(self._run(process, journal)))
         self._changed()
         try:
             seq = None if text is None else await self.accept(text, message_id)
             runs = await process.settle(SETTLE_SECONDS)
         except BaseException:
-            await self._give_up(process, self._pump)
+            await self._give_up(child)
             raise
         if not runs:
-            await self._pump
+            await child.pump
         if not self.is_live:
             reason = self.info.error or describe_exit(self.info.exit_status)
             raise Unavailable(f"claude ended at once: {reason}")
-        if self.info.state == State.STARTING and not self.is_orphaned:
-            self._set_state(State.RUNNING if self.inbox or self.inbox.handed else State.IDLE)
+        if self.life.stage is Stage.STARTED:
+            self._see(Happening.SETTLED_BUSY if self.inbox or self.inbox.handed else Happening.SETTLED)
         return seq
 
     async def accept(self, text: str, message_id: str | None = None, priority: str | None = None) -> int:
@@ -222,7 +230,7 @@ class Session:
         if self.journal is None:
             raise RuntimeError("the journal is not open")
         if (seq := self.inbox.seq_of(message_id)) is None:
-            if self._final is State.ENDED:
+            if self.life.refuses_messages:
                 raise Refused(SESSION_ENDED)
             if len(self.inbox) >= MAX_QUEUED:
                 raise TryAgain(f"{MAX_QUEUED} messages wait already in this session")
@@ -231,97 +239,87 @@ class Session:
             self.inbox.accept(message_id, Message(seq, data))
             self._news.set()
             self._log(Event.MESSAGE, session=self.info.session_id, seq=seq)
-            if self.info.state == State.IDLE:  # until it is handed over the disk may take its time, and it is not done
-                self._set_state(State.RUNNING)
+            self._see(Happening.ACCEPTED)  # until it is handed over the disk may take its time, and it is not done
         await self.journal.synced(seq)
         return seq
 
     def interrupt(self) -> None:
         """End claude's turn, if there is one: its `result` follows, and what it asked is cancelled."""
-        if self._process is not None and self.is_live:
+        if self._child is not None and self.is_live:
             try:
-                self._process.write(interrupt_request(str(uuid.uuid4())))
+                self._child.process.write(interrupt_request(str(uuid.uuid4())))
             except ClaudeGone:
                 return  # and its turn with it
             self._log(Event.INTERRUPTED, session=self.info.session_id)
 
-    async def stop(self, final: State) -> None:
-        """End the process, if there is one, and become `final`; what claude still says is journaled."""
-        self._final = final
+    async def stop(self) -> None:
+        """End the process, if there is one, for good; what claude still says is journaled."""
+        await self._end(Order.STOP, Happening.STOPPED, State.ENDED)
+
+    async def put_away(self) -> None:
+        """End the process, if there is one, since the daemon ends; the session is dormant then."""
+        await self._end(Order.LEAVE, Happening.PUT_AWAY, State.DORMANT)
+
+    async def _end(self, order: Order, what: Happening, final: State) -> None:
+        self.life.tell(order)
         await self._end_process()
-        if self.info.state != final:
-            self._become(final)
-        await self.save()
+        if self.life.stored is not final:
+            self._go_on_without(what)
+        await self.file.save()
 
     async def sleep(self) -> bool:
         """End a claude that has nothing to do, also in the background; tell whether it is such a one.
 
         The session is dormant then. A message that comes meanwhile has another claude started.
         """
-        if self._process is None or await self._process.has_background() or not self.is_at_rest:
+        if self._child is None or await self._child.process.has_background() or not self.is_at_rest:
             return False
+        self.life.tell(Order.SLEEP)
         await self._end_process()
-        await self.save()
+        await self.file.save()
         return self.pid is None
 
     async def _end_process(self) -> None:
-        if self._process is None or self._pump is None or self._pump.done():
+        child = self._child
+        if child is None or child.pump.done():
             return
-        self._ending = True
-        if await self._process.stop(in_turn=bool(self.inbox.handed)) is None:
+        if await child.process.stop(in_turn=bool(self.inbox.handed)) is None:
             self._log(Event.WARNING, message="claude did not end even when killed", session=self.info.session_id)
         # The pump ends with claude's stdout; what keeps it longer is a full disk.
-        await asyncio.wait([self._pump], timeout=1.0)
-        if not self._pump.done():
-            self._pump.cancel()
-            await asyncio.wait([self._pump], timeout=1.0)
+        await asyncio.wait([child.pump], timeout=1.0)
+        if not child.pump.done():
+            child.pump.cancel()
+            await asyncio.wait([child.pump], timeout=1.0)
 
     def kill(self) -> None:
         """End the process without any ceremony."""
-        if self._process is not None:
-            self._process.kill()
+        if self._child is not None:
+            self._child.process.kill()
 
-    def fail(self, error: str) -> None:
+    def give_up(self, error: str) -> None:
         """Become failed: claude could not be started."""
-        self.info.error = error
-        self._become(State.FAILED)
+        if not self.life.is_removed:
+            self.info.error = error
+            self._go_on_without(Happening.GIVEN_UP)
 
-    async def create(self) -> None:
-        """Write `session.json` for the first time: what is accepted later can be found again. Raises OSError."""
-        await asyncio.to_thread(self.info.save, self.path)
+    def load(self, life: SessionLife) -> None:
+        """Go on with the life that an earlier daemon left."""
+        self.life = life
+        self.info.state = life.stored
 
-    async def save(self) -> None:
-        """Write `session.json`; a failure is logged, and it is tried again after a while."""
-        if self.is_damaged:
-            return
-        async with self._saving:
-            self._note_numbers()
-            self._unsaved = False
-            try:
-                await asyncio.to_thread(self.info.save, self.path)
-            except OSError as error:
-                self._log(Event.WARNING, message=f"session.json: {error.strerror}", session=self.info.session_id)
-                self._unsaved = not isinstance(error, FileNotFoundError)
-                asyncio.get_running_loop().call_later(SAVE_AGAIN_SECONDS, partial(self.save_soon, again=True))
-
-    def save_soon(self, *, again: bool = False) -> None:
-        """Write `session.json` in the background; with `again` only if that was in vain the last time."""
-        if again and not self._unsaved:
-            return
-        task = asyncio.create_task(self.save())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def await_claude(self) -> None:
+        """Wait for a claude, since messages of an earlier daemon's are not done. Nobody need be told yet."""
+        self._see(Happening.MAIL_FOUND, quietly=True)
 
     async def remove(self, *, ignore_errors: bool = False) -> None:
         """Delete the session with all it has said. Raises OSError, maybe with some of it deleted."""
-        await self.settle_writes()
-        self._unsaved = False
+        await self.file.abandon()
         async with self._opening:  # whoever reads it is woken, and would make its journal anew
             if self.journal is not None:
                 self.journal.close()
                 self.journal = None
             await asyncio.to_thread(delete_directory, self.path, ignore_errors=ignore_errors)
-            self._removed = True
+            self._see(Happening.DELETED, quietly=True)
 
     async def settle_turns(self, reason: str) -> None:
         """Say of each message that claude was handed and never answered what becomes of it; no claude may run.
@@ -335,7 +333,7 @@ class Session:
             known = message.begun or await self._is_known(message)
             again = not known and message.attempts < MAX_ATTEMPTS
             await self._cut_off(self.journal, message, again=again, reason=reason)
-            self._turns += not again
+            self._count_turn(not again)
         for message in self.inbox.restored:
             if await self._is_known(message):
                 await self._cut_off(self.journal, message, again=False, reason="claude had it from another journal")
@@ -351,20 +349,19 @@ class Session:
         self.inbox.drop(message, again=again)
         self._log(Event.TURN_CUT, session=self.info.session_id, seq=message.seq, again=again)
 
-    async def settle_writes(self) -> None:
-        """Wait for what `save_soon` began, and write what could not be written before."""
-        self.save_soon(again=True)
-        while self._tasks:
-            await asyncio.gather(*self._tasks)
+    def _count_turn(self, is_over: bool) -> None:
+        if self._child is not None:
+            self._child.turns += is_over
 
-    async def _give_up(self, process: ClaudeProcess, pump: asyncio.Task[None]) -> None:
+    async def _give_up(self, child: "_Child") -> None:
+        process = child.process
         process.kill()
-        pump.cancel()  # maybe before its first step, and then it cleans nothing up
-        await asyncio.wait([pump], timeout=1.0)
+        child.pump.cancel()  # maybe before its first step, and then it cleans nothing up
+        await asyncio.wait([child.pump], timeout=1.0)
         status = await process.finish()
         if self.is_live:
             await asyncio.to_thread(save_last_words, self.path, process.last_words())
-            self._over(status, process.last_words(), None)
+            self._over(status, process.last_words(), None, in_order=False)
 
     async def _run(self, process: ClaudeProcess, journal: Journal) -> None:
         """Journal claude's output until it ends, while the inbox is fed to it."""
@@ -387,10 +384,11 @@ class Session:
 
     async def _wind_up(self, process: ClaudeProcess, error: str | None) -> None:
         """Settle what claude leaves behind; cancelled, because the disk takes too long, it is over all the same."""
-        status, self._orderly = None, self._ending
+        # Put to sleep after an error claude has status 1 as well.
+        status, in_order = None, self.life.is_being_ended
         try:
             status = await process.finish()
-            self._orderly = self._ending or (status == 0 and not self.inbox.handed)
+            in_order = self.life.is_being_ended or (status == 0 and not self.inbox.handed)
             await self.asking.abandon()
             await asyncio.to_thread(save_last_words, self.path, process.last_words())
             # Whoever is told that the session is over has been shown all that it said.
@@ -398,14 +396,14 @@ class Session:
         except OSError as failure:
             error = f"the journal cannot be written: {failure}"
         finally:
-            self._over(status, process.last_words(), error)
+            self._over(status, process.last_words(), error, in_order=in_order)
 
     async def _feed(self, process: ClaudeProcess, journal: Journal) -> None:
         """Hand claude one message whenever it is idle, so that answers pair with messages, and urgent ones at once."""
         while True:
             await self._news.wait()
             self._news.clear()
-            while not self._ending and (message := self.inbox.next()) is not None:
+            while not self.life.is_being_ended and (message := self.inbox.next()) is not None:
                 self.inbox.hand(message)
                 append = partial(lambda one: journal.append(TURN, self.inbox.turn_of(one)), message)
                 try:
@@ -419,7 +417,7 @@ class Session:
                     process.kill()  # the journal is of no more use, as the pump says
                     return
                 self._log(Event.TURN, session=self.info.session_id, seq=message.seq)
-                self._set_state(State.RUNNING)
+                self._see(Happening.HANDED)
 
     async def _write_patiently(self, journal: Journal, append: Callable[[], int]) -> None:
         """Append; while the disk is full, wait for room, which in the end makes claude wait too."""
@@ -429,10 +427,10 @@ class Session:
                 append()
                 break
             except DiskFull as error:
-                if not self._paused:
+                if not self.life.is_paused:
                     self._pause(str(error))
                 await asyncio.sleep(RETRY_SECONDS)
-        if self._paused:
+        if self.life.is_paused:
             await journal.synced()
             self._pause(None)
 
@@ -448,9 +446,9 @@ class Session:
         await journal.synced()
 
     def _pause(self, error: str | None) -> None:
-        if self._paused is (error is not None):
+        if self.life.is_paused is (error is not None):
             return
-        self._paused = error is not None
+        self.life.is_paused = error is not None
         self.info.error = error
         self._log(Event.PAUSED if error else Event.UNPAUSED, session=self.info.session_id, error=error)
         self._changed()
@@ -460,50 +458,58 @@ class Session:
         taken = journal.append_output(data, REPLAY if Results.is_replay(value) else OUTPUT)
         if (kind := value.get("type")) == "system" and value.get("subtype") == "init":
             self._follow(value.get("session_id"))
-            if self.info.state == State.IDLE:  # a turn that Claude begins by itself
-                self._set_state(State.RUNNING)
+            self._see(Happening.OWN_TURN)
         answered = self.inbox.observe(value)
         if kind == "result":
             seq = None if answered is None else answered.seq
             self._log(Event.TURN_ENDED, session=self.info.session_id, seq=seq, is_error=value.get("is_error") is True)
-            self._turns += answered is not None
+            self._count_turn(answered is not None)
             self._news.set()
             if not self.inbox.handed and not self.inbox:
-                self._set_state(State.IDLE)
+                self._see(Happening.DONE)
         return taken
 
     def _follow(self, claude_id: object) -> None:
         # `/clear` makes Claude go on under another id, and that is the one to resume.
         if isinstance(claude_id, str) and (not self.info.begun or claude_id != self.info.claude_id):
             self.info.claude_id, self.info.begun = claude_id, True
-            self.save_soon()
+            self.file.save_soon()
 
-    def _over(self, status: int | None, last_words: str, error: str | None) -> None:
-        self.info.exit_status, self._paused = status, False
-        if self._final is not None:
-            if self.info.state != self._final:  # else `stop` has not waited for a full disk, and has said so
-                self._become(self._final)
-        elif self.inbox and (self._turns or self._ending) and error is None:
-            # Each claude that ends by itself has done away with one message at least, so this comes to an end.
-            self._become(State.STARTING)
-            self._on_orphans(self)
-        elif self._orderly and error is None and not self.inbox:
-            self._become(State.DORMANT)
-        else:
+    def _over(self, status: int | None, last_words: str, error: str | None, *, in_order: bool) -> None:
+        self.info.exit_status, self.life.is_paused = status, False
+        turns = 0 if self._child is None else self._child.turns
+        what = self.life.meaning_of_exit(
+            mail=bool(self.inbox), progress=turns > 0, in_order=in_order, broken=error is not None
+        )
+        if what is Happening.DIED:
             self.info.error = error or last_words or describe_exit(status)
-            self._become(State.FAILED)
+        if self.life.has_process:  # else `_end` has not waited for a full disk, and has said so
+            self._go_on_without(what)
+        if what is Happening.DIED_WITH_MAIL:
+            self._on_orphans(self)
 
-    def _become(self, state: State) -> None:
-        """Go on without a process."""
-        said = first_line(self.info.error)
-        self._log(Event.ENDED, session=self.info.session_id, state=state, exit_status=self.info.exit_status, error=said)
-        self._set_state(state)
+    def _go_on_without(self, what: Happening) -> None:
+        """See what leaves the session without a process, and say so in the log."""
+        self._see(what, ended=True)
 
-    def _set_state(self, state: State) -> None:
-        if self.info.state != state:
-            self.info.state = state
+    def _see(self, what: Happening, *, quietly: bool = False, ended: bool = False) -> None:
+        """Go where a happening leads; unless `quietly`, whoever is concerned is told of another state.
+
+        What cannot happen is a defect, and no reason to lose the session: it is logged, and changes nothing.
+        """
+        before = self.life.stored
+        try:
+            self.life.see(what)
+        except ImpossibleHappening as defect:
+            self._log(Event.WARNING, message=f"defect: {defect}", session=self.info.session_id)
+            return
+        state = self.info.state = self.life.stored
+        if ended:
+            said, status = first_line(self.info.error), self.info.exit_status
+            self._log(Event.ENDED, session=self.info.session_id, state=state, exit_status=status, error=said)
+        if state is not before and not quietly:
             self.idle_since = asyncio.get_running_loop().time()
-            self.save_soon()
+            self.file.save_soon()
             self._changed()
 
     def _changed(self) -> None:

@@ -21,10 +21,11 @@ from p2pclaude.host.log import Event, Log, first_line
 from p2pclaude.host.processes import Mark, end_leftovers
 from p2pclaude.protocol.wire import SESSION_ENDED, SESSION_NOT_FOUND
 from p2pclaude.sessions.claude import Launch
-from p2pclaude.sessions.directory import LIVE, Info, State, take_lock
+from p2pclaude.sessions.directory import Info, take_lock
 from p2pclaude.sessions.inbox import NOW
 from p2pclaude.sessions.journal import Journal, Page
 from p2pclaude.sessions.launcher import DEFAULT_PERMISSION_MODE, Launcher, Settings, Spawn
+from p2pclaude.sessions.life import LIVE, OVER, SessionLife, State
 from p2pclaude.sessions.session import Session
 
 MAX_WAIT_MS = 30_000
@@ -43,8 +44,6 @@ REVIVE_SECONDS = 2.0
 REVIVE_AT_ONCE = 4
 """Sessions that are started again at the same time."""
 
-_OVER = frozenset({State.ENDED, State.FAILED})
-"""The states in which nothing new is waited for; a dormant session may come back."""
 _SESSION_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
 
 
@@ -99,15 +98,14 @@ class SessionTable:
             return
         session = self._sessions[path.name] = self._make(path, info)
         crashed = State(info.state) in LIVE
-        if info.state == State.ENDED and info.ended_at is None:  # as an earlier version left it
+        session.load(SessionLife.loaded(State(info.state)))
+        if session.life.has_ended and info.ended_at is None:  # as an earlier version left it
             info.ended_at = int((path / "session.json").stat().st_mtime * 1000)
-        if crashed:
-            info.state = State.DORMANT
-        if crashed or (info.queued and info.state != State.ENDED):
+        if crashed or (info.queued and not session.life.has_ended):
             try:
                 await self._find_unfinished(session)
             except OSError as error:
-                session.fail(f"the journal cannot be read: {error.strerror}")
+                session.give_up(f"the journal cannot be read: {error.strerror}")
 
     def _load_damaged(self, path: Path, error: Exception) -> None:
         """Keep a session in sight whose session.json is damaged: what it has said can be read still."""
@@ -121,16 +119,17 @@ class SessionTable:
         if created is not None:
             info = Info(path.name, "", "", created, DEFAULT_PERMISSION_MODE, state=State.FAILED, error=reason)
             session = self._sessions[path.name] = self._make(path, info)
-            session.is_damaged = True
+            session.load(SessionLife.loaded(State.FAILED))
+            session.file.is_damaged = True
 
     async def _find_unfinished(self, session: Session) -> None:
         await self.open_journal(session)
         if session.inbox or session.inbox.handed:
-            session.info.state = State.STARTING
+            session.await_claude()
             self._revive_soon(session)
         else:
             session.close_journal()
-        await session.save()
+        await session.file.save()
 
     def _make(self, path: Path, info: Info) -> Session:
         return Session(path, info, self._log, self._changed, self._revive_soon, self._ask_timeout)
@@ -171,7 +170,7 @@ class SessionTable:
             except TryAgain:
                 await asyncio.sleep(REVIVE_SECONDS)
             except (P2PClaudeError, OSError) as error:
-                session.fail(str(error))
+                session.give_up(str(error))
                 return
 
     async def spawn(self, spawn: Spawn) -> tuple[Session, int | None]:
@@ -201,7 +200,7 @@ class SessionTable:
             try:
                 with file_errors(session.path):
                     await asyncio.to_thread(sync_directory, self._path)
-                    await session.create()
+                    await session.file.create()
                 seq = await self._start(session, launch, Event.SPAWNED, spawn)
             except BaseException:
                 await session.remove(ignore_errors=True)
@@ -258,7 +257,7 @@ class SessionTable:
                 return Output(Page([], max(after or 0, 0)), None)
             page = self._page(session, journal, after, limit, clear)
             left = deadline - loop.time()
-            if page.lines or limit == 0 or left <= 0 or session.state in _OVER:
+            if page.lines or limit == 0 or left <= 0 or session.state in OVER:
                 break
             if known_state is not None and session.state != known_state:
                 break
@@ -281,7 +280,7 @@ class SessionTable:
     def _move_mark(self, session: Session, seq: int) -> None:
         session.info.mark = seq
         if not session.is_live:
-            session.save_soon()
+            session.file.save_soon()
         # While it lives, the next change of state writes it: the mark moves with every poll of a TypeScript client.
 
     async def stop(self, session_id: str) -> bool:
@@ -292,22 +291,22 @@ class SessionTable:
         async with session.lifecycle:
             if self._sessions.get(session_id) is not session:  # its start has failed meanwhile
                 return False
-            if session.state is not State.ENDED:
+            if not session.life.has_ended:
                 # With a clock that was set back it would look old, and be deleted too soon.
                 youngest = max(other.info.created_at for other in self._sessions.values())
                 session.info.ended_at = max(_now_ms(), youngest)
-                await session.stop(State.ENDED)
+                await session.stop()
         return True
 
     def ended_before(self, moment: float) -> list[str]:
         """Give the ids of the sessions that were stopped before a time, in seconds since 1970."""
-        ended = [session.info for session in self._sessions.values() if session.info.state == State.ENDED]
+        ended = [session.info for session in self._sessions.values() if session.life.has_ended]
         return [info.session_id for info in ended if info.ended_at is not None and info.ended_at < moment * 1000]
 
     async def remove(self, session_id: str) -> bool:
         """Delete a session that has ended, with all it has said; tell whether it was there. Raises OSError."""
         session = self._sessions.get(session_id)
-        if session is None or session.info.state != State.ENDED:
+        if session is None or not session.life.has_ended:
             return False
         async with session.lifecycle:
             del self._sessions[session_id]
@@ -360,8 +359,8 @@ class SessionTable:
     async def _put_to_sleep(self, session: Session) -> None:
         async with session.lifecycle:
             if session.is_live:
-                await session.stop(State.DORMANT)
-        await session.settle_writes()
+                await session.put_away()
+        await session.file.settle()
 
     async def _start(self, session: Session, launch: Launch, event: Event, spawn: Spawn | None = None) -> int | None:
         while (live := self._count_live()) >= self._max_sessions and not self._closing:
@@ -410,9 +409,9 @@ class SessionTable:
         info = session.info
         if self._sessions.get(info.session_id) is not session:  # its start has failed, or it was deleted
             raise NoSession(SESSION_NOT_FOUND)
-        if info.state == State.ENDED:
+        if session.life.has_ended:
             raise Refused(SESSION_ENDED)
-        if session.is_damaged:
+        if session.file.is_damaged:
             raise DataError(f"the session cannot go on: {info.error}")
         await self._launcher.reach(info.directory)
         os.close(await take_lock(session.path))  # what an earlier claude says in its transcript counts when it is gone

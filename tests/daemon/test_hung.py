@@ -22,7 +22,7 @@ from p2pclaude.hyperdht import KeyPair
 from p2pclaude.protocol.pairing import Pairing, format_url
 from p2pclaude.sessions import launcher
 from p2pclaude.sessions.launcher import Spawn
-from p2pclaude.sessions.session import State
+from p2pclaude.sessions.life import State
 
 HANG = """
 import os, socket, sys, time

@@ -14,7 +14,7 @@ from kit.sessions import Place, prepare, read_results, read_until
 from p2pclaude.daemon import request_list as approvals
 from p2pclaude.daemon.methods import MethodError
 from p2pclaude.protocol.wire import PERMISSION_REQUEST
-from p2pclaude.sessions.session import State
+from p2pclaude.sessions.life import State
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from p2pclaude.host.log import Log
 from p2pclaude.protocol.wire import OUTPUT
 from p2pclaude.sessions import claude, session
 from p2pclaude.sessions.launcher import Settings
-from p2pclaude.sessions.session import State
+from p2pclaude.sessions.life import State
 from p2pclaude.sessions.table import MAX_WAIT_MS, SessionTable
 
 FAKE = Path(__file__).with_name("fake_claude.py")
@@ -88,6 +88,10 @@ class Place:
             yield table
         finally:
             await table.close()
+        defects = [line for line in self.log.events("warning") if "defect" in str(line.get("message"))]
+        assert not defects, defects
+        for one in table.sessions:
+            one.inbox.check()
 
 
 def prepare(path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:

@@ -13,9 +13,10 @@ from kit.sessions import Place, prepare, read_results, run, wait_for_state
 from p2pclaude.errors import NoSession, Unavailable
 from p2pclaude.sessions import session as session_module
 from p2pclaude.sessions.claude import ClaudeProcess
-from p2pclaude.sessions.directory import delete_directory
+from p2pclaude.sessions.directory import InfoFile, delete_directory
 from p2pclaude.sessions.launcher import Spawn
-from p2pclaude.sessions.session import Session, State
+from p2pclaude.sessions.life import State
+from p2pclaude.sessions.session import Session
 from p2pclaude.sessions.table import SessionTable
 
 
@@ -73,20 +74,21 @@ def test_retries_at_once_of_a_spawn_whose_first_attempt_fails_give_one_session(
 def test_a_message_beside_a_claude_that_ends_as_soon_as_it_is_resumed_is_not_left_in_a_dormant_session(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = Session.save
+    save = InfoFile.save
+    live: list[Session] = []
 
-    async def end_in_between(session: Session) -> None:
-        process = session._process
-        if session.state == State.IDLE and process is not None and next(endings, False):
-            stdin = process._stdin()
+    async def end_in_between(file: InfoFile) -> None:
+        session = next((session for session in live if session.file is file), None)
+        if session is not None and session.state == State.IDLE and session._child is not None and next(endings, False):
+            stdin = session._child.process._stdin()
             assert stdin is not None
             stdin.close()  # it ends with status 0
             while session.pid is not None:
                 await asyncio.sleep(0.01)
-        await save(session)
+        await save(file)
 
     endings: Iterator[bool] = iter(())
-    monkeypatch.setattr(Session, "save", end_in_between)
+    monkeypatch.setattr(InfoFile, "save", end_in_between)
 
     async def main() -> None:
         nonlocal endings
@@ -95,8 +97,9 @@ def test_a_message_beside_a_claude_that_ends_as_soon_as_it_is_resumed_is_not_lef
             await read_results(table, "s")
         async with place.table() as table:
             endings = iter([True] * 3)
-            seq = await table.send("s", "second")
             session = table.find("s")
+            live.append(session)
+            seq = await table.send("s", "second")
             async with asyncio.timeout(20):  # it runs, or the session says that it has failed
                 while session.state is not State.FAILED and not session.inbox.is_done(seq):
                     await asyncio.sleep(0.01)

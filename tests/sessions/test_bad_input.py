@@ -13,8 +13,8 @@ from kit.asking import LS, Caller, on_table
 from kit.sessions import Place, outputs, prepare, read_all, read_results, read_until, run, wait_for_state
 
 from p2pclaude.errors import DataError, Refused
-from p2pclaude.sessions.directory import State
 from p2pclaude.sessions.launcher import Spawn
+from p2pclaude.sessions.life import State
 
 YEAR = 365 * 86_400.0
 

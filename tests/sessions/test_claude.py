@@ -32,7 +32,7 @@ from p2pclaude.sessions.claude import (
     user_message,
 )
 from p2pclaude.sessions.launcher import Spawn
-from p2pclaude.sessions.session import State
+from p2pclaude.sessions.life import State
 from p2pclaude.sessions.table import SessionTable
 
 # Finding it
@@ -353,7 +353,7 @@ def test_real_stop_in_a_turn_then_an_error_and_resume(
         await table.send("s", "ERR:400")
         failed = outputs(await read_results(table, "s", 2), "result")[1]
         assert failed["is_error"] is True
-        await session.stop(State.DORMANT)  # as when the daemon ends
+        await session.put_away()  # as when the daemon ends
         seq = await table.send("s", "and now?")
         await read_results(table, "s", after=seq)
         init = outputs(await read_all(table, "s"), "system")[-1]

@@ -20,9 +20,9 @@ from p2pclaude.sessions import directory as sessionfile
 from p2pclaude.sessions import journal as journal_module
 from p2pclaude.sessions import session as session_module
 from p2pclaude.sessions import table as sessions_module
-from p2pclaude.sessions.directory import State
 from p2pclaude.sessions.journalfile import DiskFull, JournalFile
 from p2pclaude.sessions.launcher import Spawn
+from p2pclaude.sessions.life import State
 
 
 @pytest.fixture

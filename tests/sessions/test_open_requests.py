@@ -12,7 +12,7 @@ from kit.sessions import Place, outputs, prepare, read_all, read_results, read_u
 from p2pclaude.protocol.permissions import MAX_PENDING, MAX_REQUEST_BYTES
 from p2pclaude.sessions import open_requests as asking
 from p2pclaude.sessions.journal import DiskFull, Journal
-from p2pclaude.sessions.session import State
+from p2pclaude.sessions.life import State
 from p2pclaude.sessions.table import SessionTable
 
 
@@ -150,7 +150,7 @@ def test_a_crash_of_the_daemon_cancels_and_a_retry_still_succeeds(place: Place) 
         await call.spawn(BOTH)
         found.extend(await call.pending(2))
         assert await call.answer(found[0], behavior="allow", answerId="mine") == {"success": True}
-        await table.find("s").save()
+        await table.find("s").file.save()
         table.find("s").journal, journal = None, table.find("s").journal  # nothing more is written
         table.kill()
         while table.find("s").is_live:
@@ -328,8 +328,8 @@ def test_an_answer_to_a_claude_that_is_gone_is_an_error(place: Place, monkeypatc
 
         monkeypatch.setattr(asking.Asking, "abandon", never)
         session = call.table.find("s")
-        process = session._process
-        assert process is not None
+        assert session._child is not None
+        process = session._child.process
         process.kill()
         while not process.has_exited:
             await asyncio.sleep(0.01)

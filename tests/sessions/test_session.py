@@ -20,13 +20,14 @@ from p2pclaude.errors import Refused, Unavailable
 from p2pclaude.host import processes
 from p2pclaude.protocol.wire import dump_json
 from p2pclaude.sessions import claude as claude_module
+from p2pclaude.sessions import directory as directory_module
 from p2pclaude.sessions import journal as journal_module
 from p2pclaude.sessions import session as session_module
 from p2pclaude.sessions.claude import ClaudeProcess
 from p2pclaude.sessions.directory import Info
 from p2pclaude.sessions.journalfile import DiskFull, JournalFile
 from p2pclaude.sessions.launcher import Spawn
-from p2pclaude.sessions.session import State
+from p2pclaude.sessions.life import State
 
 
 @pytest.fixture
@@ -357,7 +358,7 @@ def test_a_session_that_was_stopped_on_a_full_disk_does_not_come_back(
     place: Place, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     """Its end is written when there is room, at the latest when the daemon ends: it would run what waited in it."""
-    monkeypatch.setattr(session_module, "SAVE_AGAIN_SECONDS", seconds)
+    monkeypatch.setattr(directory_module, "SAVE_AGAIN_SECONDS", seconds)
 
     def fail(info: Info, path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

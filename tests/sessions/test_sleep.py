@@ -30,7 +30,7 @@ from p2pclaude.sessions import session as session_module
 from p2pclaude.sessions import table as sessions_module
 from p2pclaude.sessions.claude import ClaudeProcess
 from p2pclaude.sessions.launcher import Spawn
-from p2pclaude.sessions.session import State
+from p2pclaude.sessions.life import State
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ from p2pclaude.sessions.claude import ClaudeProcess, Launch
 from p2pclaude.sessions.journal import Journal
 from p2pclaude.sessions.journalfile import DiskFull, JournalFile
 from p2pclaude.sessions.launcher import Spawn
-from p2pclaude.sessions.session import Session, State
+from p2pclaude.sessions.life import State
+from p2pclaude.sessions.session import Session
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc, which only Linux has")
 

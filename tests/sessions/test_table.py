@@ -14,7 +14,8 @@ from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryA
 from p2pclaude.sessions import session as session_module
 from p2pclaude.sessions import table as sessions_module
 from p2pclaude.sessions.launcher import Spawn
-from p2pclaude.sessions.session import Session, State
+from p2pclaude.sessions.life import State
+from p2pclaude.sessions.session import Session
 from p2pclaude.sessions.table import SessionTable
 
 

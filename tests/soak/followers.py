@@ -33,7 +33,8 @@ from p2pclaude.client import remote_sessions as remote
 from p2pclaude.client.rpc_client import Client, DhtDialer
 from p2pclaude.host.datadir import DataDir
 from p2pclaude.protocol.pairing import Pairing, parse_url
-from p2pclaude.sessions.directory import Info, State
+from p2pclaude.sessions.directory import Info
+from p2pclaude.sessions.life import State
 
 FAKE: Final = Path(__file__).resolve().parent.parent / "kit" / "fake_claude.py"
 SPEAKING: Final = 4
