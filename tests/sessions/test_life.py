@@ -1,0 +1,189 @@
+"""The life of a session: every row of its tables, and random walks over them."""
+
+import itertools
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from p2pclaude.sessions.life import (
+    ENDINGS,
+    LIVE,
+    TRANSITIONS,
+    Ending,
+    Happening,
+    ImpossibleHappening,
+    Order,
+    SessionLife,
+    Stage,
+    State,
+)
+
+PROCESS = {Stage.STARTED, Stage.IDLE, Stage.RUNNING}
+
+
+def life_at(stage: Stage, ending: Ending = Ending.NO) -> SessionLife:
+    """Return a life in the middle."""
+    life = SessionLife(stage)
+    life.ending = ending
+    return life
+
+
+@pytest.mark.parametrize(("stage", "what"), list(itertools.product(Stage, Happening)))
+def test_each_happening_leads_where_the_table_says_or_changes_nothing(stage: Stage, what: Happening) -> None:
+    life = life_at(stage)
+    if (stage, what) in TRANSITIONS:
+        life.see(what)
+        assert life.stage is TRANSITIONS[stage, what]
+    else:
+        with pytest.raises(ImpossibleHappening, match="cannot happen"):
+            life.see(what)
+        assert life.stage is stage
+
+
+@pytest.mark.parametrize(("ending", "order"), list(itertools.product(Ending, Order)))
+def test_each_order_leads_where_the_table_says_or_changes_nothing(ending: Ending, order: Order) -> None:
+    life = life_at(Stage.RUNNING, ending)
+    if (ending, order) in ENDINGS:
+        life.tell(order)
+        assert life.ending is ENDINGS[ending, order]
+    else:
+        with pytest.raises(ImpossibleHappening, match="too late"):
+            life.tell(order)
+        assert life.ending is ending
+
+
+def test_the_tables_are_whole() -> None:
+    """Every stage is reached from a new session, every happening leads somewhere, and nothing follows upon deletion."""
+    reached, edge = {Stage.AWAITED}, {Stage.AWAITED}
+    while edge:
+        edge = {after for (stage, _), after in TRANSITIONS.items() if stage in edge} - reached
+        reached |= edge
+    assert reached == set(Stage)
+    assert {what for _, what in TRANSITIONS} == set(Happening)
+    assert not [what for stage, what in TRANSITIONS if stage is Stage.REMOVED]
+    assert {what for stage, what in TRANSITIONS if stage is Stage.ENDED} == {Happening.DELETED}
+    assert {order for _, order in ENDINGS} == set(Order)
+
+
+@pytest.mark.parametrize("start", [stage for stage in Stage if stage is not Stage.REMOVED])
+def test_every_session_can_be_stopped_for_good(start: Stage) -> None:
+    reached, edge = {start}, {start}
+    while edge:
+        edge = {after for (stage, _), after in TRANSITIONS.items() if stage in edge} - reached
+        reached |= edge
+    assert Stage.ENDED in reached
+
+
+@pytest.mark.parametrize(
+    ("stage", "state"),
+    [
+        (Stage.AWAITED, "starting"),
+        (Stage.WAKING, "starting"),
+        (Stage.RETRYING, "starting"),
+        (Stage.STARTED, "starting"),
+        (Stage.IDLE, "idle"),
+        (Stage.RUNNING, "running"),
+        (Stage.DORMANT, "dormant"),
+        (Stage.FAILED, "failed"),
+        (Stage.ENDED, "ended"),
+        (Stage.REMOVED, "ended"),
+    ],
+)
+def test_what_others_see(stage: Stage, state: str) -> None:
+    life = life_at(stage)
+    assert life.stored == state
+    assert life.is_live == (life.stored in LIVE)
+    assert life.has_process == (stage in PROCESS)
+    assert life.is_orphaned == (life.is_live and stage not in PROCESS)
+    waits = State.WAITING if life.is_live else life.stored
+    assert (life.seen(asks=False), life.seen(asks=True)) == (life.stored, waits)
+    life.is_paused = True
+    paused = State.PAUSED if life.is_live else life.stored
+    assert (life.seen(asks=False), life.seen(asks=True)) == (paused, paused)
+
+
+@pytest.mark.parametrize("state", State)
+def test_no_claude_outlives_its_daemon(state: State) -> None:
+    life = SessionLife.loaded(state)
+    assert not life.is_live and not life.is_being_ended
+    assert life.stored == (State.DORMANT if state in LIVE else state)
+    assert life.refuses_messages == (state is State.ENDED)
+
+
+@pytest.mark.parametrize("ending", Ending)
+def test_what_the_end_of_claude_means(ending: Ending) -> None:
+    for mail, progress, in_order, broken in itertools.product([False, True], repeat=4):
+        life = life_at(Stage.RUNNING, ending)
+        what = life.meaning_of_exit(mail=mail, progress=progress, in_order=in_order, broken=broken)
+        life.see(what)  # it can happen
+        if ending is Ending.FOR_GOOD:
+            assert life.stage is Stage.ENDED
+        elif ending is Ending.WITH_DAEMON:
+            assert life.stage is Stage.DORMANT
+        elif broken:
+            assert life.stage is Stage.FAILED
+        elif mail:
+            goes_on = progress or ending is Ending.TO_SLEEP
+            assert life.stage is (Stage.AWAITED if goes_on else Stage.FAILED)
+        else:
+            assert life.stage is (Stage.DORMANT if in_order else Stage.FAILED)
+
+
+def test_a_new_claude_is_not_being_ended() -> None:
+    for ending in (Ending.NO, Ending.TO_SLEEP, Ending.WITH_DAEMON):
+        life = life_at(Stage.WAKING, ending)
+        life.see(Happening.LAUNCHED)
+        assert not life.is_being_ended and life.stage is Stage.STARTED
+
+
+class Walk(RuleBasedStateMachine):
+    """Whatever can happen, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.life = SessionLife()
+        self.ended = False
+
+    def possible(self) -> list[Happening]:
+        """Give what can happen now, as `Session` lets it: nothing is accepted or launched after a stop."""
+        stopped = self.life.refuses_messages
+        kept_back = {Happening.ACCEPTED, Happening.LAUNCHED} if stopped else set()
+        return [what for stage, what in TRANSITIONS if stage is self.life.stage and what not in kept_back]
+
+    @precondition(lambda self: self.possible())
+    @rule(data=st.data())
+    def happen(self, data: st.DataObject) -> None:
+        """See one of the things that can happen now."""
+        self.life.see(data.draw(st.sampled_from(self.possible())))
+
+    @rule(order=st.sampled_from([Order.SLEEP, Order.LEAVE, Order.STOP]))
+    def order(self, order: Order) -> None:
+        """Tell it something."""
+        if (self.life.ending, order) in ENDINGS:
+            self.life.tell(order)
+
+    @precondition(lambda self: self.life.has_process)
+    @rule(mail=st.booleans(), progress=st.booleans(), in_order=st.booleans(), broken=st.booleans())
+    def die(self, mail: bool, progress: bool, in_order: bool, broken: bool) -> None:
+        """Let claude end."""
+        self.life.see(self.life.meaning_of_exit(mail=mail, progress=progress, in_order=in_order, broken=broken))
+        assert not self.life.has_process
+
+    @invariant()
+    def holds(self) -> None:
+        """A process only in live states; what has ended never comes back, and takes no message."""
+        life = self.life
+        assert not life.has_process or life.stored in LIVE
+        assert not (life.has_process and life.is_orphaned)
+        assert life.seen(asks=True) in State and life.stored in State
+        self.ended = self.ended or life.has_ended
+        if self.ended:
+            assert life.has_ended and life.refuses_messages and not life.is_live
+            with pytest.raises((ImpossibleHappening, AssertionError)):
+                life.see(Happening.ACCEPTED)
+
+
+TestWalk = Walk.TestCase
+TestWalk.settings = settings(max_examples=100, stateful_step_count=40, derandomize=True, deadline=None)
