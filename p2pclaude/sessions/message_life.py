@@ -39,7 +39,7 @@ class Happening(StrEnum):
     OUTPUT = "claude prints"
     ANSWERED = "result"
     HANDED_BACK = "claude died before it began"
-    CUT = "claude died, or had it before"
+    CUT = "claude died or had it before"
 
 
 _WITH_CLAUDE: Final = (Stage.HANDED, Stage.TAKEN, Stage.BEGUN, Stage.WORKED_ON)
@@ -57,7 +57,8 @@ TRANSITIONS: Final[Mapping[tuple[Stage, Happening], Stage]] = {
     (Stage.WORKED_ON, Happening.OUTPUT): Stage.WORKED_ON,
     **{(stage, Happening.ANSWERED): Stage.DONE for stage in _WITH_CLAUDE},
     **{(stage, Happening.CUT): Stage.CUT_OFF for stage in _WITH_CLAUDE},
-    **{(stage, Happening.HANDED_BACK): Stage.WAITING for stage in _WITH_CLAUDE},
+    # Not once it has begun: its work would run twice.
+    **{(stage, Happening.HANDED_BACK): Stage.WAITING for stage in (Stage.HANDED, Stage.TAKEN)},
 }
 """Which happening leads where. A pair that is not here cannot happen: nothing happens to what is over."""
 

@@ -40,8 +40,8 @@ class Event(StrEnum):
     TOLD_TO_WAIT = "try later"
     RESTED = "pause is over"
     NO_WAY = "no way was found"
-    NO_WAY_LEFT = "no way, once too often"
-    GIVEN_UP = "deadline, or the caller left"
+    NO_WAY_LEFT = "no way once too often"
+    GIVEN_UP = "deadline or caller gone"
 
 
 TRANSITIONS: Final[Mapping[tuple[Stage, Event], Stage]] = {
