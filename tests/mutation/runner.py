@@ -1,0 +1,76 @@
+"""Runs a module's tests against a mutant, in a process of its own that ends in time."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+MEMORY_BYTES: Final = 4 << 30  # a mutant may eat without end
+LEAST_SECONDS: Final = 10.0
+PATIENCE: Final = 5.0  # times what the tests take without a fault; then they hang, which is noticed
+PASSED: Final = 0
+NONE_FOUND: Final = 5  # pytest's status
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run of tests ended: pytest's status, None if it was ended for taking too long."""
+
+    status: int | None
+    seconds: float
+    text: str
+
+    @property
+    def noticed(self) -> bool:
+        """Whether something failed."""
+        return self.status not in (PASSED, NONE_FOUND)
+
+
+def run_tests(
+    root: Path, tests: list[Path], *, module: str = "", source: str = "", seconds: float | None = None
+) -> Outcome:
+    """Run tests until the first failure; with `module` and `source`, against a mutant of that module."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "mutant.py")
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+        environ |= {"PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_STORAGE_DIRECTORY": directory}
+        if module:
+            file.write_text(source, encoding="utf-8")
+            environ |= {"MUTANT_MODULE": module, "MUTANT_FILE": str(file)}
+        command = [sys.executable, "-m", "pytest", "-p", "mutation.plugin", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        command += ["-x", "-q", "--no-header", "--tb=line", "--hypothesis-seed=0", f"--basetemp={directory}/tmp"]
+        command += ["-o", "faulthandler_timeout=0", *map(str, tests)]
+        began = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=root, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", start_new_session=True, preexec_fn=_limit,
+        )  # fmt: skip
+        try:
+            text, _ = process.communicate(timeout=seconds)
+            status: int | None = process.returncode
+        except subprocess.TimeoutExpired:
+            text, status = "", None
+        finally:
+            _end(process)
+        return Outcome(status, time.monotonic() - began, text or "")
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End a run with all it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
