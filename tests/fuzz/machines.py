@@ -128,7 +128,7 @@ class _Pair:
         end.touched = True
         if kind <= 1:
             size = min(script.byte() * (60 if kind else 1), len(BODY) - end.written)
-            if not stream.closed and not stream.sender.end_queued:
+            if not stream.closed and not stream.sender.own_end.wanted:
                 stream.write(BODY[end.written : end.written + size])
                 end.written += size
         elif kind == 2:

@@ -63,13 +63,141 @@ class MaxFilter:
         return self._entries[0][1] if self._entries else 0.0
 
 
+class RoundTrips:
+    """What the round trips so far have shown: a round ends when a packet that left in it is acknowledged."""
+
+    __slots__ = ("_acked", "_end_delivered", "_lost", "_rtt", "begins", "count", "loss_share", "lost", "queue_seen")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.begins = False  # with the sample that came last
+        self.lost = 0.0  # share of the bytes of the last whole round
+        self.loss_share = 0.0  # the same, smoothed
+        self.queue_seen = False  # the round trips are longer than the path is
+        self._end_delivered = 0
+        self._lost = 0
+        self._acked = 0
+        self._rtt: float | None = None  # the smallest of this round
+
+    def add(self, sample: AckSample) -> None:
+        """Take a sample, and note whether a new round begins with it."""
+        self._lost += sample.lost
+        self._acked += sample.acked
+        if sample.rtt is not None and (self._rtt is None or sample.rtt < self._rtt):
+            self._rtt = sample.rtt
+        self.begins = sample.prior_delivered >= self._end_delivered
+        if self.begins:
+            self._end_delivered = sample.delivered
+            self.count += 1
+
+    def conclude(self, min_rtt: float | None) -> None:
+        """Draw the conclusions of the round that is over, as the next one begins."""
+        assert self.begins
+        self.lost = self._lost / max(self._lost + self._acked, 1)
+        self._lost = self._acked = 0
+        self.loss_share += (self.lost - self.loss_share) / 4
+        if self._rtt is not None and min_rtt is not None:
+            self.queue_seen = self._rtt > QUEUE_RTT * min_rtt
+        self._rtt = None
+
+
+class FullPipe:
+    """Whether the pipe is full: the bandwidth has not grown by a quarter in three round trips."""
+
+    __slots__ = ("_bandwidth", "_rounds", "is_full")
+
+    def __init__(self) -> None:
+        self.is_full = False
+        self._bandwidth = 0.0
+        self._rounds = 0
+
+    def check(self, bandwidth: float, lost: float) -> None:
+        """Look at one more round, of whose bytes that share got lost.
+
+        Two rounds are enough if a good part of them got lost: a short queue overflows long before the third
+        (departure).
+        """
+        if self.is_full:
+            return
+        if bandwidth >= self._bandwidth * 1.25:
+            self._bandwidth = bandwidth
+            self._rounds = 0
+            return
+        self._rounds += 2 if lost > OVERSHOOT_LOSS else 1
+        self.is_full = self._rounds >= 3
+
+
+class MinRtt:
+    """The smallest round trip of the last ten seconds, in seconds, and the pause that measures it anew."""
+
+    __slots__ = ("_at", "_pause_until", "value")
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self._at = 0.0
+        self._pause_until: float | None = None
+
+    def update(self, rtt: float | None, now: float) -> bool:
+        """Take a measurement, if there is one; return whether the value had grown too old."""
+        expired = self.value is not None and now > self._at + MIN_RTT_WINDOW_S
+        if rtt is not None and (self.value is None or rtt <= self.value or expired):
+            self.value = rtt
+            self._at = now
+        return expired
+
+    def begin_pause(self) -> None:
+        """Wait for the queue to empty; the pause is timed from then on."""
+        self._pause_until = None
+
+    def is_paused_enough(self, now: float, *, empty: bool) -> bool:
+        """Tell whether the path was seen without a queue for long enough; `empty` tells whether it is now."""
+        if self._pause_until is None:
+            if empty:
+                self._pause_until = now + PROBE_RTT_S
+            return False
+        if now < self._pause_until:
+            return False
+        self._at = now
+        return True
+
+
+class GainCycle:
+    """The phases of the steady state: a round trip of 5/4 of the rate, one of 3/4, six of 1."""
+
+    __slots__ = ("_at", "_first", "_index")
+
+    def __init__(self, variety: int) -> None:
+        # Any neutral phase will do to begin with, if only streams that share a path do not all probe at once.
+        self._first = 2 + variety % (len(CYCLE_GAINS) - 2)
+        self._index = 0
+        self._at = 0.0
+
+    @property
+    def gain(self) -> float:
+        """The gain of the phase."""
+        return CYCLE_GAINS[self._index]
+
+    def begin(self, now: float) -> None:
+        """Enter the first phase."""
+        self._index = self._first
+        self._at = now
+
+    def advance(self, now: float) -> None:
+        """Enter the next phase."""
+        self._index = (self._index + 1) % len(CYCLE_GAINS)
+        self._at = now
+
+    def lasts_longer(self, seconds: float, now: float) -> bool:
+        """Tell whether the phase has lasted longer than that."""
+        return now - self._at > seconds
+
+
 class Bbr:
     """The controller of one path: feed it `on_ack`, obey `window` and `pacing_rate`."""
 
     def __init__(self, mss: int, variety: int = 0) -> None:
         """Start on an unknown path; streams with different `variety` probe at different times."""
         self.mss = mss
-        self._first_phase = 2 + variety % (len(CYCLE_GAINS) - 2)
         self.mode = Mode.STARTUP
         self.window = INITIAL_WINDOW_PACKETS * mss
         self.pacing_rate = STARTUP_GAIN * self.window / 0.001  # as good as none before the first round trip
@@ -77,22 +205,10 @@ class Bbr:
         self._bandwidth = MaxFilter(BANDWIDTH_ROUNDS)
         self._pacing_gain = STARTUP_GAIN
         self._window_gain = STARTUP_GAIN
-        self._round_count = 0
-        self._round_start = False
-        self._round_end_delivered = 0
-        self._round_lost = 0
-        self._round_acked = 0
-        self._loss_share = 0.0  # smoothed share of bytes that get lost
-        self._round_rtt: float | None = None  # the smallest of this round trip
-        self._queue_seen = False  # the round trips are longer than the path is
-        self._full_bandwidth = 0.0
-        self._full_rounds = 0
-        self._pipe_filled = False
-        self._min_rtt: float | None = None
-        self._min_rtt_at = 0.0
-        self._probe_rtt_until: float | None = None
-        self._cycle_index = 0
-        self._cycle_at = 0.0
+        self._rounds = RoundTrips()
+        self._pipe = FullPipe()
+        self._min_rtt = MinRtt()
+        self._cycle = GainCycle(variety)
 
     @property
     def bandwidth(self) -> float:
@@ -106,63 +222,34 @@ class Bbr:
 
     def on_ack(self, sample: AckSample, now: float) -> None:
         """Learn from a batch of acknowledgements."""
-        self._update_round(sample)
+        self._rounds.add(sample)
         if sample.rate is not None and (not sample.app_limited or sample.rate >= self._bandwidth.value):
-            self._bandwidth.update(sample.rate, self._round_count)
-        self._check_full_pipe(sample)
+            self._bandwidth.update(sample.rate, self._rounds.count)
+        if self._rounds.begins:
+            self._rounds.conclude(self._min_rtt.value)
+            if not sample.app_limited:
+                self._pipe.check(self._bandwidth.value, self._rounds.lost)
         self._advance_mode(sample, now)
         self._update_min_rtt(sample, now)
         self._set_pacing_rate()
         self._set_window(sample)
+        assert self.window >= MIN_WINDOW_PACKETS * self.mss or self.mode is Mode.PROBE_RTT
 
     def on_outage(self) -> None:
         """Restart small after a silence: the window grows back with each acknowledgement."""
         self.window = MIN_WINDOW_PACKETS * self.mss
 
-    def _update_round(self, sample: AckSample) -> None:
-        self._round_lost += sample.lost
-        self._round_acked += sample.acked
-        if sample.rtt is not None and (self._round_rtt is None or sample.rtt < self._round_rtt):
-            self._round_rtt = sample.rtt
-        self._round_start = sample.prior_delivered >= self._round_end_delivered
-        if self._round_start:
-            self._round_end_delivered = sample.delivered
-            self._round_count += 1
-
-    def _check_full_pipe(self, sample: AckSample) -> None:
-        """Call the pipe full when the bandwidth has not grown by a quarter in three round trips.
-
-        Two are enough if a good part of them got lost: a short queue overflows long before the third (departure).
-        """
-        if not self._round_start:
-            return
-        lost = self._round_lost / max(self._round_lost + self._round_acked, 1)
-        self._round_lost = self._round_acked = 0
-        self._loss_share += (lost - self._loss_share) / 4
-        if self._round_rtt is not None and self._min_rtt is not None:
-            self._queue_seen = self._round_rtt > QUEUE_RTT * self._min_rtt
-        self._round_rtt = None
-        if self._pipe_filled or sample.app_limited:
-            return
-        if self._bandwidth.value >= self._full_bandwidth * 1.25:
-            self._full_bandwidth = self._bandwidth.value
-            self._full_rounds = 0
-            return
-        self._full_rounds += 2 if lost > OVERSHOOT_LOSS else 1
-        self._pipe_filled = self._full_rounds >= 3
-
     def _advance_mode(self, sample: AckSample, now: float) -> None:
-        if self.mode is Mode.STARTUP and self._pipe_filled:
+        if self.mode is Mode.STARTUP and self._pipe.is_full:
             self._enter(Mode.DRAIN, 1 / STARTUP_GAIN, STARTUP_GAIN)
         if self.mode is Mode.DRAIN and sample.in_flight <= self._target(1.0):
             self._enter_probe_bw(now)
         if self.mode is Mode.PROBE_BW and self._phase_is_over(sample, now):
-            self._cycle_index = (self._cycle_index + 1) % len(CYCLE_GAINS)
-            self._cycle_at = now
-            self._pacing_gain = CYCLE_GAINS[self._cycle_index]
+            self._cycle.advance(now)
+            self._pacing_gain = self._cycle.gain
 
     def _phase_is_over(self, sample: AckSample, now: float) -> bool:
-        elapsed = now - self._cycle_at > (self._min_rtt or 0.0)
+        elapsed = self._cycle.lasts_longer(self._min_rtt.value or 0.0, now)
         gain = self._pacing_gain
         if gain > 1:
             return elapsed and (sample.lost > 0 or sample.in_flight >= self._target(gain))
@@ -176,46 +263,38 @@ class Bbr:
         self._window_gain = window_gain
 
     def _enter_probe_bw(self, now: float) -> None:
-        # Any neutral phase will do, if only streams that share a path do not all probe at once.
-        self._cycle_index = self._first_phase
-        self._cycle_at = now
+        self._cycle.begin(now)
         self._enter(Mode.PROBE_BW, 1.0, WINDOW_GAIN)
 
     def _update_min_rtt(self, sample: AckSample, now: float) -> None:
-        expired = self._min_rtt is not None and now > self._min_rtt_at + MIN_RTT_WINDOW_S
-        if sample.rtt is not None and (self._min_rtt is None or sample.rtt <= self._min_rtt or expired):
-            self._min_rtt = sample.rtt
-            self._min_rtt_at = now
+        expired = self._min_rtt.update(sample.rtt, now)
         if expired and self.mode is not Mode.PROBE_RTT and not sample.app_limited:
             self._enter(Mode.PROBE_RTT, 1.0, 0.5)
-            self._probe_rtt_until = None
+            self._min_rtt.begin_pause()
         if self.mode is Mode.PROBE_RTT:
-            self._run_probe_rtt(sample, now)
+            empty = sample.in_flight <= self._probe_rtt_window()
+            if self._min_rtt.is_paused_enough(now, empty=empty):
+                self._leave_probe_rtt(now)
 
-    def _run_probe_rtt(self, sample: AckSample, now: float) -> None:
-        if self._probe_rtt_until is None:
-            if sample.in_flight <= self._probe_rtt_window():
-                self._probe_rtt_until = now + PROBE_RTT_S
-        elif now >= self._probe_rtt_until:
-            self._min_rtt_at = now
-            if self._pipe_filled:
-                self._enter_probe_bw(now)
-            else:
-                self._enter(Mode.STARTUP, STARTUP_GAIN, STARTUP_GAIN)
+    def _leave_probe_rtt(self, now: float) -> None:
+        if self._pipe.is_full:
+            self._enter_probe_bw(now)
+        else:
+            self._enter(Mode.STARTUP, STARTUP_GAIN, STARTUP_GAIN)
 
     def _probe_rtt_window(self) -> int:
         """Half of what the path holds (as in later BBR) instead of four packets: the pause costs less."""
         return max(MIN_WINDOW_PACKETS * self.mss, int(self._product() / 2))
 
     def _product(self) -> float:
-        return self._bandwidth.value * (self._min_rtt or 0.0)
+        return self._bandwidth.value * (self._min_rtt.value or 0.0)
 
     def _target(self, gain: float) -> int:
         """Return the bytes that should be under way: a multiple of the product, and room for three bursts.
 
         One burst waits to leave, one travels, one is being acknowledged.
         """
-        if not self._bandwidth.value or self._min_rtt is None:
+        if not self._bandwidth.value or self._min_rtt.value is None:
             return INITIAL_WINDOW_PACKETS * self.mss
         return int(gain * self._product()) + 3 * self.quantum
 
@@ -226,15 +305,15 @@ class Bbr:
         delivered before, and the estimate would sink round by round. An overloaded path betrays itself by its queue;
         where that is too short to see, the compensation is partial, so that the losses it feeds die away.
         """
-        rate = self._pacing_gain * self._bandwidth.value
-        if not self._rate_known and self._min_rtt is not None:
+        rate, min_rtt = self._pacing_gain * self._bandwidth.value, self._min_rtt.value
+        if not self._rate_known and min_rtt is not None:
             # Bandwidth is not known before there was more to send than the few small packets a connection begins with.
-            rate = max(rate, self._pacing_gain * INITIAL_WINDOW_PACKETS * self.mss / max(self._min_rtt, 0.001))
+            rate = max(rate, self._pacing_gain * INITIAL_WINDOW_PACKETS * self.mss / max(min_rtt, 0.001))
         if not rate:
             return
-        if not self._queue_seen:
-            rate /= 1 - LOSS_COMPENSATION * min(self._loss_share, MAX_COMPENSATED_LOSS)
-        if self._pipe_filled or not self._rate_known or rate > self.pacing_rate:
+        if not self._rounds.queue_seen:
+            rate /= 1 - LOSS_COMPENSATION * min(self._rounds.loss_share, MAX_COMPENSATED_LOSS)
+        if self._pipe.is_full or not self._rate_known or rate > self.pacing_rate:
             self.pacing_rate = max(rate, MIN_RATE)
             self._rate_known = True
 
@@ -243,7 +322,7 @@ class Bbr:
             self.window = min(self.window, self._probe_rtt_window())
             return
         target = self._target(self._window_gain)
-        if self._pipe_filled:
+        if self._pipe.is_full:
             self.window = min(self.window + sample.acked, target)
         elif self.window < target or sample.delivered < INITIAL_WINDOW_PACKETS * self.mss:
             self.window += sample.acked

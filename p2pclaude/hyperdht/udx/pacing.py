@@ -9,9 +9,11 @@ TICK_S: Final = 0.001  # waking earlier than this costs more than it gives
 class Pacer:
     """Tokens are bytes; a burst may leave whenever there are any and may overdraw by one packet."""
 
-    __slots__ = ("_tokens", "_updated_at")
+    __slots__ = ("_tokens", "_updated_at", "wait_until")
 
     def __init__(self) -> None:
+        self.wait_until: float | None = None
+        """When something may leave that could not, None if nothing waits for that."""
         self._tokens: float | None = None
         self._updated_at = 0.0
 

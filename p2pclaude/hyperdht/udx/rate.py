@@ -39,10 +39,11 @@ class AckSample:
 class DeliveryRate:
     """Counts delivered bytes and makes snapshots and samples of them."""
 
-    __slots__ = ("_app_limited_until", "_delivered_at", "_delivered_before", "_first_sent_at", "delivered")
+    __slots__ = ("_app_limited_until", "_delivered_at", "_delivered_before", "_first_sent_at", "delivered", "ran_dry")
 
     def __init__(self) -> None:
         self.delivered = 0
+        self.ran_dry = False  # all that there was to send had left
         self._delivered_at = 0.0
         self._delivered_before = -1  # all that was ever sent, when the first flight of this reckoning left
         self._first_sent_at = 0.0

@@ -54,6 +54,8 @@ class LossDetector:
         self._window_steps = 1
         self._calm = 0
         self._recovery_end = -1  # repairs last until this packet is acknowledged
+        self.next_order = 0  # number of the next transmission
+        self.repairs: list[int] = []  # heap of sequence numbers to send again; outdated ones are skipped
         self.sacked = 0  # packets the peer holds behind a gap
         self.deadline: float | None = None  # when a packet will have to be called lost
         self.spurious = 0

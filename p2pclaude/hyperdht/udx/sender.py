@@ -1,8 +1,9 @@
 """The sending half of a stream: queue, packets under way, acknowledgements, and what may leave when (ring 1).
 
 `stream` calls `receive_ack` for each packet that says something new and `finish_acks` once a batch, then `send` to
-get what may leave, then `get_timer`. The parts know one thing each: `recovery` what is lost, `congestion` how much may
-be under way, `pacing` when, `mtu` how large, `rtt` how long an answer takes.
+get what may leave, then `get_timer`. The parts know one thing each: `recovery` what is lost, `path` what the path bears
+(how much may be under way, when it leaves, how large it is, how long an answer takes), `peerwindow` what the peer has
+room for, `patience` when to probe and when to give up.
 """
 
 import heapq
@@ -12,25 +13,33 @@ from .ackbatch import AckBatch
 from .burst import Burst, BurstHeader
 from .congestion import Bbr
 from .mtu import BLACK_HOLE_MTU, MtuSearch
-from .pacing import Pacer
 from .packet import DATA, END, HEADER, MAGIC, OVERHEAD_BYTES, SEQ_MASK
+from .path import Path
+from .patience import GIVE_UP_S, Patience
+from .peerwindow import PeerWindow
 from .ranges import RangeSet
 from .rate import AckSample, DeliveryRate
 from .recovery import DELIVERED, IN_FLIGHT, LOST, LossDetector, Packet
 from .rtt import RttEstimator
 from .sendqueue import SendQueue
 from .stats import SenderStats
-from .windowprobe import WindowProbe
 
-GIVE_UP_S: Final = 11.8  # without progress; an outage of 10 s must kill nothing, and probes leave every second
-NEW_PATHS_S: Final = 60.0  # without progress, in which each new path has that time; a hole is punched in less
-MAX_UNDER_WAY: Final = 64 * 1024 * 1024  # whatever window the peer offers
 MAX_PACKETS_UNDER_WAY: Final = 65536  # libudx reports no gaps further ahead
 MAX_BURST_PACKETS: Final = 256  # of one call: others want a turn
-PROBES: Final = 2  # packets a probe timeout sends: one of them may be lost as well
-OUTAGE_ATTEMPTS: Final = 3  # probe timeouts in a row that mean more than a lost tail
 BLACK_HOLE_ATTEMPTS: Final = 3  # transmissions of one full packet, all lost while others arrive
-MAX_SPAN: Final = 3  # windows between the first unacknowledged byte and the last
+
+
+class OwnEnd:
+    """The end of the own side: asked for, then numbered as a packet of its own, the last one."""
+
+    __slots__ = ("peer_ended", "seq", "wanted")
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self.seq: int | None = None
+        """The number of the END, once it has left."""
+        self.peer_ended = False
+        """Whether the peer's END and all before it arrived: it is gone as soon as it gets ours."""
 
 
 class Sender:
@@ -38,40 +47,45 @@ class Sender:
 
     def __init__(self, initial_seq: int, mtu: int, max_mtu: int, variety: int = 0, initial_remote_seq: int = 0) -> None:
         self.stats = SenderStats()
-        self.rtt = RttEstimator()
-        self.search = MtuSearch(mtu, max_mtu)
-        self.congestion = Bbr(mtu, variety)
+        self.path = Path(mtu, max_mtu, variety)
+        self.peer = PeerWindow(initial_remote_seq)
+        self.patience = Patience()
+        self.own_end = OwnEnd()
         self.acked_below = initial_seq  # unbounded, as next_seq
         self.next_seq = initial_seq
         self.unacked = 0  # payload bytes from the first unacknowledged packet on
         self.in_flight = 0  # bytes on the wire, neither acknowledged nor lost
-        self.end_queued = False
-        self.peer_ended = False
-        self.end_seq: int | None = None
-        self.peer_window = 4 * 1024 * 1024  # until the peer says; libudx UDX_DEFAULT_RWND_MAX
-        self.give_up = False  # the path is dead
-        self.window_probe = WindowProbe()
-        self._base_mtu = mtu
-        self._variety = variety
-        self._largest_window = 0
-        self._sacked_bytes = 0  # payload the peer holds behind a gap
         self._queue = SendQueue()
         self._packets: dict[int, Packet] = {}
         self._sacked = RangeSet()
-        self._lost: list[int] = []  # heap of sequence numbers to send again; outdated ones are skipped
-        self._loss = LossDetector(self.rtt)
+        self._loss = LossDetector(self.path.rtt)
         self._rate = DeliveryRate()
-        self._pacer = Pacer()
-        self._order = 0
-        self._ran_dry = False  # all that there was to send had left
-        self._probe_count = 0  # probe timeouts since the last progress
-        self._probes_due = 0
-        self._last_sent_at = 0.0
-        self._progress_at = 0.0
-        self._answered_at = 0.0  # the same, but that new paths do not move it
-        self._paced_until: float | None = None
-        self._window_from = (initial_remote_seq - 1, 0)  # (seq, ack) of the packet the peer's window is from
         self._batch = AckBatch()
+
+    @property
+    def rtt(self) -> RttEstimator:
+        """The round trip of the path in use."""
+        return self.path.rtt
+
+    @property
+    def search(self) -> MtuSearch:
+        """The search for the packet size of the path in use."""
+        return self.path.search
+
+    @property
+    def congestion(self) -> Bbr:
+        """The congestion control of the path in use."""
+        return self.path.congestion
+
+    @property
+    def peer_window(self) -> int:
+        """The window that the peer offers, in bytes."""
+        return self.peer.size
+
+    @property
+    def has_peer_room(self) -> bool:
+        """Whether the peer has room for a packet."""
+        return self.peer.size >= self.path.search.mtu
 
     @property
     def queued(self) -> int:
@@ -81,17 +95,17 @@ class Sender:
     @property
     def has_work(self) -> bool:
         """Whether there is something to send, as soon as it may leave."""
-        return bool(self._queue.size or self._lost or self._probes_due or self._end_due)
+        return bool(self._queue.size or self._loss.repairs or self.patience.probes_due or self._end_due)
 
     @property
     def end_acked(self) -> bool:
         """Tell whether the peer has everything and knows of the end."""
-        return self.end_seq is not None and self.acked_below > self.end_seq
+        return self.own_end.seq is not None and self.acked_below > self.own_end.seq
 
     @property
     def only_end_unacked(self) -> bool:
         """Tell whether nothing but a bare END lacks its acknowledgement."""
-        return self.end_seq is not None and self.acked_below == self.end_seq and not self.unacked
+        return self.own_end.seq is not None and self.acked_below == self.own_end.seq and not self.unacked
 
     @property
     def spurious(self) -> int:
@@ -106,40 +120,32 @@ class Sender:
         """Drop everything queued and under way (the stream is over); the numbers stay."""
         self._queue.clear()
         self._packets.clear()
-        self._lost.clear()
         self._sacked = RangeSet()
-        self._loss = LossDetector(self.rtt)
-        self.unacked = self.in_flight = self._sacked_bytes = 0
-        self._paced_until = None
-        self.window_probe.stop()
+        next_order, self._loss = self._loss.next_order, LossDetector(self.path.rtt)
+        self._loss.next_order = next_order
+        self.unacked = self.in_flight = self.peer.held = 0
+        self.path.pacer.wait_until = None
+        self.peer.probe.stop()
 
     def reset_path(self, now: float) -> None:
         """Begin anew with another path: its round-trip time, bandwidth and packet size are unknown."""
         self._conclude()
-        self.rtt.reset()
-        self.search.restart(self._base_mtu, self._order)
+        self.path.reset(self._loss.next_order)
         for packet in self._packets.values():
             packet.padded_mtu = 0
-        self.congestion = Bbr(self._base_mtu, self._variety)
-        self._pacer = Pacer()
         self._loss.forget_path()
-        # Not for ever: a peer that comes by ever new ways but acknowledges nothing must not keep us.
-        self._progress_at = max(self._progress_at, min(now, self._answered_at + NEW_PATHS_S))
-        self._probe_count = 0
-        self._probes_due = PROBES if self._packets else 0
+        self.patience.reset_path(now, under_way=bool(self._packets))
 
     # -- acknowledgements
 
     def update_window(self, window: int, seq: int, ack: int, now: float) -> None:
-        """Take the peer's window unless an older or impossible packet brought it (the rule of RFC 9293 3.10.7.4)."""
+        """Take the peer's window unless an older or impossible packet brought it."""
         if not self.acked_below <= ack <= self.next_seq:
             return
-        if self._window_from[0] < seq or (self._window_from[0] == seq and self._window_from[1] <= ack):
-            self._window_from = (seq, ack)
-            if self.peer_window < self.search.mtu <= window:
-                self._progress_at = now  # what the peer had no room for gets its full time again
-            self.peer_window = min(window, MAX_UNDER_WAY)
-            self._largest_window = max(self._largest_window, self.peer_window)
+        had_room = self.has_peer_room
+        self.peer.update(window, seq, ack)
+        if not had_room and self.has_peer_room:
+            self.patience.note_room(now)
 
     def receive_ack(self, ack: int, now: float) -> bool:
         """Take a cumulative acknowledgement (unbounded); return False when it covers what was never sent."""
@@ -157,7 +163,7 @@ class Sender:
                 self.unacked -= len(packet.payload)
                 if packet.state == DELIVERED:
                     self._loss.sacked -= 1
-                    self._sacked_bytes -= len(packet.payload)
+                    self.peer.held -= len(packet.payload)
                 else:
                     self._deliver(packet, now)
                 seq += 1
@@ -173,7 +179,7 @@ class Sender:
         """
         if first < self._loss.highest_seq:
             return first  # it came late
-        packets, mtu = self._packets, self.search.mtu
+        packets, mtu = self._packets, self.path.search.mtu
         last = None
         size = 0
         for seq in range(first, ack):
@@ -206,7 +212,7 @@ class Sender:
                     packet = self._packets[seq]
                     self._deliver(packet, now)
                     self._loss.sacked += 1
-                    self._sacked_bytes += len(packet.payload)
+                    self.peer.held += len(packet.payload)
 
     def _deliver(self, packet: Packet, now: float) -> None:
         """Account for the first acknowledgement of a packet."""
@@ -217,10 +223,11 @@ class Sender:
         self._loss.on_delivered(packet, now)
         self._batch.add(packet, now)
         if packet.size > BLACK_HOLE_MTU or packet.padded_mtu:
-            self.search.packet_arrived(packet.size, packet.order)
+            search = self.path.search
+            search.packet_arrived(packet.size, packet.order)
             if packet.padded_mtu and packet.count == 1:
-                self.search.probe_acked(packet.padded_mtu)
-            self.congestion.mss = self.search.mtu
+                search.probe_acked(packet.padded_mtu)
+            self.path.fit_size()
 
     def finish_acks(self, now: float) -> None:
         """End a batch: draw the conclusions, now or with the timer.
@@ -228,7 +235,7 @@ class Sender:
         If nothing is under way they change nothing for a single packet; so one that answers the batch leaves first.
         """
         self._batch.ended_at = now
-        if self._packets or self._probe_count:
+        if self._packets or self.patience.is_probing:
             self._conclude()
 
     def _conclude(self) -> None:
@@ -239,19 +246,19 @@ class Sender:
         acked, rtt, now = self._batch.take()
         if newest.count > 1:
             rtt = None  # a repair fills a gap: what was sent once before it may have arrived long ago
+        path = self.path
         if rtt is not None:
-            self.rtt.add_sample(rtt)
-        if self._probe_count >= OUTAGE_ATTEMPTS:
-            self.congestion.on_outage()
-        self._probe_count = self._probes_due = 0
-        self._progress_at = self._answered_at = max(self._progress_at, now)
+            path.rtt.add_sample(rtt)
+        if self.patience.is_outage:
+            path.congestion.on_outage()
+        self.patience.note_progress(now)
         lost = self._detect_losses(now)
         flight = newest.flight
-        rate = self._rate.sample(flight, now, self.rtt.minimum)
+        rate = self._rate.sample(flight, now, path.rtt.minimum)
         sample = AckSample(
             acked, lost, self._rate.delivered, flight.delivered, self.in_flight, rate, flight.app_limited, rtt
         )
-        self.congestion.on_ack(sample, now)
+        path.congestion.on_ack(sample, now)
 
     def _detect_losses(self, now: float) -> int:
         """Move lost packets to the repair queue; return their bytes."""
@@ -261,10 +268,11 @@ class Sender:
             self.stats.lost += 1
             self._queue_repair(packet)
         self.in_flight -= size
+        assert self.in_flight >= 0
         return size
 
     def _queue_repair(self, packet: Packet) -> None:
-        heapq.heappush(self._lost, packet.seq)
+        heapq.heappush(self._loss.repairs, packet.seq)
         if packet.padded_mtu:
             self._strip_padding(packet)
         elif packet.count >= BLACK_HOLE_ATTEMPTS:
@@ -272,7 +280,7 @@ class Sender:
 
     def _strip_padding(self, packet: Packet) -> None:
         """Let a probe travel again as an ordinary packet."""
-        self.search.probe_lost(packet.padded_mtu)
+        self.path.search.probe_lost(packet.padded_mtu)
         packet.padded_mtu = 0
 
     def _suspect_size(self, packet: Packet, since: int) -> None:
@@ -281,34 +289,36 @@ class Sender:
         Only new packets get smaller. One that has left keeps its number and payload, for the peer may have it, and
         numbers count packets: `streams` lets routers fragment it.
         """
-        self.search.packet_lost(packet.size, since)
-        self.congestion.mss = self.search.mtu
+        self.path.search.packet_lost(packet.size, since)
+        self.path.fit_size()
 
     # -- sending
 
     def send(self, burst_header: BurstHeader, now: float) -> list[bytes]:
         """Return the packets that may leave now: probes, repairs, new data."""
-        self._paced_until = None
-        if self._queue.size > self.search.mtu:
+        path, patience = self.path, self.patience
+        path.pacer.wait_until = None
+        if self._queue.size > path.search.mtu:
             self._conclude()
         if not self.has_work:
             return []
         if not self._packets:
-            self._progress_at = self._answered_at = now
-        budget = self._pacer.budget(now, self.congestion.pacing_rate, self.congestion.quantum)
-        allowance = min(self.congestion.window - self.in_flight, budget)
-        if self._ran_dry and allowance > 0:
+            patience.begin(now)
+        congestion = path.congestion
+        budget = path.pacer.budget(now, congestion.pacing_rate, congestion.quantum)
+        allowance = min(congestion.window - self.in_flight, budget)
+        if self._rate.ran_dry and allowance > 0:
             self._rate.mark_app_limited(self.in_flight)
         burst = Burst(burst_header, self._rate.start_flight(now, self.in_flight))
         before = self.stats.bytes
-        if self._probes_due:
+        if patience.probes_due:
             self._send_probes(burst)
         self._send_repairs(burst, allowance - (self.stats.bytes - before))
         self._send_new(burst, allowance - (self.stats.bytes - before))
         spent = self.stats.bytes - before
         if spent:
-            self._pacer.spend(spent)
-            self._last_sent_at = now
+            path.pacer.spend(spent)
+            patience.note_sent(now)
         self._after_send(allowance - spent, budget - spent, now)
         return burst.packets
 
@@ -319,18 +329,19 @@ class Sender:
         A peer that has ended is gone when it got this END; libudx acknowledges it once, and if that is lost nothing
         tells what else arrived. So such a peer is sent END only when it has acknowledged all data.
         """
-        if not self.end_queued or self.end_seq is not None or self._queue.size:
+        end = self.own_end
+        if not end.wanted or end.seq is not None or self._queue.size:
             return False
-        return not (self.peer_ended and self._packets)
+        return not (end.peer_ended and self._packets)
 
     def _send_probes(self, burst: Burst) -> None:
         """Make the peer answer: what its reader waits for, then repairs or new data, else the last packet again."""
-        due, self._probes_due = self._probes_due, 0
+        due, self.patience.probes_due = self.patience.probes_due, 0
         first = next((packet for packet in self._packets.values() if packet.state != DELIVERED), None)
         if first is not None and first.state == IN_FLIGHT:
             due -= self._send_again(burst, first)
         sent_before = self.stats.packets
-        self._send_repairs(burst, due * self.search.mtu)
+        self._send_repairs(burst, due * self.path.search.mtu)
         due -= self.stats.packets - sent_before
         if due > 0:
             new_before = self.stats.packets
@@ -353,8 +364,9 @@ class Sender:
         return next((packet for packet in reversed(self._packets.values()) if packet.state == IN_FLIGHT), None)
 
     def _send_repairs(self, burst: Burst, allowance: int) -> None:
-        while self._lost and allowance > 0:
-            packet = self._packets.get(heapq.heappop(self._lost))
+        repairs = self._loss.repairs
+        while repairs and allowance > 0:
+            packet = self._packets.get(heapq.heappop(repairs))
             if packet is None or packet.state != LOST:
                 continue
             packet.state = IN_FLIGHT
@@ -365,9 +377,9 @@ class Sender:
     def _transmit(self, burst: Burst, packet: Packet) -> None:
         """Send a packet another time, with current acknowledgement and window."""
         packet.count += 1
-        packet.order = self._order
+        packet.order = self._loss.next_order
         packet.flight = burst.flight
-        self._order += 1
+        self._loss.next_order += 1
         self._loss.sent.append((packet.order, packet))
         burst.add(packet)
         self.stats.retransmits += 1
@@ -380,13 +392,14 @@ class Sender:
         All but the last few of a stream are DATA packets of full size; whatever the burst shares is looked up once.
         """
         queue, packets, flight = self._queue, self._packets, burst.flight
-        take, on_sent, add, pack = queue.take, self._loss.sent.append, burst.packets.append, HEADER.pack
+        loss, search = self._loss, self.path.search
+        take, on_sent, add, pack = queue.take, loss.sent.append, burst.packets.append, HEADER.pack
         remote_id, window, ack, _ = burst.header
-        payload_size = self.search.mtu - OVERHEAD_BYTES
-        room = self._window_room()
+        payload_size = search.mtu - OVERHEAD_BYTES
+        room = self.peer.room(self.unacked)
         first = seq = self.next_seq
         end = min(first + MAX_BURST_PACKETS, self.acked_below + MAX_PACKETS_UNDER_WAY)
-        order = self._order
+        order = loss.next_order
         sent_bytes = 0
         while sent_bytes < allowance and seq < end:
             size = min(payload_size, queue.size)
@@ -401,57 +414,50 @@ class Sender:
             if size:
                 payload = take(size)
                 packet = packets[seq] = Packet(seq, DATA, payload, wire_size, flight, order)
-                padding = self._padding(size, payload_size) if self.search.wanted else 0
+                padding = self._padding(size, payload_size) if search.wanted else 0
                 header = pack(MAGIC, DATA, padding, remote_id, window, seq & SEQ_MASK, ack)
                 if padding:
                     packet.padded_mtu = wire_size + padding
-                    self.search.probe_sent(packet.padded_mtu)
+                    search.probe_sent(packet.padded_mtu)
                     header += bytes(padding)
                 add(header + payload)
             else:
                 packet = packets[seq] = Packet(seq, END, b"", wire_size, flight, order)
                 burst.add(packet)
-                self.end_seq = seq
+                self.own_end.seq = seq
             on_sent((order, packet))
             order += 1
             seq += 1
             room -= size
             sent_bytes += wire_size
-        self._order = order
+        loss.next_order = order
         self.next_seq = seq
         self.unacked += sent_bytes - (seq - first) * OVERHEAD_BYTES
         self.in_flight += sent_bytes
         self.stats.packets += seq - first
         self.stats.bytes += sent_bytes
 
-    def _window_room(self) -> int:
-        """Return the payload bytes the peer's window has room for.
-
-        What the peer already holds does not count (libudx), within bounds that `Receiver` keeps room for.
-        """
-        span_left = MAX_SPAN * self._largest_window - self.unacked if self._largest_window else self.peer_window
-        return min(self.peer_window - (self.unacked - self._sacked_bytes), span_left)
-
     def _padding(self, size: int, payload_size: int) -> int:
         """Return the padding that makes this packet an MTU probe, usually 0."""
-        if size != payload_size or self.rtt.srtt is None:
+        if size != payload_size or self.path.rtt.srtt is None:
             return 0
-        probe = self.search.wanted
+        probe = self.path.search.wanted
         return probe - size - OVERHEAD_BYTES if probe else 0
 
     def _after_send(self, allowance: int, budget: int, now: float) -> None:
         """Note why nothing more leaves: pacing (END waits for it too), a window, or no data."""
-        self._ran_dry = not self.has_work
-        if self._ran_dry:
-            self.window_probe.watch(False, 0.0, now)
+        self._rate.ran_dry = not self.has_work
+        if self._rate.ran_dry:
+            self.peer.probe.watch(False, 0.0, now)
             return
-        window_closed = self.queued > 0 and not self._packets and self.peer_window <= 0
+        path, peer = self.path, self.peer
+        window_closed = self.queued > 0 and not self._packets and peer.size <= 0
         full = self.next_seq >= self.acked_below + MAX_PACKETS_UNDER_WAY
         if budget <= 0 and not window_closed:
-            self._paced_until = self._pacer.ready_at(self.congestion.pacing_rate, self.congestion.quantum)
-        elif allowance > 0 and self.queued and not full and self._window_room() >= self.search.mtu:
-            self._paced_until = now  # the burst's limit of packets was reached
-        self.window_probe.watch(window_closed, self.rtt.probe_timeout(0), now)
+            path.pacer.wait_until = path.pacer.ready_at(path.congestion.pacing_rate, path.congestion.quantum)
+        elif allowance > 0 and self.queued and not full and peer.room(self.unacked) >= path.search.mtu:
+            path.pacer.wait_until = now  # the burst's limit of packets was reached
+        peer.probe.watch(window_closed, path.rtt.probe_timeout(0), now)
 
     # -- timers
 
@@ -459,41 +465,26 @@ class Sender:
         """Return when `handle_timer` or `send` has something to do."""
         self._conclude()
         earliest = self._probe_at()
-        for time in (self._paced_until, self._loss.deadline, self.window_probe.at):
+        for time in (self.path.pacer.wait_until, self._loss.deadline, self.peer.probe.at):
             if time is not None and (earliest is None or time < earliest):
                 earliest = time
         return earliest
 
     def _probe_at(self) -> float | None:
-        if not self._packets:
-            return None
-        give_up_at = self._progress_at + GIVE_UP_S
-        probe_at = max(self._last_sent_at, self._progress_at) + self.rtt.probe_timeout(self._probe_count)
-        # With no room it may be time to give up, and still too early, for there are answers.
-        awaited = self._last_sent_at < give_up_at or self.peer_window >= self.search.mtu
-        return give_up_at if awaited and give_up_at < probe_at else probe_at
-
-    def _alive_at(self, last_heard: float) -> float:
-        """Return the last sign of a path that works; mere answers count while the peer has no room for data."""
-        no_room = self.peer_window < self.search.mtu
-        return max(self._progress_at, last_heard) if no_room else self._progress_at
+        return self.patience.probe_at(self.path.rtt, has_room=self.has_peer_room) if self._packets else None
 
     def handle_timer(self, now: float, last_heard: float) -> None:
         """Act on what is due; `last_heard` is when the peer's last packet came."""
         self._conclude()
         if self._loss.deadline is not None and self._loss.deadline <= now:
             self._detect_losses(now)
-        probe_at = self._probe_at()
+        probe_at, patience = self._probe_at(), self.patience
         if probe_at is not None and probe_at <= now:
-            if now >= self._alive_at(last_heard) + GIVE_UP_S:
-                self.give_up = True
+            if not patience.run_out(now, last_heard, has_room=self.has_peer_room):
                 return
-            self._probe_count += 1
-            self._last_sent_at = now
-            self._probes_due = PROBES
             self.stats.probe_timeouts += 1
-            if self._probe_count >= OUTAGE_ATTEMPTS and (first := self._first_in_flight()) is not None:
+            if patience.is_outage and (first := self._first_in_flight()) is not None:
                 self._suspect_size(first, first.order)  # each probe repeats it, so all these are lost
-        self.window_probe.handle_timer(now)
-        if self.window_probe.silence(last_heard, now) >= GIVE_UP_S:
-            self.give_up = True
+        self.peer.probe.handle_timer(now)
+        if self.peer.probe.silence(last_heard, now) >= GIVE_UP_S:
+            patience.is_over = True

@@ -36,8 +36,9 @@ from .packet import (
     sack_length,
     unwrap,
 )
+from .patience import GIVE_UP_S
 from .receiver import MAX_AHEAD, MAX_SACK_RANGES, Receiver
-from .sender import GIVE_UP_S, Sender
+from .sender import Sender
 from .stats import Stats
 
 __all__ = ["Closed", "DataReceived", "Drained", "EndReceived", "Event", "MessageReceived", "UdxStream"]
@@ -165,7 +166,7 @@ class UdxStream:
 
     def write(self, data: bytes) -> None:
         """Queue bytes; small writes share packets when they come before the next `datagrams_to_send`."""
-        if self.closed or self._sender.end_queued or not data:
+        if self.closed or self._sender.own_end.wanted or not data:
             return
         self._sender.write(data if isinstance(data, bytes) else bytes(data))
         self._drain_wanted = self._sender.queued > DRAIN_THRESHOLD
@@ -173,7 +174,7 @@ class UdxStream:
     def end(self) -> None:
         """End the own side once all that was written is delivered; the peer may go on sending."""
         if not self.closed:
-            self._sender.end_queued = True
+            self._sender.own_end.wanted = True
 
     def destroy(self) -> None:
         """Break the stream off: drop what was not delivered, tell the peer, close."""
@@ -348,7 +349,7 @@ class UdxStream:
             receiver.chunks.clear()
             self._events.append(DataReceived(bytes(data)))
         if receiver.ended and not self._end_told:
-            self._end_told = self._sender.peer_ended = True
+            self._end_told = self._sender.own_end.peer_ended = True
             self._events.append(EndReceived())
         if self._ack_due:
             if receiver.holds_early or self._came_twice:
@@ -395,8 +396,8 @@ class UdxStream:
             front.append(self._bare_packet(MESSAGE, remote_id, window) + self._messages.popleft())
         if front or out:
             receiver.advertised = window
-        if sender.window_probe.due:  # nobody reads the window of a HEARTBEAT
-            sender.window_probe.due = False
+        if sender.peer.probe.due:  # nobody reads the window of a HEARTBEAT
+            sender.peer.probe.due = False
             front.append(self._bare_packet(HEARTBEAT, remote_id, window))
         if self._drain_wanted and sender.queued <= DRAIN_THRESHOLD:
             self._drain_wanted = False
@@ -462,8 +463,8 @@ class UdxStream:
         self._ack_due |= self._ack_repeat.handle_timer(now)
         sender = self._sender
         sender.handle_timer(now, self._last_heard)
-        sender.window_probe.due |= self.liveness.handle_timer(self._last_heard, now)
-        if not sender.give_up and self.liveness.silence(now) < GIVE_UP_S:
+        sender.peer.probe.due |= self.liveness.handle_timer(self._last_heard, now)
+        if not sender.patience.is_over and self.liveness.silence(now) < GIVE_UP_S:
             return
         if self._end_told and sender.only_end_unacked:
             # The peer has all data and ended itself; it closed and forgot the stream before this END reached it.

@@ -97,7 +97,7 @@ def held(stream: UdxStream) -> tuple[object, ...]:
     """Return what a stream believes that its peer has."""
     half = stream.sender
     delivered = [seq - FIRST for seq, packet in half._packets.items() if packet.state == DELIVERED]
-    return half.acked_below - FIRST, delivered, half.unacked, half._sacked_bytes, half.peer_window, half.stats.bad_sacks
+    return half.acked_below - FIRST, delivered, half.unacked, half.peer.held, half.peer_window, half.stats.bad_sacks
 
 
 @pytest.mark.parametrize("seed", range(100))
