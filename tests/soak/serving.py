@@ -18,7 +18,7 @@ from typing import Final
 from interop.python.control import Command, config, emit, resident_bytes, serve_commands
 
 from p2pclaude.hyperdht import Connection, HyperDHT
-from p2pclaude.hyperdht.udx import stream
+from p2pclaude.hyperdht.udx import farewell
 
 BLOCK: Final = bytes(1 << 16)
 
@@ -59,7 +59,7 @@ async def main() -> None:
     """Listen, report, obey."""
     logging.basicConfig(stream=sys.stderr)
     if config.get("linger") is not None:
-        stream.LINGER_S = config["linger"]  # type: ignore[misc]
+        farewell.LINGER_S = config["linger"]  # type: ignore[misc]
     async with HyperDHT(bootstrap=config["bootstrap"], host="127.0.0.1") as dht:
         server = dht.create_server(serve)
         await server.listen()

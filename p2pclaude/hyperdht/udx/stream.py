@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-from .ackrepeat import AckRepeat
+from .ackduty import AckDuty
 from .burst import BurstHeader
 from .events import Closed, DataReceived, Drained, EndReceived, Event, MessageReceived
+from .farewell import Farewell
 from .liveness import Liveness
 from .mtu import BASE_MTU
 from .packet import (
@@ -44,9 +45,6 @@ from .stats import Stats
 __all__ = ["Closed", "DataReceived", "Drained", "EndReceived", "Event", "MessageReceived", "UdxStream"]
 
 DRAIN_THRESHOLD: Final = 256 * 1024  # unsent bytes below which the writer is called again
-LINGER_S: Final = 15.0  # longer than a peer repeats an END (libudx: 13 s)
-UNHEARD_LINGER_S: Final = 3.0  # when the peer was never heard of: whoever floods a server costs it no more
-DESTROY_TIMES_S: Final = (0.0, 0.3, 1.0)  # when DESTROY is sent: it is never acknowledged
 PROMPT_RTT_S: Final = 0.001  # a path as quick as this stays inside a host or a room
 PROMPT_BYTES: Final = 4096  # more under way is bulk: its sender is busy anyway, and its reader may need the processor
 MAX_QUEUED_MESSAGES: Final = 256
@@ -54,6 +52,29 @@ ECONNRESET: Final = "ECONNRESET"
 ETIMEDOUT: Final = "ETIMEDOUT"
 
 _Ack = tuple[bytes, int, int, int, int]  # packet, kind, window, seq, ack; numbers as they stand on the wire
+
+
+class _Heard:
+    """What the peer has said so far, so that what it repeats costs nothing."""
+
+    __slots__ = ("ack", "any", "at", "ranges", "twice", "window")
+
+    def __init__(self) -> None:
+        self.any = False  # a packet has arrived
+        self.at = 0.0
+        self.ack = -1  # as it stood on the wire in the packet that was processed last, and its window:
+        self.window = -1  # repetitions teach nothing
+        self.ranges: set[tuple[int, int]] = set()
+        self.twice = False  # a packet of this batch had come before
+
+    def note(self, now: float) -> None:
+        """Note that something arrived."""
+        self.any = True
+        self.at = now
+
+    def is_known(self, ack: int, window: int) -> bool:
+        """Tell whether a packet says what the one before said."""
+        return ack == self.ack and window == self.window
 
 
 class UdxStream:
@@ -79,28 +100,24 @@ class UdxStream:
         self.connected = False
         self.closed = False
         self.finished = False  # nothing is left to answer: the stream may be forgotten
-        self.received_any = False  # a packet of the peer arrived
         self.stats = Stats()
         self._sender = Sender(initial_seq, mtu, max_mtu, local_id, initial_remote_seq)
         self._receiver = Receiver(receive_window, initial_remote_seq)
         self._events: deque[Event] = deque()
         self._messages: deque[bytes] = deque()
         self._drain_wanted = False
-        self._ack_due = False  # also set before the peer is known: it leaves on connect
-        self._ack_repeat = AckRepeat()
+        self._acks = AckDuty()
         self.liveness = Liveness()  # asked where there is nothing to send: without an answer the path is dead
-        self._came_twice = False  # in this batch
+        self._heard = _Heard()
         self._end_told = False
-        self._last_heard = 0.0
-        self._last_ack = -1  # wire ack and window of the packet that was processed last:
-        self._last_window = -1  # repetitions teach nothing
-        self._last_ranges: set[tuple[int, int]] = set()
-        self._destroy_times: deque[float] = deque()  # still to come
-        self._destroyed = False
-        self._destroy_due = False
-        self._finish_at: float | None = None
+        self._farewell = Farewell()
 
     # -- state
+
+    @property
+    def received_any(self) -> bool:
+        """Whether a packet of the peer has arrived."""
+        return self._heard.any
 
     @property
     def srtt(self) -> float | None:
@@ -139,7 +156,7 @@ class UdxStream:
     @property
     def owes_only_ack(self) -> bool:
         """Whether an acknowledgement of data in order is all that may leave now: it may wait for a little."""
-        return self._ack_due and not self.closed and not self._receiver.holds_early and not self._sender.has_work
+        return self._acks.due and not self.closed and not self._receiver.holds_early and not self._sender.has_work
 
     @property
     def sender(self) -> Sender:
@@ -157,12 +174,12 @@ class UdxStream:
         """Set the id the peer knows the stream by; what was queued, acknowledgements too, may leave now."""
         self.remote_id = remote_id
         self.connected = True
-        self._last_heard = now
+        self._heard.at = now
 
     def reset_path(self, now: float) -> None:
         """Begin anew with round-trip time, bandwidth and MTU: the socket or the peer's address changed."""
         self._sender.reset_path(now)
-        self._last_heard = now
+        self._heard.at = now
 
     def write(self, data: bytes) -> None:
         """Queue bytes; small writes share packets when they come before the next `datagrams_to_send`."""
@@ -199,7 +216,7 @@ class UdxStream:
         """
         if not self._receiver.consume(size) or self.closed:
             return False
-        self._ack_due = True
+        self._acks.due = True
         return True
 
     def next_event(self) -> Event | None:
@@ -271,7 +288,7 @@ class UdxStream:
         """Return what the next packet of a run has as seq, ack and window, and how many bytes there is room for."""
         receiver = self._receiver
         room = 0 if receiver.ended else receiver.room
-        return receiver.next_seq & SEQ_MASK, self._last_ack, self._last_window, room
+        return receiver.next_seq & SEQ_MASK, self._heard.ack, self._heard.window, room
 
     def _settle(self, run: list[bytes], run_bytes: int, latest: _Ack | None, now: float) -> None:
         """Take payloads in order, and the last of a run of acknowledgements."""
@@ -280,12 +297,11 @@ class UdxStream:
             self.stats.bytes += run_bytes + HEADER_BYTES * len(run)
             self._receiver.add_in_order(run, run_bytes)
             self._receiver.drain()
-            self._ack_due = True
+            self._acks.due = True
         if latest is not None:
             data, kind, window, seq, ack = latest
-            self.received_any = True
-            self._last_heard = now
-            if kind or ack != self._last_ack or window != self._last_window:
+            self._heard.note(now)
+            if kind or not self._heard.is_known(ack, window):
                 self._receive_ack(data, kind, window, unwrap(seq, self._receiver.next_seq), ack, now)
 
     def _receive_packet(
@@ -297,18 +313,17 @@ class UdxStream:
             # No peer is so far ahead; libudx would believe the window of such a packet, and no later one's.
             self.stats.dropped += 1
             return
-        self.received_any = True
-        self._last_heard = now
+        self._heard.note(now)
         if kind & HEARTBEAT:
-            self._ack_due = True
+            self._acks.due = True
             return
         start = HEADER_BYTES + sack_length(kind, offset, len(data))
         if start > len(data):
             self.stats.bad += 1
             return
         if kind & (DATA | END):
-            self._ack_due = True
-            self._came_twice |= seq < self._receiver.next_seq
+            self._acks.due = True
+            self._heard.twice |= seq < self._receiver.next_seq
             if not self._receiver.receive(seq, data[start:], bool(kind & END)):
                 self.stats.dropped += 1
         if kind & DESTROY and seq >= self._receiver.next_seq:
@@ -319,48 +334,47 @@ class UdxStream:
             return
         if kind & MESSAGE:
             self._events.append(MessageReceived(bytes(data[start:])))
-        if not kind & SACK and wire_ack == self._last_ack and window == self._last_window:
+        if not kind & SACK and self._heard.is_known(wire_ack, window):
             return
         self._receive_ack(data, kind, window, seq, wire_ack, now)
 
     def _receive_ack(self, data: bytes, kind: int, window: int, seq: int, wire_ack: int, now: float) -> None:
-        sender = self._sender
+        sender, heard = self._sender, self._heard
         ack = unwrap(wire_ack, sender.acked_below)
         sender.update_window(window, seq, ack, now)
         if not sender.receive_ack(ack, now):
             return
         if kind & SACK:
             # Most ranges are those of the packet before, and there may be dozens.
-            ranges, known, near = decode_sack(data)[:MAX_SACK_RANGES], self._last_ranges, sender.acked_below
+            ranges, known, near = decode_sack(data)[:MAX_SACK_RANGES], heard.ranges, sender.acked_below
             news = [(unwrap(pair[0], near), unwrap(pair[1], near)) for pair in ranges if pair not in known]
             sender.receive_sack(news, now)
-            self._last_ranges = set(ranges)
-            if window != self._last_window:
-                self._last_ack = -1  # a packet with the window of before says something new
+            heard.ranges = set(ranges)
+            if window != heard.window:
+                heard.ack = -1  # a packet with the window of before says something new
         elif ack == sender.acked_below and window == sender.peer_window:
-            self._last_ack, self._last_window = wire_ack, window
+            heard.ack, heard.window = wire_ack, window
 
     def _finish_batch(self, now: float) -> None:
         receiver = self._receiver
         if receiver.chunks:
-            self.received_any = True
-            self._last_heard = now
+            self._heard.note(now)
             data = receiver.chunks[0] if len(receiver.chunks) == 1 else b"".join(receiver.chunks)
             receiver.chunks.clear()
             self._events.append(DataReceived(bytes(data)))
         if receiver.ended and not self._end_told:
             self._end_told = self._sender.own_end.peer_ended = True
             self._events.append(EndReceived())
-        if self._ack_due:
-            if receiver.holds_early or self._came_twice:
-                self._came_twice = False
-                self._ack_repeat.begin(self.srtt, now)
+        if self._acks.due:
+            if receiver.holds_early or self._heard.twice:
+                self._heard.twice = False
+                self._acks.begin(self.srtt, now)
             else:
-                self._ack_repeat.stop()
+                self._acks.stop()
         self._sender.finish_acks(now)
         if self._end_told and self._sender.end_acked:
             self._close(None)
-            self._finish_at = now + LINGER_S
+            self._farewell.linger(now, heard=True)
 
     def _receive_closed(self, datagrams: Sequence[bytes]) -> None:
         """Answer a peer that does not know yet: again with the last acknowledgement, or with DESTROY."""
@@ -370,10 +384,10 @@ class UdxStream:
             kind = data[2]
             if kind & DESTROY:
                 self.finished = True
-            elif self._destroyed:
-                self._destroy_due = True
+            elif self._farewell.is_broken_off:
+                self._farewell.is_due = True
             elif kind & (DATA | END | HEARTBEAT):
-                self._ack_due = True
+                self._acks.due = True
 
     # -- packets out
 
@@ -389,9 +403,9 @@ class UdxStream:
         end_ack = (receiver.next_seq - 1) & SEQ_MASK if receiver.ended else ack
         out = sender.send(BurstHeader(remote_id, window, ack, end_ack), now)
         front: list[bytes] = []
-        if self._ack_due and (not out or receiver.holds_early or out[0][2] != DATA):
+        if self._acks.due and (not out or receiver.holds_early or out[0][2] != DATA):
             front.append(self._ack_packet(remote_id, window))
-        self._ack_due = False
+        self._acks.due = False
         while self._messages:
             front.append(self._bare_packet(MESSAGE, remote_id, window) + self._messages.popleft())
         if front or out:
@@ -423,17 +437,13 @@ class UdxStream:
 
     def _last_words(self, remote_id: int, now: float) -> list[bytes]:
         """Return what a closed stream still has to say."""
-        if self._finish_at is None:
-            self._begin_lingering(now)
+        self._farewell.linger(now, heard=self.received_any)
         out: list[bytes] = []
-        if self._ack_due:
+        if self._acks.due:
             out.append(self._bare_packet(0, remote_id, self._receiver.offer))
-        while self._destroy_times and self._destroy_times[0] <= now:
-            self._destroy_times.popleft()
-            self._destroy_due = True
-        if self._destroy_due:
+        if self._farewell.take_destroy(now):
             out.append(self._bare_packet(DESTROY, remote_id, 0))
-        self._ack_due = self._destroy_due = False
+        self._acks.due = False
         return out
 
     # -- timers
@@ -443,11 +453,11 @@ class UdxStream:
         if self.finished:
             return None
         if self.closed:
-            return self._destroy_times[0] if self._destroy_times else self._finish_at
+            return self._farewell.next_at
         if not self.connected:
             return None
         timer = self._sender.get_timer()
-        for other in (self._ack_repeat.at, self.liveness.at):
+        for other in (self._acks.at, self.liveness.at):
             if other is not None and (timer is None or other < timer):
                 timer = other
         return timer
@@ -455,15 +465,15 @@ class UdxStream:
     def handle_timer(self, now: float) -> None:
         """Act on what is due at `now`; then call `datagrams_to_send`."""
         if self.closed:
-            if self._finish_at is not None and self._finish_at <= now:
+            if self._farewell.finish_at is not None and self._farewell.finish_at <= now:
                 self.finished = True
             return
         if not self.connected:
             return
-        self._ack_due |= self._ack_repeat.handle_timer(now)
+        self._acks.handle_timer(now)
         sender = self._sender
-        sender.handle_timer(now, self._last_heard)
-        sender.peer.probe.due |= self.liveness.handle_timer(self._last_heard, now)
+        sender.handle_timer(now, self._heard.at)
+        sender.peer.probe.due |= self.liveness.handle_timer(self._heard.at, now)
         if not sender.patience.is_over and self.liveness.silence(now) < GIVE_UP_S:
             return
         if self._end_told and sender.only_end_unacked:
@@ -478,13 +488,8 @@ class UdxStream:
     def _break(self, error: str | None) -> None:
         """Close, and tell the peer (if it is known) now and a few times more."""
         self._close(error)
-        self._destroyed = True
+        self._farewell.is_broken_off = True
         self.finished = not self.connected
-
-    def _begin_lingering(self, now: float) -> None:
-        self._finish_at = now + (LINGER_S if self.received_any else UNHEARD_LINGER_S)
-        if self._destroyed:
-            self._destroy_times.extend(now + delay for delay in DESTROY_TIMES_S)
 
     def _close(self, error: str | None) -> None:
         self.closed = True

@@ -39,7 +39,7 @@ def state(stream: UdxStream) -> tuple[object, ...]:
     half, receiver = stream.sender, stream.receiver
     return (
         half.acked_below, half.unacked, half.in_flight, half.peer_window, half.stats.bad_acks, half.stats.lost,
-        stream.stats, receiver.next_seq, receiver.unread, stream.received_any, stream._last_heard,
+        stream.stats, receiver.next_seq, receiver.unread, stream.received_any, stream._heard.at,
     )  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def test_as_many_ranges_are_read_as_a_peer_sends() -> None:
     stream = sender()
     ranges = [(FIRST + 2 * number, FIRST + 2 * number + 1) for number in range(3, MAX_SACK_RANGES + 40)]
     stream.receive_datagrams([sack(stream, FIRST + 4, 1 << 20, ranges)], 9.0)
-    assert len(stream._last_ranges) == MAX_SACK_RANGES
+    assert len(stream._heard.ranges) == MAX_SACK_RANGES
     assert held(stream)[1] == [*range(6, PACKETS, 2)]
 
 

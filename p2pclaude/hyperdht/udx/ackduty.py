@@ -1,4 +1,4 @@
-"""Says an acknowledgement again that the peer seems to wait for, since acknowledgements get lost too (ring 1).
+"""Whether an acknowledgement is owed, and when one is said again, since acknowledgements get lost too (ring 1).
 
 While packets wait behind a gap, or a packet came twice, the peer has something to repeat or to learn. If nothing more
 comes within a few round trips, our word of it was probably lost. A libudx that does not hear it waits for its
@@ -13,12 +13,14 @@ UNMEASURED_S: Final = 0.2
 TIMES: Final = 4
 
 
-class AckRepeat:
-    """The timer of repeated acknowledgements, each after twice the time of the one before."""
+class AckDuty:
+    """The acknowledgement that is owed, and the timer of repeated ones, each after twice the time of the one before."""
 
-    __slots__ = ("_left", "_pause", "at")
+    __slots__ = ("_left", "_pause", "at", "due")
 
     def __init__(self) -> None:
+        self.due = False
+        """Whether one shall leave; also set before the peer is known: it leaves on connect."""
         self.at: float | None = None  # when to say it again
         self._pause = 0.0
         self._left = 0
@@ -33,11 +35,11 @@ class AckRepeat:
         """Say nothing again: the peer knows all, or speaks."""
         self.at = None
 
-    def handle_timer(self, now: float) -> bool:
-        """Tell whether it is time, and wait for the next one."""
+    def handle_timer(self, now: float) -> None:
+        """Owe one more if it is time, and wait for the next one."""
         if self.at is None or self.at > now:
-            return False
+            return
         self._left -= 1
         self._pause *= 2
         self.at = now + self._pause if self._left else None
-        return True
+        self.due = True
