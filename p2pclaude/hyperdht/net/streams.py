@@ -194,7 +194,7 @@ class Stream:
         now = self._streams.now()
         datagrams = self.core.datagrams_to_send(now)
         if datagrams and self.socket is not None and self.address is not None:
-            whole, oversized = self.core.sender.search.part(datagrams)
+            whole, oversized = self.core.sender.path.search.part(datagrams)
             self.socket.send(whole, self.address)
             if oversized:
                 self.socket.send(oversized, self.address, fragment=True)

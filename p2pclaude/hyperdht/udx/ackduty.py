@@ -21,7 +21,7 @@ class AckDuty:
     def __init__(self) -> None:
         self.due = False
         """Whether one shall leave; also set before the peer is known: it leaves on connect."""
-        self.at: float | None = None  # when to say it again
+        self.at: float | None = None  # when to say it again, None for never
         self._pause = 0.0
         self._left = 0
 
@@ -30,10 +30,6 @@ class AckDuty:
         self._pause = UNMEASURED_S if srtt is None else max(ROUND_TRIPS * srtt, LEAST_S)
         self._left = TIMES
         self.at = now + self._pause
-
-    def stop(self) -> None:
-        """Say nothing again: the peer knows all, or speaks."""
-        self.at = None
 
     def handle_timer(self, now: float) -> None:
         """Owe one more if it is time, and wait for the next one."""

@@ -222,13 +222,14 @@ class Bbr:
 
     def on_ack(self, sample: AckSample, now: float) -> None:
         """Learn from a batch of acknowledgements."""
-        self._rounds.add(sample)
+        rounds = self._rounds
+        rounds.add(sample)
         if sample.rate is not None and (not sample.app_limited or sample.rate >= self._bandwidth.value):
-            self._bandwidth.update(sample.rate, self._rounds.count)
-        if self._rounds.begins:
-            self._rounds.conclude(self._min_rtt.value)
+            self._bandwidth.update(sample.rate, rounds.count)
+        if rounds.begins:
+            rounds.conclude(self._min_rtt.value)
             if not sample.app_limited:
-                self._pipe.check(self._bandwidth.value, self._rounds.lost)
+                self._pipe.check(self._bandwidth.value, rounds.lost)
         self._advance_mode(sample, now)
         self._update_min_rtt(sample, now)
         self._set_pacing_rate()
@@ -294,9 +295,10 @@ class Bbr:
 
         One burst waits to leave, one travels, one is being acknowledged.
         """
-        if not self._bandwidth.value or self._min_rtt.value is None:
+        bandwidth, min_rtt = self._bandwidth.value, self._min_rtt.value
+        if not bandwidth or min_rtt is None:
             return INITIAL_WINDOW_PACKETS * self.mss
-        return int(gain * self._product()) + 3 * self.quantum
+        return int(gain * (bandwidth * min_rtt)) + 3 * self.quantum
 
     def _set_pacing_rate(self) -> None:
         """Follow the bandwidth, and send more by part of what gets lost (departure).

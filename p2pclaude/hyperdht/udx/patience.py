@@ -16,25 +16,15 @@ class Patience:
     All times are in seconds of the stream's `now`.
     """
 
-    __slots__ = ("_answered_at", "_attempts", "_progress_at", "_sent_at", "is_over", "probes_due")
+    __slots__ = ("_answered_at", "_progress_at", "_sent_at", "attempts", "is_over", "probes_due")
 
     def __init__(self) -> None:
         self.probes_due = 0  # packets that shall leave whatever the window says
         self.is_over = False  # the path is dead
-        self._attempts = 0  # probe timeouts since the last progress
+        self.attempts = 0  # probe timeouts since the last progress
         self._sent_at = 0.0
         self._progress_at = 0.0
         self._answered_at = 0.0  # the same, but that new paths do not move it
-
-    @property
-    def is_probing(self) -> bool:
-        """Whether a probe timeout has passed since the last progress."""
-        return self._attempts > 0
-
-    @property
-    def is_outage(self) -> bool:
-        """Whether more than the tail of what was sent has got lost."""
-        return self._attempts >= OUTAGE_ATTEMPTS
 
     def begin(self, now: float) -> None:
         """Begin to wait: nothing was under way, and something is about to be."""
@@ -46,7 +36,7 @@ class Patience:
 
     def note_progress(self, now: float) -> None:
         """Note that something was acknowledged."""
-        self._attempts = self.probes_due = 0
+        self.attempts = self.probes_due = 0
         self._progress_at = self._answered_at = max(self._progress_at, now)
 
     def note_room(self, now: float) -> None:
@@ -59,13 +49,13 @@ class Patience:
         Not for ever: a peer that comes by ever new ways but acknowledges nothing must not keep us.
         """
         self._progress_at = max(self._progress_at, min(now, self._answered_at + NEW_PATHS_S))
-        self._attempts = 0
+        self.attempts = 0
         self.probes_due = PROBES if under_way else 0
 
-    def probe_at(self, rtt: RttEstimator, *, has_room: bool) -> float:
+    def probe_at(self, rtt: RttEstimator, has_room: bool) -> float:
         """Return when to probe, or to give up; `has_room` tells whether the peer has room for a packet."""
         give_up_at = self._progress_at + GIVE_UP_S
-        probe_at = max(self._sent_at, self._progress_at) + rtt.probe_timeout(self._attempts)
+        probe_at = max(self._sent_at, self._progress_at) + rtt.probe_timeout(self.attempts)
         # With no room it may be time to give up, and still too early, for there are answers.
         awaited = self._sent_at < give_up_at or has_room
         return give_up_at if awaited and give_up_at < probe_at else probe_at
@@ -79,7 +69,7 @@ class Patience:
         if now >= alive_at + GIVE_UP_S:
             self.is_over = True
             return False
-        self._attempts += 1
+        self.attempts += 1
         self._sent_at = now
         self.probes_due = PROBES
         return True

@@ -15,7 +15,7 @@ from .congestion import Bbr
 from .mtu import BLACK_HOLE_MTU, MtuSearch
 from .packet import DATA, END, HEADER, MAGIC, OVERHEAD_BYTES, SEQ_MASK
 from .path import Path
-from .patience import GIVE_UP_S, Patience
+from .patience import GIVE_UP_S, OUTAGE_ATTEMPTS, Patience
 from .peerwindow import PeerWindow
 from .ranges import RangeSet
 from .rate import AckSample, DeliveryRate
@@ -142,9 +142,10 @@ class Sender:
         """Take the peer's window unless an older or impossible packet brought it."""
         if not self.acked_below <= ack <= self.next_seq:
             return
-        had_room = self.has_peer_room
-        self.peer.update(window, seq, ack)
-        if not had_room and self.has_peer_room:
+        peer, mtu = self.peer, self.path.search.mtu
+        before = peer.size
+        peer.update(window, seq, ack)
+        if before < mtu <= peer.size:
             self.patience.note_room(now)
 
     def receive_ack(self, ack: int, now: float) -> bool:
@@ -235,7 +236,7 @@ class Sender:
         If nothing is under way they change nothing for a single packet; so one that answers the batch leaves first.
         """
         self._batch.ended_at = now
-        if self._packets or self.patience.is_probing:
+        if self._packets or self.patience.attempts:
             self._conclude()
 
     def _conclude(self) -> None:
@@ -246,12 +247,12 @@ class Sender:
         acked, rtt, now = self._batch.take()
         if newest.count > 1:
             rtt = None  # a repair fills a gap: what was sent once before it may have arrived long ago
-        path = self.path
+        path, patience = self.path, self.patience
         if rtt is not None:
             path.rtt.add_sample(rtt)
-        if self.patience.is_outage:
+        if patience.attempts >= OUTAGE_ATTEMPTS:
             path.congestion.on_outage()
-        self.patience.note_progress(now)
+        patience.note_progress(now)
         lost = self._detect_losses(now)
         flight = newest.flight
         rate = self._rate.sample(flight, now, path.rtt.minimum)
@@ -471,7 +472,10 @@ class Sender:
         return earliest
 
     def _probe_at(self) -> float | None:
-        return self.patience.probe_at(self.path.rtt, has_room=self.has_peer_room) if self._packets else None
+        if not self._packets:
+            return None
+        path = self.path
+        return self.patience.probe_at(path.rtt, self.peer.size >= path.search.mtu)
 
     def handle_timer(self, now: float, last_heard: float) -> None:
         """Act on what is due; `last_heard` is when the peer's last packet came."""
@@ -483,7 +487,7 @@ class Sender:
             if not patience.run_out(now, last_heard, has_room=self.has_peer_room):
                 return
             self.stats.probe_timeouts += 1
-            if patience.is_outage and (first := self._first_in_flight()) is not None:
+            if patience.attempts >= OUTAGE_ATTEMPTS and (first := self._first_in_flight()) is not None:
                 self._suspect_size(first, first.order)  # each probe repeats it, so all these are lost
         self.peer.probe.handle_timer(now)
         if self.peer.probe.silence(last_heard, now) >= GIVE_UP_S:

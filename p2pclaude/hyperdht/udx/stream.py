@@ -122,12 +122,12 @@ class UdxStream:
     @property
     def srtt(self) -> float | None:
         """The smoothed round-trip time in seconds, `None` before the first measurement."""
-        return self._sender.rtt.srtt
+        return self._sender.path.rtt.srtt
 
     @property
     def mtu(self) -> int:
         """The size of the largest IP packet in use."""
-        return self._sender.search.mtu
+        return self._sender.path.search.mtu
 
     @property
     def buffered(self) -> int:
@@ -142,7 +142,7 @@ class UdxStream:
     @property
     def prompt_answer_s(self) -> float:
         """The seconds within which the peer should answer the little it was sent; 0 where that takes longer."""
-        srtt = self._sender.rtt.srtt
+        srtt = self._sender.path.rtt.srtt
         if srtt is None or srtt > PROMPT_RTT_S or not 0 < self._sender.unacked <= PROMPT_BYTES:
             return 0.0
         return 2 * srtt
@@ -150,7 +150,7 @@ class UdxStream:
     @property
     def may_hurry(self) -> bool:
         """Whether what is queued is the little that a peer nearby waits for: it knows all that was sent before."""
-        srtt = self._sender.rtt.srtt
+        srtt = self._sender.path.rtt.srtt
         return srtt is not None and srtt <= PROMPT_RTT_S and not self._sender.unacked and self.buffered <= PROMPT_BYTES
 
     @property
@@ -286,9 +286,9 @@ class UdxStream:
 
     def _usual(self) -> tuple[int, int, int, int]:
         """Return what the next packet of a run has as seq, ack and window, and how many bytes there is room for."""
-        receiver = self._receiver
+        receiver, heard = self._receiver, self._heard
         room = 0 if receiver.ended else receiver.room
-        return receiver.next_seq & SEQ_MASK, self._heard.ack, self._heard.window, room
+        return receiver.next_seq & SEQ_MASK, heard.ack, heard.window, room
 
     def _settle(self, run: list[bytes], run_bytes: int, latest: _Ack | None, now: float) -> None:
         """Take payloads in order, and the last of a run of acknowledgements."""
@@ -300,8 +300,9 @@ class UdxStream:
             self._acks.due = True
         if latest is not None:
             data, kind, window, seq, ack = latest
-            self._heard.note(now)
-            if kind or not self._heard.is_known(ack, window):
+            heard = self._heard
+            heard.any, heard.at = True, now
+            if kind or ack != heard.ack or window != heard.window:
                 self._receive_ack(data, kind, window, unwrap(seq, self._receiver.next_seq), ack, now)
 
     def _receive_packet(
@@ -352,25 +353,27 @@ class UdxStream:
             heard.ranges = set(ranges)
             if window != heard.window:
                 heard.ack = -1  # a packet with the window of before says something new
-        elif ack == sender.acked_below and window == sender.peer_window:
+        elif ack == sender.acked_below and window == sender.peer.size:
             heard.ack, heard.window = wire_ack, window
 
     def _finish_batch(self, now: float) -> None:
         receiver = self._receiver
         if receiver.chunks:
-            self._heard.note(now)
+            heard = self._heard
+            heard.any, heard.at = True, now
             data = receiver.chunks[0] if len(receiver.chunks) == 1 else b"".join(receiver.chunks)
             receiver.chunks.clear()
             self._events.append(DataReceived(bytes(data)))
         if receiver.ended and not self._end_told:
             self._end_told = self._sender.own_end.peer_ended = True
             self._events.append(EndReceived())
-        if self._acks.due:
+        acks = self._acks
+        if acks.due:
             if receiver.holds_early or self._heard.twice:
                 self._heard.twice = False
-                self._acks.begin(self.srtt, now)
+                acks.begin(self.srtt, now)
             else:
-                self._acks.stop()
+                acks.at = None  # the peer knows all, or speaks
         self._sender.finish_acks(now)
         if self._end_told and self._sender.end_acked:
             self._close(None)
@@ -403,9 +406,10 @@ class UdxStream:
         end_ack = (receiver.next_seq - 1) & SEQ_MASK if receiver.ended else ack
         out = sender.send(BurstHeader(remote_id, window, ack, end_ack), now)
         front: list[bytes] = []
-        if self._acks.due and (not out or receiver.holds_early or out[0][2] != DATA):
+        acks = self._acks
+        if acks.due and (not out or receiver.holds_early or out[0][2] != DATA):
             front.append(self._ack_packet(remote_id, window))
-        self._acks.due = False
+        acks.due = False
         while self._messages:
             front.append(self._bare_packet(MESSAGE, remote_id, window) + self._messages.popleft())
         if front or out:
