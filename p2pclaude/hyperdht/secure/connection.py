@@ -32,6 +32,63 @@ _REASONS: Final = {
 }
 
 
+class _Incoming:
+    """What has arrived for the reader."""
+
+    __slots__ = ("chunks", "discarding", "eof", "messages", "readable", "unread", "withheld")
+
+    def __init__(self) -> None:
+        self.chunks: deque[bytes] = deque()
+        self.unread = 0  # their bytes
+        self.withheld = 0  # received raw bytes not yet given back to the peer's window
+        self.messages: deque[bytes] = deque(maxlen=256)
+        self.eof = False
+        self.discarding = False  # nobody reads any more
+        self.readable = asyncio.Event()  # there is something to read, or a reason why not
+
+    def take(self, max_bytes: int) -> bytes:
+        """Take up to so many bytes from the front; there must be some."""
+        data = self.chunks.popleft()
+        if len(data) > max_bytes:
+            self.chunks.appendleft(data[max_bytes:])
+            data = data[:max_bytes]
+        self.unread -= len(data)
+        return data
+
+    def clear(self) -> None:
+        """Drop what nobody will read."""
+        self.chunks.clear()
+        self.unread = 0
+
+
+class _Outgoing:
+    """The own side's turn to write, and its end."""
+
+    __slots__ = ("drained", "ended", "last_write", "lock")
+
+    def __init__(self) -> None:
+        self.drained = asyncio.Event()  # the send buffer has room, or never will have
+        self.ended = False
+        self.last_write = 0.0  # the loop's time
+        self.lock = asyncio.Lock()
+
+
+class _KeepAlive:
+    """How long nothing may be written, in seconds (0: for ever), and the timer of that."""
+
+    __slots__ = ("interval", "timer")
+
+    def __init__(self, interval: float) -> None:
+        self.interval = interval
+        self.timer: asyncio.TimerHandle | None = None
+
+    def cancel(self) -> None:
+        """Look no more."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+
 class Connection:
     """A reliable, ordered, encrypted byte stream to the holder of a public key.
 
@@ -61,23 +118,13 @@ class Connection:
         self._stream = stream
         self._secret: SecretStream | None = None
         self._early: list[bytes] = []  # raw bytes that came before the handshake was through
-        self._chunks: deque[bytes] = deque()
-        self._unread = 0
-        self._withheld = 0  # received raw bytes not yet given back to the peer's window
-        self._messages: deque[bytes] = deque(maxlen=256)
-        self._eof = False
-        self._discarding = False
-        self._ended = False
+        self._in = _Incoming()
+        self._out = _Outgoing()
         self._reason: str | None = None  # why the connection broke
-        self._readable = asyncio.Event()
-        self._drained = asyncio.Event()
-        self._write_lock = asyncio.Lock()
         self._closed = asyncio.Event()
         self._opened = asyncio.Event()
-        self._keep_alive = keep_alive
+        self._keep_alive = _KeepAlive(keep_alive)
         self._rng = rng
-        self._keep_alive_timer: asyncio.TimerHandle | None = None
-        self._last_write = 0.0
         stream.handler = self
 
     async def __aenter__(self) -> Self:
@@ -115,21 +162,18 @@ class Connection:
 
         Raises ConnectionClosed when the connection broke, once everything received before is read.
         """
-        while not self._chunks:
-            if self._eof:  # first, for a peer that ended its side and then left without waiting
+        incoming = self._in
+        while not incoming.chunks:
+            if incoming.eof:  # first, for a peer that ended its side and then left without waiting
                 return b""
             if self._reason is not None:
                 raise self._gone()
-            self._readable.clear()
-            await self._readable.wait()
-        data = self._chunks.popleft()
-        if len(data) > max_bytes:
-            self._chunks.appendleft(data[max_bytes:])
-            data = data[:max_bytes]
-        self._unread -= len(data)
-        if self._withheld and self._unread <= READ_HIGH_WATER // 2:
-            self._stream.consume(self._withheld)
-            self._withheld = 0
+            incoming.readable.clear()
+            await incoming.readable.wait()
+        data = incoming.take(max_bytes)
+        if incoming.withheld and incoming.unread <= READ_HIGH_WATER // 2:
+            self._stream.consume(incoming.withheld)
+            incoming.withheld = 0
         return data
 
     async def write(self, data: bytes) -> None:
@@ -137,13 +181,13 @@ class Connection:
 
         Raises ConnectionClosed when the connection is closed or breaks in the meantime.
         """
-        if 0 < len(data) <= WRITE_CHUNK and not self._write_lock.locked():  # the usual case needs no lock
+        if 0 < len(data) <= WRITE_CHUNK and not self._out.lock.locked():  # the usual case needs no lock
             self._send(data)
             self._stream.hurry()
             if self.unsent <= WRITE_HIGH_WATER:
                 return
             data = b""
-        async with self._write_lock:
+        async with self._out.lock:
             await self._drain()
             for start in range(0, len(data), WRITE_CHUNK):
                 self._send(data[start : start + WRITE_CHUNK])
@@ -152,8 +196,8 @@ class Connection:
     async def _drain(self) -> None:
         """Wait until the send buffer has room again."""
         while self._stream.core.buffered > WRITE_HIGH_WATER and not self.closed:
-            self._drained.clear()
-            await self._drained.wait()
+            self._out.drained.clear()
+            await self._out.drained.wait()
         if self.closed:
             raise self._gone("the connection is closed")
 
@@ -166,19 +210,19 @@ class Connection:
 
     async def write_frame(self, data: bytes) -> None:
         """Send bytes as one message; returns when the send window has room for more."""
-        async with self._write_lock:
+        async with self._out.lock:
             self.send_frame(data)
             await self._drain()
 
     def send_frame(self, data: bytes) -> None:
         """Queue bytes as one message at once, for control messages: mind `unsent`. Raises ConnectionClosed."""
-        if self.closed or self._ended or self._secret is None:
+        if self.closed or self._out.ended or self._secret is None:
             raise self._gone("the connection is closed")
         self._write_raw(self._secret.encrypt_frame(data))
 
     async def write_eof(self) -> None:
         """End the own side: the peer reads to the end, and may go on writing."""
-        async with self._write_lock:
+        async with self._out.lock:
             self._end()
 
     def send_message(self, data: bytes) -> None:
@@ -189,7 +233,7 @@ class Connection:
 
     def receive_message(self) -> bytes | None:
         """Return the oldest unordered message received, or None; the last 256 are kept."""
-        return self._messages.popleft() if self._messages else None
+        return self._in.messages.popleft() if self._in.messages else None
 
     async def close(self, timeout: float = CLOSE_TIMEOUT) -> None:
         """End the connection: everything written is delivered first, what still comes in is dropped.
@@ -207,11 +251,11 @@ class Connection:
 
     def _stop_reading(self) -> None:
         """Drop what nobody will read, or the peer's end could not come through behind it."""
-        self._discarding = True
-        self._chunks.clear()
-        self._unread = 0
-        self._stream.consume(self._withheld)
-        self._withheld = 0
+        incoming = self._in
+        incoming.discarding = True
+        incoming.clear()
+        self._stream.consume(incoming.withheld)
+        incoming.withheld = 0
 
     async def _wait_for_end(self, timeout: float) -> None:
         """Wait until the connection has ended, or nothing was acknowledged for so long."""
@@ -228,8 +272,7 @@ class Connection:
     def abort(self) -> None:
         """Break the connection off at once; what was not delivered is lost."""
         if not self.closed:
-            self._chunks.clear()  # the stream is remembered for a while, and so is this
-            self._unread = 0
+            self._in.clear()  # the stream is remembered for a while, and so is this
             self._finish(_BROKEN_OFF_HERE)
             self._stream.destroy()
 
@@ -262,7 +305,7 @@ class Connection:
     @property
     def unread(self) -> int:
         """The bytes kept for the reader, those of a frame that is not complete yet included."""
-        return self._unread + (0 if self._secret is None else self._secret.buffered)
+        return self._in.unread + (0 if self._secret is None else self._secret.buffered)
 
     def fail(self, reason: str) -> None:
         """Break the connection off because its way is gone; what was received can still be read."""
@@ -277,9 +320,8 @@ class Connection:
 
     def set_keep_alive(self, seconds: float) -> None:
         """Send an empty message whenever nothing was written for so long; 0 for never."""
-        self._keep_alive = seconds
-        if self._keep_alive_timer is not None:
-            self._keep_alive_timer.cancel()
+        self._keep_alive.cancel()
+        self._keep_alive.interval = seconds
         if self._secret is not None:
             self._arm_keep_alive()
 
@@ -318,57 +360,57 @@ class Connection:
             self._finish("the peer sent bytes that do not decrypt")
             self._stream.destroy()
             return
+        incoming = self._in
         for message in messages:
-            if message and not self._discarding:  # an empty one is the peer's keep-alive
-                self._chunks.append(message)
-                self._unread += len(message)
-        if self._unread > READ_HIGH_WATER:
-            self._withheld += len(data)
+            if message and not incoming.discarding:  # an empty one is the peer's keep-alive
+                incoming.chunks.append(message)
+                incoming.unread += len(message)
+        if incoming.unread > READ_HIGH_WATER:
+            incoming.withheld += len(data)
         else:
             self._stream.consume(len(data))
         if self._secret.opened and not self._opened.is_set():
             self._opened.set()
-        if self._chunks:
-            self._readable.set()
+        if incoming.chunks:
+            incoming.readable.set()
 
     def message_received(self, data: bytes) -> None:
         """Keep an unordered message; empty and forged ones are dropped."""
         if self._secret is None:
             return
         try:
-            self._messages.append(self._secret.decrypt_message(data))
+            self._in.messages.append(self._secret.decrypt_message(data))
         except DecodeError:
             pass  # hyperdht sends empty ones to nudge a new path
 
     def eof_received(self) -> None:
         """Let the reader see the end."""
-        self._eof = True
-        self._readable.set()
+        self._in.eof = True
+        self._in.readable.set()
 
     def drained(self) -> None:
         """Let a waiting writer go on."""
-        self._drained.set()
+        self._out.drained.set()
 
     def stream_closed(self, error: str | None) -> None:
         """Let everybody who waits know that the stream is over."""
         if error is not None:
             self._finish(_REASONS.get(error, error))
         else:  # without the peer's end it is no clean one: the node leaves, or a handler failed
-            self._finish(None if self._eof else _BROKEN_OFF_HERE)
+            self._finish(None if self._in.eof else _BROKEN_OFF_HERE)
 
     def _finish(self, reason: str | None) -> None:
         if self.closed:
             return
         self._reason = reason
         if reason is None:
-            self._eof = True
+            self._in.eof = True
         how = self.path_kind()
         self.path_kind = lambda: how  # no longer asks who knows this connection, which would be a cycle
         if self._secret is not None:
             self._secret.forget()
-        if self._keep_alive_timer is not None:
-            self._keep_alive_timer.cancel()
-        for event in (self._closed, self._opened, self._readable, self._drained):
+        self._keep_alive.cancel()
+        for event in (self._closed, self._opened, self._in.readable, self._out.drained):
             event.set()
 
     def _gone(self, otherwise: str = "") -> ConnectionClosed:
@@ -380,17 +422,17 @@ class Connection:
         return ConnectionClosed(self._reason or otherwise)
 
     def _send(self, data: bytes) -> None:
-        if self.closed or self._ended or self._secret is None:
+        if self.closed or self._out.ended or self._secret is None:
             raise self._gone("the connection is closed")
         self._write_raw(self._secret.encrypt(data))
 
     def _write_raw(self, data: bytes) -> None:
-        self._last_write = self._loop.time()
+        self._out.last_write = self._loop.time()
         self._stream.write(data)
 
     def _end(self) -> None:
-        if not self._ended and not self.closed:
-            self._ended = True
+        if not self._out.ended and not self.closed:
+            self._out.ended = True
             self._stream.end()
 
     def _arm_keep_alive(self) -> None:
@@ -398,12 +440,13 @@ class Connection:
 
         Behind the own end no message can be sent; the stream asks instead, or who still reads would wait for ever.
         """
-        if not self._keep_alive or self.closed:
+        interval = self._keep_alive.interval
+        if not interval or self.closed:
             return
-        if self._loop.time() >= self._last_write + self._keep_alive:
-            if self._ended:
-                self._last_write = self._loop.time()
+        if self._loop.time() >= self._out.last_write + interval:
+            if self._out.ended:
+                self._out.last_write = self._loop.time()
                 self._stream.ask()
             else:
                 self._send(b"")
-        self._keep_alive_timer = self._loop.call_at(self._last_write + self._keep_alive, self._arm_keep_alive)
+        self._keep_alive.timer = self._loop.call_at(self._out.last_write + interval, self._arm_keep_alive)
