@@ -194,3 +194,16 @@ def test_box_round_trip(plaintext: bytes, seed: int) -> None:
     first, second = box.seal(plaintext, rng), box.seal(plaintext, rng)
     assert first != second
     assert box.open(first) == box.open(second) == plaintext
+
+
+def test_a_key_pair_is_its_secret_key() -> None:
+    pair, same, other = KeyPair.from_seed(bytes(32)), KeyPair.from_seed(bytes(32)), KeyPair.from_seed(b"\x01" * 32)
+    assert pair == same and hash(pair) == hash(same) and len({pair, same, other}) == 2
+
+
+@pytest.mark.parametrize(("key_bytes", "signature_bytes"), [(31, 64), (32, 63), (33, 64), (32, 65), (31, 63)])
+def test_keys_and_signatures_of_another_length_verify_nothing(key_bytes: int, signature_bytes: int) -> None:
+    pair = KeyPair.from_seed(bytes(32))
+    signature = sign(pair, b"message")
+    key = (pair.public_key + bytes(1))[:key_bytes]
+    assert not verify(key, b"message", (signature + bytes(1))[:signature_bytes])

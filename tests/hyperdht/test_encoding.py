@@ -14,6 +14,7 @@ from p2pclaude.hyperdht.encoding import (
     buffer,
     fixed,
     ipv4,
+    ipv4_number,
     ipv6,
     string,
     uint,
@@ -154,3 +155,8 @@ def test_fixed_fields_are_checked_when_written() -> None:
 
 def test_reading_may_begin_inside() -> None:
     assert Reader(b"\x01\x02\x03", 1).rest() == b"\x02\x03"
+
+
+def test_addresses_as_numbers() -> None:
+    assert ipv4_number("0.0.0.0") == 0 and ipv4_number("1.2.3.4") == 0x01020304
+    assert ipv4_number("255.255.255.255") == 2**32 - 1

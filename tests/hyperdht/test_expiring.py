@@ -71,3 +71,11 @@ def test_the_map_against_a_plain_model(steps: Steps) -> None:
         assert len(store) <= 5
         for n in range(10):
             assert store.get(n, now) == (model[n][1] if n in model else None)
+
+
+def test_all_can_be_dropped_silently() -> None:
+    dropped: list[str] = []
+    store: ExpiringMap[str, int] = ExpiringMap(3, 60.0, dropped.append)
+    store.set("a", 1, now=0.0)
+    store.clear()
+    assert len(store) == 0 and store.get("a", now=0.0) is None and not dropped

@@ -130,7 +130,8 @@ def _is_quiet(statement: ast.stmt) -> bool:
         if isinstance(value, ast.Call):
             owner = value.func.value if isinstance(value.func, ast.Attribute) else value.func
             name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
-            return name in _QUIET
+            says = bool(value.args) and all(isinstance(argument, ast.JoinedStr) for argument in value.args)
+            return name in _QUIET or says  # an error's text, as in super().__init__
     return False
 
 
@@ -170,7 +171,8 @@ def _faults_of_statement(statement: ast.stmt) -> Iterator[tuple[str, int, Change
         if swap := _ARITHMETIC.get(type(statement.op)):
             yield "operator", line, _set(statement, "op", swap())
     elif isinstance(statement, ast.Return) and statement.value is not None:
-        if not (isinstance(statement.value, ast.Constant) and statement.value.value is None):
+        # Who asks for the truth takes None for False.
+        if not (isinstance(statement.value, ast.Constant) and statement.value.value in (None, True, False)):
             yield "return None", line, _set(statement, "value", ast.Constant(None))
     elif isinstance(statement, ast.Break | ast.Continue):
         other = "continue" if isinstance(statement, ast.Break) else "break"

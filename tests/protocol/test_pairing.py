@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pclaude.errors import DataError
-from p2pclaude.protocol.pairing import PREFIX, Pairing, client_seed, format_url, is_host_port, parse_url
+from p2pclaude.protocol.pairing import PREFIX, Pairing, client_seed, format_url, is_host_port, parse_relay, parse_url
 
 PUBLIC = bytes(range(32))
 DATA = bytes(range(223, 255))
@@ -147,3 +147,10 @@ def test_the_key_that_tools_connect_with_is_derived_from_the_data_key() -> None:
     assert seed == hashlib.blake2b(b"p2pclaude client key v1", digest_size=32, key=bytes(range(32))).digest()
     assert seed.hex() == "2dfe49f5bc45242f16a4ab1b26eeb0dba4b9a2552a4c0d39ea293a0c8e2e88d2"
     assert client_seed(bytes(32)) != seed
+
+
+def test_a_relays_key_is_read() -> None:
+    assert parse_relay("0aB" + "0" * 61) == bytes.fromhex("0ab" + "0" * 61)
+    for text in ("", "0" * 63, "0" * 65, "g" * 64):
+        with pytest.raises(ValueError, match="64 hexadecimal digits"):
+            parse_relay(text)

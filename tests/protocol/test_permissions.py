@@ -336,3 +336,24 @@ def test_any_answer_is_one_or_a_data_error(value: dict[str, Any]) -> None:
         json.dumps(decode_answer(value).complete(request).reply(request))
     except DataError:
         pass
+
+
+def test_a_request_of_the_largest_size_is_passed_on() -> None:
+    book = Book(asks=True)
+    assert isinstance(book.receive(asked("a"), permissions.MAX_REQUEST_BYTES, 7), Request)
+    assert isinstance(book.receive(asked("b"), permissions.MAX_REQUEST_BYTES + 1, 7), Refusal)
+
+
+def test_requests_are_equal_whichever_came_first() -> None:
+    first, second = (Request("r", "Bash", {}, {}, 1) for _ in range(2))
+    assert first == second and first.number < second.number
+
+
+def test_what_ends_a_turn() -> None:
+    said = {"type": "control_request", "request_id": "x", "request": {"subtype": "interrupt"}}
+    assert permissions.interrupt_request("x") == said
+
+
+def test_the_name_of_a_set_has_sixteen_digits_and_no_order() -> None:
+    name = version_of([("s", "a"), ("t", "b")])
+    assert len(name) == 16 and name == version_of([("t", "b"), ("s", "a")]) != version_of([("s", "a")])

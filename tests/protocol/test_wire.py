@@ -20,6 +20,7 @@ from p2pclaude.protocol.wire import (
     LineTooLong,
     Request,
     Response,
+    Results,
     SealError,
     _OpenSSL,
     _Sodium,
@@ -294,3 +295,9 @@ def test_without_sodiums_cipher_there_is_openssls(monkeypatch: pytest.MonkeyPatc
             assert unseal(KEY, seal(KEY, [1])) == [1]
     finally:
         cipher.cache_clear()
+
+
+def test_a_result_without_any_message_before_it_that_claude_began_by_itself_answers_nobody() -> None:
+    results = Results()
+    assert not results.is_answer({"type": "result", "origin": {"kind": "task-notification"}})
+    assert results.is_answer({"type": "result"})

@@ -187,3 +187,10 @@ def test_stream_numbers_over_32_bits_are_refused(stream_id: int, seq: int) -> No
 def test_a_host_with_many_interfaces_is_heard() -> None:
     many = tuple((f"10.0.{i}.1", 49737) for i in range(190))
     assert decode_noise_payload(encode_noise_payload(NoisePayload(addresses4=many))).addresses4 == many
+
+
+def test_what_a_payload_says_when_nothing_is_said() -> None:
+    payload, round_one = NoisePayload(), HolepunchPayload()
+    assert payload.secret_stream is False and payload.udx is None and payload.version == 1
+    assert (round_one.connected, round_one.punching, round_one.round) == (False, False, 0)
+    assert UdxInfo(False, 7).seq == 0

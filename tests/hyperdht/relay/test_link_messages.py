@@ -68,3 +68,7 @@ def test_round_trip(message: RelayPair) -> None:
 def test_stream_numbers_over_32_bits_are_refused(stream_id: int, seq: int) -> None:
     with pytest.raises(DecodeError):
         decode_relay_pair(encode_relay_pair(RelayPair(True, bytes(32), stream_id, seq)))
+
+
+def test_a_stream_begins_with_number_nought_unless_it_says_otherwise() -> None:
+    assert RelayPair(True, bytes(32), 7).seq == 0

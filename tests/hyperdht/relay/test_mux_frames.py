@@ -101,3 +101,13 @@ def test_a_batch_has_an_end() -> None:
 def test_a_long_protocol_name_is_refused() -> None:
     with pytest.raises(DecodeError):
         decode_frames(encode_frame(ChannelOpen(1, "x" * 257)))
+
+
+def test_the_longest_name_of_a_protocol() -> None:
+    def opening(size: int) -> bytes:
+        return encode_frame(ChannelOpen(1, "x" * size, None, b""))
+
+    (frame,) = decode_frames(opening(256))
+    assert isinstance(frame, ChannelOpen) and frame.protocol == "x" * 256
+    with pytest.raises(DecodeError):
+        decode_frames(opening(257))

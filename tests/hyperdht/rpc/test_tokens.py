@@ -37,3 +37,7 @@ def test_a_token_is_for_one_host() -> None:
     jar = TokenJar(random.Random(1))
     assert not jar.check("10.0.0.2", jar.issue("10.0.0.1"))
     assert not TokenJar(random.Random(2)).check("10.0.0.1", jar.issue("10.0.0.1"))
+
+
+def test_a_token_lives_for_two_rotations_as_dht_rpcs_do() -> None:
+    assert TokenJar.ROTATION_SECONDS == 7.5

@@ -258,3 +258,21 @@ def test_the_message_counter_wraps() -> None:
     sender = SecretStream(True, HASH, KEY_1, KEY_2, FixedRandom(bytes(24) + b"\xff" * 8))
     assert sender.encrypt_message(b"")[:8] == bytes(8)
     assert sender.encrypt_message(b"")[:8] == b"\x01" + bytes(7)
+
+
+def test_who_forgot_the_stream_reads_no_more() -> None:
+    sender, receiver = opened()
+    receiver.forget()
+    with pytest.raises(DecodeError):
+        receiver.receive_data(sender.encrypt(b"late"))
+    assert receiver.buffered == 0
+
+
+def test_a_stream_has_as_many_message_counters_as_fit_in_eight_bytes() -> None:
+    sender = SecretStream(True, HASH, KEY_1, KEY_2, FixedRandom(bytes(32)))
+    sender.encrypt_message(b"")
+    assert sender._counters_left == 2**64 - 2
+    sender._counters_left = 1
+    sender.encrypt_message(b"")
+    with pytest.raises(RuntimeError):
+        sender.encrypt_message(b"")
