@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands, options and example are real."""
+"""README.md and tests/README.md tell the truth: their commands, options, paths and example are real."""
 
 import os
 import re
@@ -11,6 +11,7 @@ from kit.free_ports import free_port
 from kit.usages import ROOT, TOOLS, usage_names
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+OF_TESTS = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
 
 
 def shell_lines() -> list[str]:
@@ -40,23 +41,36 @@ def test_options_exist() -> None:
     assert found > 5
 
 
-def test_layout_names_real_files() -> None:
-    """The way of a datagram leads through modules that exist."""
-    layout = README.partition("## Layout")[2].partition("\n## ")[0]
-    names = re.findall(r"[\w/]+\.py\b", layout)
-    assert len(names) > 10
-    for name in names:
-        assert any((where / name).exists() for where in (ROOT / "p2pclaude", ROOT)) or "MODULE" in name, name
+def test_the_transcript_is_one_of_these_commands() -> None:
+    """It runs the commands of the tour, and shows something for each."""
+    (transcript,) = re.findall(r"```console\n(.*?)```", README, re.S)
+    typed = [line for line in transcript.splitlines() if line.startswith("$ ")]
+    assert {tool for tool in TOOLS if any(f"p2pclaude-{tool} " in line for line in typed)} == {
+        "send", "tail", "approve", "stop",
+    }  # fmt: skip
+    assert len(transcript.splitlines()) > 2 * len(typed)
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`tests/soak/(\w+)", README))))
-def test_long_proofs_have_a_help(name: str) -> None:
+def test_paths_exist() -> None:
+    """What the text names in the tree is there; names in capitals and folders of the package stand for others."""
+    paths = set(re.findall(r"(?<![\w/.-])((?:tests|p2pclaude)/[\w./]*\w)", README + OF_TESTS))
+    paths |= set(re.findall(r"\]\(([\w./]+)\)", README))
+    paths |= {f"tests/{name}" for name in re.findall(r"^\| `(\w+/)` \|", OF_TESTS, re.M)}
+    assert len(paths) > 20
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+KINDS = sorted(set(re.findall(r"tests/((?:soak|fuzz|bench)/\w+|mutate|draw)\b(?!\.)", OF_TESTS)))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_kind_of_test_has_a_help(name: str) -> None:
     """Each is a command of its own with `--help`."""
-    command = ROOT / "tests" / "soak" / name
     environ = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run([command, "--help"], env=environ, capture_output=True, text=True, timeout=60, check=False)
+    command = [str(ROOT / "tests" / name), "--help"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"usage: tests/soak/{name}")
+    assert done.stdout.startswith("usage: ")
 
 
 def test_exit_statuses_are_those_of_the_errors() -> None:
