@@ -404,7 +404,7 @@ IDLE = {  # what a tool that asks one question has no use for
     *(f"p2pclaude.hyperdht.{module}" for module in (
         "node.budget", "peer.announcer", "peer.punch_rounds", "peer.pending_client", "peer.puncher", "peer.server",
         "peer.turns", "relay.mux", "relay.mux_frames", "relay.relay_client", "relay.relay_server",
-        "storage.persistent", "storage.put_get",
+        "storage", "storage.persistent", "storage.put_get", "storage.records",
     )),
 }  # fmt: skip
 LEAVING = """
@@ -413,6 +413,17 @@ def leave(status):
     raise SystemExit(status)
 os._exit = leave
 """
+
+
+@pytest.mark.parametrize(("tool", "option"), [("daemon", "--print-url"), ("node", "--print-key")])
+def test_what_runs_for_long_loads_no_tls(tool: str, option: str, tmp_path: Path) -> None:
+    """OpenSSL would be megabytes of its memory, and nothing here speaks TLS."""
+    path = f"--data-dir={tmp_path}" if tool == "daemon" else f"--key-file={tmp_path}/key"
+    command = [sys.executable, "-c", f"{LEAVING}{PROBE}", tool, path, option]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.stdout, done
+    loaded = set(json.loads(done.stdout))
+    assert {"asyncio", "p2pclaude.hyperdht"} <= loaded and not {"ssl", "_ssl"} & loaded
 
 
 @pytest.mark.parametrize("tool", ["ls", "ping", "tail"])

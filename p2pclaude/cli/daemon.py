@@ -115,6 +115,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
     max_sessions = parse_count(arguments, "--max-sessions", least=1) or 1
     retain_days = parse_count(arguments, "--retain", least=1)
 
+    from p2pclaude.cli import lean  # noqa: F401 (asyncio is to come through it)
     from p2pclaude.daemon.daemon import DaemonOptions
 
     daemon = DaemonOptions(

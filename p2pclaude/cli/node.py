@@ -89,6 +89,7 @@ def parse(arguments: Arguments, console: Console) -> Options:
     if port is not None and port > 0xFFFF:
         raise UsageError("--port needs a number up to 65535")
 
+    from p2pclaude.cli import lean  # noqa: F401 (asyncio is to come through it)
     from p2pclaude.node.dhtnode import NodeOptions
 
     node = NodeOptions(

@@ -22,12 +22,12 @@ from .net.endpoint import Endpoint
 from .net.sockets import Network
 from .net.udp import UdpNetwork
 from .node.bootstrap import PUBLIC_NODES
+from .node.forwards import ForwardStore
 from .node.node import Node
 from .peer.context import PeerContext
 from .peer.dial import connect
 from .peer.router import Router
 from .secure.connection import Connection
-from .storage.records import ForwardStore
 
 if TYPE_CHECKING:
     from .peer.server import Allow, OnConnection, Server

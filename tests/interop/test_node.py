@@ -16,12 +16,12 @@ from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.errors import Timeout
 from p2pclaude.hyperdht.net.endpoint import Endpoint
 from p2pclaude.hyperdht.net.udp import UdpNetwork
+from p2pclaude.hyperdht.node.forwards import ForwardStore
 from p2pclaude.hyperdht.node.node import Node
 from p2pclaude.hyperdht.peer.router import Router
 from p2pclaude.hyperdht.rpc.messages import Announce, encode_announce, encode_peer, node_id
 from p2pclaude.hyperdht.rpc.messages import Peer as PeerRecord
 from p2pclaude.hyperdht.storage.persistent import Persistent
-from p2pclaude.hyperdht.storage.records import ForwardStore
 
 SEED = "interop node"
 KEYS = KeyPair.from_seed(hash(b"interop node"))

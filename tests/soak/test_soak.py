@@ -29,13 +29,13 @@ class Faulty(UdxStream):
         fault, self.fault = self.fault, ""
         match fault:
             case "changed":
-                return replace(event, data=bytes([event.data[0] ^ 1]) + event.data[1:])
+                return DataReceived(bytes([event.data[0] ^ 1]) + event.data[1:])
             case "lost":
-                return replace(event, data=event.data[:-1])
+                return DataReceived(event.data[:-1])
             case "doubled":
-                return replace(event, data=event.data[:10] + event.data)
+                return DataReceived(event.data[:10] + event.data)
             case _:
-                return replace(event, data=event.data[1:2] + event.data[:1] + event.data[2:])
+                return DataReceived(event.data[1:2] + event.data[:1] + event.data[2:])
 
 
 class Stubborn(UdxStream):

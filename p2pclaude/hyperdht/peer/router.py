@@ -15,8 +15,8 @@ from ..crypto import hash as blake2b
 from ..encoding import Address
 from ..errors import DecodeError
 from ..net.sockets import Socket
+from ..node.forwards import Forward, ForwardStore
 from ..rpc.rpc import IncomingRequest
-from ..storage.records import Forward, ForwardStore
 from .setup_messages import (
     Handshake,
     Holepunch,

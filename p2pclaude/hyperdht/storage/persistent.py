@@ -16,6 +16,7 @@ from ..crypto import NS_ANNOUNCE, NS_MUTABLE_PUT, NS_UNANNOUNCE, announce_signab
 from ..encoding import Address, Reader, uint
 from ..errors import DecodeError
 from ..node.budget import VerifyBudget
+from ..node.forwards import Forward
 from ..rpc.messages import (
     Announce,
     MutablePut,
@@ -27,7 +28,7 @@ from ..rpc.messages import (
     encode_peer,
 )
 from ..rpc.requests import IncomingRequest
-from .records import LOOKUP_RECORDS, Forward, ImmutableStore, MutableStore, RecordStore, Refresh, RefreshStore
+from .records import LOOKUP_RECORDS, ImmutableStore, MutableStore, RecordStore, Refresh, RefreshStore
 
 if TYPE_CHECKING:
     from ..node.node import Node

@@ -1,9 +1,9 @@
 """What a persistent node keeps for others: announcements, mutable and immutable values (ring 1).
 
-`node` answers FIND_PEER, LOOKUP, ANNOUNCE and the puts and gets from these stores; `router` finds in `ForwardStore`
-where to pass a handshake on. Signatures are the caller's to check. Times are `now` in seconds of any steady clock.
-Every store is bounded and forgets honestly: an entry lives its lifetime from the last put, and the oldest goes
-first when there is no room. Sources: hyperdht lib/persistent.js and index.js (defaultCacheOpts).
+`node` answers FIND_PEER, LOOKUP, ANNOUNCE and the puts and gets from these stores. Signatures are the caller's to
+check. Times are `now` in seconds of any steady clock. Every store is bounded and forgets honestly: an entry lives its
+lifetime from the last put, and the oldest goes first when there is no room. Sources: hyperdht lib/persistent.js and
+index.js (defaultCacheOpts).
 """
 
 import random
@@ -11,12 +11,10 @@ from typing import Final, NamedTuple
 
 from ..constants import ErrorCode
 from ..crypto import hash
-from ..encoding import Address
 from ..expiring import ExpiringMap
+from ..node.forwards import ANNOUNCE_LIFETIME, CAPACITY
 from ..rpc.messages import MutableGetReply
 
-CAPACITY: Final = 65536
-ANNOUNCE_LIFETIME: Final = 20 * 60.0
 VALUE_LIFETIME: Final = 48 * 3600.0
 MAX_BUMP_DRIFT_MS: Final = 60_000
 LOOKUP_RECORDS: Final = 20
@@ -98,26 +96,6 @@ class RecordStore:
         self._topics[topic].remove(public_key)
         if not self._topics[topic]:
             del self._topics[topic]
-
-
-class Forward(NamedTuple):
-    """Where the handshakes for a peer go, and its encoded peer record.
-
-    `relay` is the address the peer announced itself from: the only path to it. None for a server of our own.
-    """
-
-    relay: Address | None
-    record: bytes
-
-
-class ForwardStore(ExpiringMap[bytes, Forward]):
-    """The peers that announced themselves here, by the hash of their public key.
-
-    Servers of our own are `router`'s to know: they do not expire.
-    """
-
-    def __init__(self, capacity: int = CAPACITY, lifetime: float = ANNOUNCE_LIFETIME) -> None:
-        super().__init__(capacity, lifetime)
 
 
 class Refresh(NamedTuple):

@@ -4,8 +4,6 @@ Every burst of packets that leaves shares one `Flight`, a snapshot of what had b
 packets is acknowledged, the difference is what the path delivered in the meantime.
 """
 
-from dataclasses import dataclass
-
 
 class Flight:
     """The state of delivery when a burst of packets left; shared by all packets of the burst."""
@@ -22,18 +20,36 @@ class Flight:
         self.app_limited = app_limited
 
 
-@dataclass(slots=True)
 class AckSample:
-    """What a batch of acknowledgements taught."""
+    """What a batch of acknowledgements taught.
 
-    acked: int  # bytes newly delivered
-    lost: int  # bytes newly declared lost
-    delivered: int  # bytes delivered since the stream began
-    prior_delivered: int  # the same when the newest of the acknowledged packets left
-    in_flight: int  # bytes now under way
-    rate: float | None  # bytes a second; None if it could not be measured
-    app_limited: bool  # the rate is a lower bound: there was not enough to send
-    rtt: float | None  # seconds
+    `acked` and `lost` are bytes newly delivered and newly declared lost, `delivered` those since the stream began and
+    `prior_delivered` the same when the newest of the acknowledged packets left; `in_flight` is what is now under way.
+    `rate` is in bytes a second, None if it could not be measured, and a lower bound where `app_limited` says that there
+    was not enough to send. `rtt` is in seconds.
+    """
+
+    __slots__ = ("acked", "app_limited", "delivered", "in_flight", "lost", "prior_delivered", "rate", "rtt")
+
+    def __init__(
+        self,
+        acked: int,
+        lost: int,
+        delivered: int,
+        prior_delivered: int,
+        in_flight: int,
+        rate: float | None,
+        app_limited: bool,
+        rtt: float | None,
+    ) -> None:
+        self.acked = acked
+        self.lost = lost
+        self.delivered = delivered
+        self.prior_delivered = prior_delivered
+        self.in_flight = in_flight
+        self.rate = rate
+        self.app_limited = app_limited
+        self.rtt = rtt
 
 
 class DeliveryRate:

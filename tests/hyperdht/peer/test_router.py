@@ -10,6 +10,7 @@ from p2pclaude.hyperdht.constants import Command, Mode
 from p2pclaude.hyperdht.crypto import hash as blake2b
 from p2pclaude.hyperdht.encoding import Address
 from p2pclaude.hyperdht.net.sockets import Socket
+from p2pclaude.hyperdht.node.forwards import ForwardStore
 from p2pclaude.hyperdht.peer.router import Answer, Router
 from p2pclaude.hyperdht.peer.setup_messages import (
     Handshake,
@@ -22,7 +23,6 @@ from p2pclaude.hyperdht.peer.setup_messages import (
 from p2pclaude.hyperdht.rpc.messages import Request, Response, decode_message
 from p2pclaude.hyperdht.rpc.own_side import OwnSide
 from p2pclaude.hyperdht.rpc.requests import IncomingRequest
-from p2pclaude.hyperdht.storage.records import ForwardStore
 
 CLIENT = ("10.0.0.1", 1000)
 RELAY = ("10.0.0.2", 2000)

@@ -23,6 +23,7 @@ from p2pclaude.hyperdht.crypto import (
 from p2pclaude.hyperdht.encoding import Address, uint
 from p2pclaude.hyperdht.errors import Timeout
 from p2pclaude.hyperdht.node.budget import BURST_SECONDS, VerifyBudget
+from p2pclaude.hyperdht.node.forwards import ANNOUNCE_LIFETIME, ForwardStore
 from p2pclaude.hyperdht.node.node import Node
 from p2pclaude.hyperdht.node.routing import TableNode
 from p2pclaude.hyperdht.peer.router import Router
@@ -41,7 +42,6 @@ from p2pclaude.hyperdht.rpc.messages import (
 from p2pclaude.hyperdht.rpc.messages import Peer as PeerRecord
 from p2pclaude.hyperdht.rpc.requests import Reply
 from p2pclaude.hyperdht.storage.persistent import Persistent
-from p2pclaude.hyperdht.storage.records import ANNOUNCE_LIFETIME, ForwardStore
 
 KEYS = KeyPair.from_seed(b"\x01" * 32)
 OTHERS = [KeyPair.from_seed(bytes([i]) * 32) for i in range(2, 42)]

@@ -9,13 +9,10 @@ from hypothesis import strategies as st
 
 from p2pclaude.hyperdht.constants import ErrorCode
 from p2pclaude.hyperdht.crypto import hash as blake2b
+from p2pclaude.hyperdht.node.forwards import ANNOUNCE_LIFETIME, CAPACITY
 from p2pclaude.hyperdht.rpc.messages import MutableGetReply
 from p2pclaude.hyperdht.storage.records import (
-    ANNOUNCE_LIFETIME,
-    CAPACITY,
     VALUE_LIFETIME,
-    Forward,
-    ForwardStore,
     ImmutableStore,
     MutableStore,
     RecordStore,
@@ -133,16 +130,6 @@ def test_a_bump_grows_only_and_is_not_from_the_future() -> None:
 
 
 # Servers, refreshes
-
-
-def test_a_forward_is_overwritten_and_ages() -> None:
-    store = ForwardStore()
-    store.set(TOPIC, Forward(("1.2.3.4", 5), b"one"), now=0.0)
-    store.set(TOPIC, Forward(("6.7.8.9", 10), b"two"), now=100.0)
-    assert store.get(TOPIC, now=ANNOUNCE_LIFETIME + 99) == Forward(("6.7.8.9", 10), b"two")
-    assert store.get(TOPIC, now=ANNOUNCE_LIFETIME + 100) is None
-    assert store.delete(TOPIC)
-    assert store.get(TOPIC, now=100.0) is None
 
 
 def test_a_refresh_is_redeemed_by_its_preimage_once_and_then_by_the_next() -> None:
