@@ -20,7 +20,7 @@ from p2pclaude.daemon.methods import Methods
 from p2pclaude.host import log
 from p2pclaude.host import systemd as notify
 from p2pclaude.hyperdht.peer import server, slots
-from p2pclaude.hyperdht.relay import relay_server as relayserver
+from p2pclaude.hyperdht.relay import relay_server
 from p2pclaude.protocol import wire
 from p2pclaude.sessions import claude
 from p2pclaude.sessions.table import SessionTable
@@ -280,10 +280,10 @@ def test_limits_of_the_relay() -> None:
     """What p2pclaude-node(1) says of the relay's limits is what the relay does."""
     security = rendered(section(page("p2pclaude-node.1"), "SECURITY"))
     options = rendered(section(page("p2pclaude-node.1"), "OPTIONS"))
-    limits = relayserver.RelayLimits()
+    limits = relay_server.RelayLimits()
     assert f"{limits.pairs} links and wishes for links a connection" in security
-    assert f"{relayserver.WAIT_SECONDS:g} seconds for the other peer" in security
-    assert f"{relayserver.IDLE_SECONDS:g} seconds for a connection" in security
+    assert f"{relay_server.WAIT_SECONDS:g} seconds for the other peer" in security
+    assert f"{relay_server.IDLE_SECONDS:g} seconds for a connection" in security
     for number in (limits.connections, limits.links):
         assert f"The default is {number}." in options
 

@@ -234,16 +234,16 @@ async def _deliver(client: Client, options: Options, session: str | None, text: 
     """Send a message, to a new session if there is none yet."""
     import uuid
 
-    from p2pclaude.client import remote_sessions as remote
+    from p2pclaude.client import remote_sessions
 
     message_id = str(uuid.uuid4())
     persist = options.wait or options.lines
     try:
         if session is not None:
-            return await remote.send(
+            return await remote_sessions.send(
                 client, session, text=text, message_id=message_id, now=options.now, persist=persist
             )
-        accepted = await remote.spawn(
+        accepted = await remote_sessions.spawn(
             client,
             text=text,
             message_id=message_id,

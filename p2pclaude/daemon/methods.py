@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from p2pclaude import __version__
-from p2pclaude.daemon.request_list import Approvals
+from p2pclaude.daemon.request_list import RequestList
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError
 from p2pclaude.protocol.permissions import MAX_NAME_CHARS, decode_answer
 from p2pclaude.protocol.wire import PAGE_END, PAGE_START, UNKNOWN_METHOD, dump_json
@@ -30,7 +30,7 @@ class Methods:
 
     def __init__(self, table: SessionTable) -> None:
         self._table = table
-        self._approvals = Approvals(table)
+        self._request_list = RequestList(table)
         self._methods: dict[str, Callable[[Params], Awaitable[bytes]]] = {
             "spawn-session": self._spawn_session,
             "send-message": self._send_message,
@@ -109,14 +109,14 @@ class Methods:
 
     async def _interrupt_session(self, params: Params) -> bytes:
         try:
-            self._approvals.interrupt(_required(params, "sessionId"))
+            self._request_list.interrupt(_required(params, "sessionId"))
         except P2PClaudeError as error:
             return dump_json({"success": False, "error": _say(error)})
         return dump_json({"success": True})
 
     async def _list_permissions(self, params: Params) -> bytes:
         try:
-            found = await self._approvals.list(
+            found = await self._request_list.list(
                 _name(params, "sessionId"), _name(params, "version"), _number(params, "waitMs") or 0
             )
         except NoSession:
@@ -136,7 +136,7 @@ class Methods:
             request_id = _text(params, "requestId")
             if not request_id or len(request_id) > MAX_NAME_CHARS:
                 raise DataError("requestId is missing or too long")
-            await self._approvals.answer(_name(params, "sessionId"), request_id, answer)
+            await self._request_list.answer(_name(params, "sessionId"), request_id, answer)
         except (P2PClaudeError, OSError) as error:
             return dump_json({"success": False, "error": _say(error)})
         return dump_json({"success": True})

@@ -29,7 +29,7 @@ class Listing:
     state: State | None = None
 
 
-class Approvals:
+class RequestList:
     """The permission requests of a session table."""
 
     def __init__(self, table: SessionTable) -> None:
@@ -45,7 +45,7 @@ class Approvals:
         deadline = loop.time() + min(wait_ms, MAX_WAIT_MS) / 1000
         while True:
             sessions = self._table.sessions if session_id is None else [self._table.find(session_id)]
-            pending = [(session, request) for session in sessions for request in session.asking.pending]
+            pending = [(session, request) for session in sessions for request in session.open_requests.pending]
             state = None if session_id is None else self._table.find(session_id).state
             current = version_of((session.info.session_id, request.request_id) for session, request in pending)
             left = deadline - loop.time()
@@ -58,20 +58,20 @@ class Approvals:
     async def answer(self, session_id: str | None, request_id: str, answer: Answer) -> None:
         """Answer a request; without a session it is looked for in all of them.
 
-        Raises NoSession, DataError if several sessions know it, and what `Asking.answer` raises.
+        Raises NoSession, DataError if several sessions know it, and what `OpenRequests.answer` raises.
         """
         if session_id is not None:
             session = self._table.find(session_id)
-            if not session.asking.knows(request_id):
+            if not session.open_requests.knows(request_id):
                 await self._table.open_journal(session)  # it remembers what was answered before
         else:
-            knowing = [session for session in self._table.sessions if session.asking.knows(request_id)]
+            knowing = [session for session in self._table.sessions if session.open_requests.knows(request_id)]
             if not knowing:
                 raise NoSession(REQUEST_NOT_FOUND)
             if len(knowing) > 1:
                 raise DataError("several sessions have such a request, sessionId must be given")
             [session] = knowing
-        await session.asking.answer(request_id, answer)
+        await session.open_requests.answer(request_id, answer)
 
     def interrupt(self, session_id: str) -> None:
         """End the turn of a session, if there is one. Raises NoSession."""

@@ -1,7 +1,7 @@
 """Hashes, Ed25519 key pairs, signatures and boxes (ring 1).
 
 Stands below everything that proves or hides something: `messages` bytes are signed here, `noise` takes its
-Diffie-Hellman from here, `holepunch` seals its payloads here. The primitives are libsodium's, through PyNaCl's
+Diffie-Hellman from here, `peer.punch_rounds` seals its payloads here. The primitives are libsodium's, through PyNaCl's
 thin bindings (one-shot tools start in a fraction of a second: no heavier import here), and hashlib's BLAKE2b.
 """
 

@@ -1,6 +1,6 @@
 """What to start for a session, and where it may run: from what is asked for, and what the daemon allows.
 
-`sessions` stands above; `claude` runs what is decided here. Errors are P2PClaudeErrors whose texts are meant for the
+`table` stands above; `claude` runs what is decided here. Errors are P2PClaudeErrors whose texts are meant for the
 other side.
 """
 

@@ -3,9 +3,9 @@
     claude's stdout -> journal (PERMISSION_REQUEST) -> pending
     answer -> journal (PERMISSION_ANSWER) -> claude's stdin
 
-`session` stands above and hands in what claude prints, `permissions` below knows the formats. Whatever others can see,
-and whatever claude is told, is in the journal first. The first answer wins; each request gets one PERMISSION_ANSWER
-envelope, also when nobody decided ("cancelled").
+`session` stands above and hands in what claude prints, `protocol.permissions` knows the formats. Whatever others can
+see, and whatever claude is told, is in the journal first. The first answer wins; each request gets one
+PERMISSION_ANSWER envelope, also when nobody decided ("cancelled").
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class Keep(Protocol):
         """Append. Raises OSError, or P2PClaudeError if there is no journal."""
 
 
-class Asking:
+class OpenRequests:
     """What one session asks. `on_change` is called when the set of pending requests has changed.
 
     With `timeout`, in seconds, a request that nobody answers is denied.

@@ -3,8 +3,8 @@
     message -> journal (MESSAGE) -> inbox -> journal (TURN) -> claude's stdin        one message for each idle claude
     claude's stdout -> journal (OUTPUT) -> whoever reads
 
-`sessions` holds the table of these; `inbox` says which message is where. A session outlives its process, and the
-daemon: `sessionfile` says what is needed to show it and to start it again, `journal.jsonl` what was said.
+`table` holds these; `inbox` says which message is where. A session outlives its process, and the
+daemon: `directory` says what is needed to show it and to start it again, `journal.jsonl` what was said.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ from p2pclaude.sessions.directory import Info, InfoFile, delete_directory, save_
 from p2pclaude.sessions.inbox import MAX_ATTEMPTS, Inbox, Message
 from p2pclaude.sessions.journal import DiskFull, Journal, recover
 from p2pclaude.sessions.life import Happening, ImpossibleHappening, Order, SessionLife, Stage, State
-from p2pclaude.sessions.open_requests import Asking
+from p2pclaude.sessions.open_requests import OpenRequests
 
 MAX_QUEUED = 256
 """Messages of one session that may wait for their turn."""
@@ -85,7 +85,9 @@ class Session:
         self.file = InfoFile(path, info, log, self._note_numbers)
         self.journal: Journal | None = None
         self.inbox = Inbox()
-        self.asking = Asking(info.session_id, self._keep, log, self._changed, asks=info.ask, timeout=ask_timeout)
+        self.open_requests = OpenRequests(
+            info.session_id, self._keep, log, self._changed, asks=info.ask, timeout=ask_timeout
+        )
         self.lifecycle = asyncio.Lock()  # held while the process is started or ended
         self._log = log
         self._on_change = on_change
@@ -109,7 +111,7 @@ class Session:
     @property
     def state(self) -> State:
         """Give the state as others see it."""
-        return self.life.seen(asks=any(self.asking.pending))
+        return self.life.seen(asks=any(self.open_requests.pending))
 
     @property
     def is_live(self) -> bool:
@@ -160,7 +162,7 @@ class Session:
                 self.journal, self.inbox = Journal(file, self._pause), inbox
                 if file.cut:
                     self._tell_cut(self.journal, file.cut)
-                await self.asking.restore(asked)
+                await self.open_requests.restore(asked)
         return self.journal
 
     def _tell_cut(self, journal: Journal, size: int) -> None:
@@ -372,7 +374,7 @@ class Session:
             async for line in process:
                 data, value = decode_line(line)
                 await self._write_patiently(journal, partial(self._take, journal, data, value))
-                await self.asking.receive(value, len(data), process.write)
+                await self.open_requests.receive(value, len(data), process.write)
             if not process.has_exited:  # without its stdout nobody could see what it does
                 await process.stop()
         except (OSError, P2PClaudeError) as failure:
@@ -389,7 +391,7 @@ class Session:
         try:
             status = await process.finish()
             in_order = self.life.is_being_ended or (status == 0 and not self.inbox.handed)
-            await self.asking.abandon()
+            await self.open_requests.abandon()
             await asyncio.to_thread(save_last_words, self.path, process.last_words())
             # Whoever is told that the session is over has been shown all that it said.
             await self.settle_turns(first_line(process.last_words()) or describe_exit(status))
@@ -435,7 +437,7 @@ class Session:
             self._pause(None)
 
     async def _keep(self, kind: str, fields: Mapping[str, object], *, patient: bool = True) -> None:
-        """Append an envelope of `asking`, and wait until it is on disk."""
+        """Append an envelope of `open_requests`, and wait until it is on disk."""
         if (journal := self.journal) is None:
             raise ClaudeGone("the session has ended")
         append = partial(journal.append, kind, fields)

@@ -9,8 +9,7 @@ import pytest
 from client.test_rpc_client import with_client
 from kit.fake_daemon import FakeDaemon, FakeSession, MemoryDialer, MemoryStream
 
-from p2pclaude.client import remote_requests as approver
-from p2pclaude.client import remote_sessions as remote
+from p2pclaude.client import remote_requests, remote_sessions
 from p2pclaude.client.remote_requests import AlreadyAnswered
 from p2pclaude.client.rpc_client import Client
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, ProtocolError, Refused, Unavailable
@@ -25,7 +24,7 @@ def daemon_with(*request_ids: str, old: bool = False) -> FakeDaemon:
     return daemon
 
 
-def ids(pending: approver.Pending) -> list[str]:
+def ids(pending: remote_requests.Pending) -> list[str]:
     return [request["requestId"] for request in pending.requests]
 
 
@@ -38,7 +37,7 @@ def test_listing() -> None:
             return {"requests": daemon.pending, "version": "1", "omitted": 3}
 
         daemon._list_permissions = nothing  # type: ignore[method-assign]
-        found = await approver.list_requests(client, None)
+        found = await remote_requests.list_requests(client, None)
         assert (ids(found), found.omitted, found.over) == (["a", "b"], 3, False)
 
     with_client(daemon, work)
@@ -55,7 +54,7 @@ def test_a_list_is_asked_for_with_the_first_packet() -> None:
             return await super().dial(timeout, early_data)
 
     dialer = Noting(daemon)
-    with_client(daemon, lambda client: approver.list_requests(client, None), dialer=dialer)
+    with_client(daemon, lambda client: remote_requests.list_requests(client, None), dialer=dialer)
     assert b'"list-permissions"' in dialer.early
     assert [method for method, _ in daemon.requests] == ["list-permissions"]
 
@@ -69,7 +68,7 @@ def test_a_list_that_is_none(answer: object) -> None:
 
     daemon._list_permissions = reply  # type: ignore[method-assign]
     with pytest.raises(ProtocolError, match="no requests"):
-        with_client(daemon, lambda client: approver.list_requests(client, None))
+        with_client(daemon, lambda client: remote_requests.list_requests(client, None))
 
 
 def test_a_daemon_that_does_not_know_of_permissions() -> None:
@@ -77,9 +76,9 @@ def test_a_daemon_that_does_not_know_of_permissions() -> None:
         _list_permissions = _answer_permission = _interrupt_session = None  # type: ignore[assignment]
 
     calls: list[Callable[[Client], Awaitable[object]]] = [
-        lambda client: approver.list_requests(client, None),
-        lambda client: approver.answer_request(client, "r", None, {"behavior": "allow"}),
-        lambda client: remote.interrupt(client, "s"),
+        lambda client: remote_requests.list_requests(client, None),
+        lambda client: remote_requests.answer_request(client, "r", None, {"behavior": "allow"}),
+        lambda client: remote_sessions.interrupt(client, "s"),
     ]
     for call in calls:
         with pytest.raises(ProtocolError, match="does not know this request") as caught:
@@ -89,9 +88,9 @@ def test_a_daemon_that_does_not_know_of_permissions() -> None:
 
 def test_unknown_sessions() -> None:
     with pytest.raises(NoSession, match="no such session: nope"):
-        with_client(daemon_with(), lambda client: approver.list_requests(client, "nope"))
-    assert with_client(daemon_with(), lambda client: remote.interrupt(client, "nope")) is False
-    assert with_client(daemon_with(), lambda client: remote.interrupt(client, "s")) is True
+        with_client(daemon_with(), lambda client: remote_requests.list_requests(client, "nope"))
+    assert with_client(daemon_with(), lambda client: remote_sessions.interrupt(client, "nope")) is False
+    assert with_client(daemon_with(), lambda client: remote_sessions.interrupt(client, "s")) is True
 
 
 def test_following_shows_each_set_and_ends_with_the_session() -> None:
@@ -100,7 +99,7 @@ def test_following_shows_each_set_and_ends_with_the_session() -> None:
     async def work(client: Client) -> list[list[str]]:
         seen = []
         steps = iter([daemon.ask("b"), daemon.settle("a", behavior="deny"), daemon.end("s")])
-        async with aclosing(approver.follow_requests(client, "s")) as sets:
+        async with aclosing(remote_requests.follow_requests(client, "s")) as sets:
             async for pending in sets:
                 seen.append(ids(pending))
                 asyncio.get_running_loop().call_later(50, asyncio.ensure_future, next(steps))
@@ -115,7 +114,7 @@ def test_following_survives_lost_connections() -> None:
 
     async def work(client: Client) -> None:
         loop = asyncio.get_running_loop()
-        async with aclosing(approver.follow_requests(client, None)) as sets:
+        async with aclosing(remote_requests.follow_requests(client, None)) as sets:
             assert ids(await anext(sets)) == ["a"]
             loop.call_later(3, daemon.cut)
             loop.call_later(3, dialer.failures.append, ConnectionClosed("gone"))
@@ -142,7 +141,7 @@ def test_an_answer_that_is_repeated_after_a_lost_connection_is_one() -> None:
 
     async def work(client: Client) -> None:
         await client.call("ping")
-        await approver.answer_request(client, "a", "s", {"behavior": "allow"})
+        await remote_requests.answer_request(client, "a", "s", {"behavior": "allow"})
 
     with_client(daemon, work)
     answers = [params for method, params in daemon.requests if method == "answer-permission"]
@@ -155,8 +154,8 @@ def test_who_is_late_is_told() -> None:
     daemon = daemon_with("a")
 
     async def work(client: Client) -> None:
-        await approver.answer_request(client, "a", "s", {"behavior": "deny", "message": "no"})
-        await approver.answer_request(client, "a", "s", {"behavior": "allow"})
+        await remote_requests.answer_request(client, "a", "s", {"behavior": "deny", "message": "no"})
+        await remote_requests.answer_request(client, "a", "s", {"behavior": "allow"})
 
     with pytest.raises(AlreadyAnswered, match="request a is already answered: deny") as caught:
         with_client(daemon, work)
@@ -184,16 +183,18 @@ def test_why_an_answer_was_not_taken(error: str | None, kind: type[P2PClaudeErro
 
     daemon._answer_permission = refuse  # type: ignore[method-assign]
     with pytest.raises(kind):
-        with_client(daemon, lambda client: approver.answer_request(client, "a", "s", {"behavior": "allow"}))
+        with_client(daemon, lambda client: remote_requests.answer_request(client, "a", "s", {"behavior": "allow"}))
 
 
 def test_a_session_that_asks() -> None:
     daemon = FakeDaemon()
-    accepted = with_client(daemon, lambda c: remote.spawn(c, text="hi", message_id="m", ask=True))
+    accepted = with_client(daemon, lambda c: remote_sessions.spawn(c, text="hi", message_id="m", ask=True))
     assert accepted.asks
     assert daemon.requests[0][1]["ask"] is True
     old = FakeDaemon(old=True)
-    accepted = with_client(old, lambda c: remote.spawn(c, text="hi", message_id="m", directory="/srv", ask=True))
+    accepted = with_client(
+        old, lambda c: remote_sessions.spawn(c, text="hi", message_id="m", directory="/srv", ask=True)
+    )
     assert not accepted.asks
 
 
@@ -202,8 +203,8 @@ def test_who_waits_for_an_answer_hears_of_requests() -> None:
     told: list[None] = []
 
     async def work(client: Client) -> None:
-        accepted = await remote.spawn(client, text="SILENT", message_id="m", ask=True)
-        waiting = asyncio.create_task(remote.wait_for_answer(client, accepted, lambda: told.append(None)))
+        accepted = await remote_sessions.spawn(client, text="SILENT", message_id="m", ask=True)
+        waiting = asyncio.create_task(remote_sessions.wait_for_answer(client, accepted, lambda: told.append(None)))
         await daemon.print(accepted.session, {"tool_name": "Bash"}, kind="permission-request", requestId="r")
         await asyncio.sleep(1)
         assert len(told) == 1

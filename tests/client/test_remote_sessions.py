@@ -9,7 +9,7 @@ import pytest
 from client.test_rpc_client import with_client
 from kit.fake_daemon import FakeDaemon, FakeSession, MemoryDialer
 
-from p2pclaude.client import remote_sessions as remote
+from p2pclaude.client import remote_sessions
 from p2pclaude.client.rpc_client import Client
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, Unavailable
 from p2pclaude.hyperdht import PeerNotFound, Timeout, TooFewNodes
@@ -31,12 +31,12 @@ def daemon_with(*, old: bool = False, outputs: int = 0, state: str = "idle") -> 
     return daemon
 
 
-def numbers(page: remote.Page) -> list[int]:
+def numbers(page: remote_sessions.Page) -> list[int]:
     """Return the numbers of the objects in a page."""
     return [message["data"]["n"] for message in page.messages if message["type"] == OUTPUT]
 
 
-async def collect(client: Client, *, after: int = 0, read: Any = remote.follow) -> list[int]:
+async def collect(client: Client, *, after: int = 0, read: Any = remote_sessions.follow) -> list[int]:
     """Read a session to its end."""
     found: list[int] = []
     async with aclosing(read(client, "s", after=after)) as pages:
@@ -47,13 +47,13 @@ async def collect(client: Client, *, after: int = 0, read: Any = remote.follow) 
 
 async def ask(client: Client, text: str, **options: Any) -> Any:
     """Start a session with a message and wait for its answer."""
-    accepted = await remote.spawn(client, text=text, message_id="m", directory="/srv", **options)
-    return await remote.wait_for_answer(client, accepted)
+    accepted = await remote_sessions.spawn(client, text=text, message_id="m", directory="/srv", **options)
+    return await remote_sessions.wait_for_answer(client, accepted)
 
 
 def test_sending_to_a_new_session_is_one_call() -> None:
     daemon = FakeDaemon()
-    accepted = with_client(daemon, lambda c: remote.spawn(c, text="hi", message_id="m", model="opus"))
+    accepted = with_client(daemon, lambda c: remote_sessions.spawn(c, text="hi", message_id="m", model="opus"))
     [(method, params)] = daemon.requests
     assert method == "spawn-session"
     assert params == {"sessionId": accepted.session, "text": "hi", "messageId": "m", "model": "opus"}
@@ -62,7 +62,7 @@ def test_sending_to_a_new_session_is_one_call() -> None:
 
 def test_an_old_daemon_gets_the_message_in_a_second_call() -> None:
     daemon = FakeDaemon(old=True)
-    accepted = with_client(daemon, lambda c: remote.spawn(c, text="hi", message_id="m", directory="/srv"))
+    accepted = with_client(daemon, lambda c: remote_sessions.spawn(c, text="hi", message_id="m", directory="/srv"))
     assert [method for method, _ in daemon.requests] == ["spawn-session", "send-message"]
     assert accepted.seq is None
 
@@ -70,13 +70,13 @@ def test_an_old_daemon_gets_the_message_in_a_second_call() -> None:
 @pytest.mark.parametrize(("directory", "kind", "status"), [("/outside", Refused, 77), ("/missing", DataError, 65)])
 def test_why_no_session_was_started(directory: str, kind: type[P2PClaudeError], status: int) -> None:
     with pytest.raises(kind, match="directory") as caught:
-        with_client(FakeDaemon(), lambda c: remote.spawn(c, text="hi", message_id="m", directory=directory))
+        with_client(FakeDaemon(), lambda c: remote_sessions.spawn(c, text="hi", message_id="m", directory=directory))
     assert caught.value.exit_status == status
 
 
 def test_an_old_daemon_needs_a_directory_and_the_hint_says_so() -> None:
     with pytest.raises(P2PClaudeError) as caught:
-        with_client(FakeDaemon(old=True), lambda c: remote.spawn(c, text="hi", message_id="m"))
+        with_client(FakeDaemon(old=True), lambda c: remote_sessions.spawn(c, text="hi", message_id="m"))
     assert "-C" in (caught.value.hint or "")
 
 
@@ -106,7 +106,7 @@ def test_an_old_daemon_needs_a_directory_and_the_hint_says_so() -> None:
 )
 def test_reasons_become_classes(reason: str, kind: type[P2PClaudeError]) -> None:
     """By the words of the reason itself: those of a path, or of what Claude said, count for nothing."""
-    error = remote._spawn_error({"type": "error", "errorMessage": reason}, "/x")
+    error = remote_sessions._spawn_error({"type": "error", "errorMessage": reason}, "/x")
     assert type(error) is kind
     assert (error.hint == "nothing was done, it may do later") is (kind is TryAgain)
     assert str(error).startswith("no session was started: ")
@@ -114,13 +114,13 @@ def test_reasons_become_classes(reason: str, kind: type[P2PClaudeError]) -> None
 
 def test_no_directory_is_asked_for_where_claude_is_what_is_missing() -> None:
     reason = "/srv/claude could not be started: No such file or directory"
-    assert remote._spawn_error({"type": "error", "errorMessage": reason}, None).hint is None
+    assert remote_sessions._spawn_error({"type": "error", "errorMessage": reason}, None).hint is None
 
 
 @BOTH
 def test_sending_to_an_unknown_session(old: bool) -> None:
     with pytest.raises(NoSession, match="nope"):
-        with_client(FakeDaemon(old=old), lambda c: remote.send(c, "nope", text="x", message_id="m"))
+        with_client(FakeDaemon(old=old), lambda c: remote_sessions.send(c, "nope", text="x", message_id="m"))
 
 
 @BOTH
@@ -131,7 +131,7 @@ def test_the_answer_of_a_message(old: bool) -> None:
 
 def test_the_answer_is_the_one_of_this_message() -> None:
     """Another message was accepted before, and is answered after, this one was accepted."""
-    finder = remote.AnswerFinder(7)
+    finder = remote_sessions.AnswerFinder(7)
     other = {"type": OUTPUT, "data": {"type": "result", "result": "other"}}
     mine = {"type": OUTPUT, "data": {"type": "result", "result": "mine"}}
     turns = [{"type": "turn", "message": seq} for seq in (5, 7)]
@@ -140,12 +140,12 @@ def test_the_answer_is_the_one_of_this_message() -> None:
 
 
 def test_a_message_that_steers_is_answered_after_the_turn_that_it_ends() -> None:
-    finder = remote.AnswerFinder(7)
+    finder = remote_sessions.AnswerFinder(7)
     cut_short, mine = ({"type": OUTPUT, "data": {"type": "result", "result": text}} for text in ("cut short", "mine"))
     turn: dict[str, Any] = {"type": "turn", "message": 7, "steers": 3}
     assert [finder.feed(envelope) for envelope in (turn, cut_short, mine)] == [None, None, mine["data"]]
     # The turn that it was to end got no result, because Claude died; then it is handed again.
-    finder = remote.AnswerFinder(7)
+    finder = remote_sessions.AnswerFinder(7)
     cuts: list[dict[str, Any]] = [{"type": "turn-cut", "message": seq, "again": seq == 7} for seq in (7, 3)]
     again = {"type": "turn", "message": 7}
     assert [finder.feed(envelope) for envelope in (turn, *cuts, again, mine)] == [None] * 4 + [mine["data"]]
@@ -163,7 +163,7 @@ def test_a_message_that_claude_takes_in_first_is_answered_first() -> None:
     first, second = ({"type": OUTPUT, "data": {"type": "result", "result": text}} for text in ("first", "second"))
     for order, answers in ((("u7", "u5"), {5: second, 7: first}), (("u5", "u7"), {5: first, 7: second})):
         for seq, answer in answers.items():
-            finder = remote.AnswerFinder(seq)
+            finder = remote_sessions.AnswerFinder(seq)
             envelopes = [*turns, taken[order[0]], first, taken[order[1]], second]
             assert next(found for e in envelopes if (found := finder.feed(e)) is not None) == answer["data"]
 
@@ -173,15 +173,15 @@ def test_what_claude_takes_in_by_itself_is_no_message_that_is_answered_first() -
     output = {"type": REPLAY, "data": {"type": "user", "isReplay": True, "uuid": "of nobody's message"}}
     cut_short, mine = ({"type": OUTPUT, "data": {"type": "result", "result": text}} for text in ("cut short", ""))
     turn: dict[str, Any] = {"type": "turn", "message": 7, "uuid": "u7"}
-    finder = remote.AnswerFinder(7)
+    finder = remote_sessions.AnswerFinder(7)
     assert [finder.feed(envelope) for envelope in (turn, output, mine)] == [None, None, mine["data"]]
-    finder = remote.AnswerFinder(7)  # sent with --now
+    finder = remote_sessions.AnswerFinder(7)  # sent with --now
     envelopes = ({**turn, "steers": 3}, cut_short, output, mine)
     assert [finder.feed(envelope) for envelope in envelopes] == [None, None, None, mine["data"]]
 
 
 def test_a_turn_that_was_cut_off_has_no_answer() -> None:
-    finder = remote.AnswerFinder(7)
+    finder = remote_sessions.AnswerFinder(7)
     finder.feed({"type": "turn", "message": 7})
     assert finder.feed({"type": "turn-cut", "message": 5, "again": False, "reason": "x"}) is None
     with pytest.raises(P2PClaudeError, match="the turn was cut off: it was ended by signal 9") as caught:
@@ -204,10 +204,10 @@ def test_an_old_answer_is_not_taken_for_the_new_one(old: bool) -> None:
     daemon = FakeDaemon(old=old)
 
     async def work(client: Client) -> Any:
-        accepted = await remote.spawn(client, text="first", message_id="m1", directory="/srv")
-        await remote.skip_old_output(client, accepted.session)
-        accepted = await remote.send(client, accepted.session, text="second", message_id="m2")
-        return await remote.wait_for_answer(client, accepted)
+        accepted = await remote_sessions.spawn(client, text="first", message_id="m1", directory="/srv")
+        await remote_sessions.skip_old_output(client, accepted.session)
+        accepted = await remote_sessions.send(client, accepted.session, text="second", message_id="m2")
+        return await remote_sessions.wait_for_answer(client, accepted)
 
     assert with_client(daemon, work)["result"] == "echo: second"
 
@@ -221,10 +221,10 @@ def test_a_send_that_persists_takes_effect_once() -> None:
             daemon.cut()
 
     async def work(client: Client) -> Any:
-        accepted = await remote.spawn(client, text="first", message_id="m1")
+        accepted = await remote_sessions.spawn(client, text="first", message_id="m1")
         daemon.before_answer = cut_once
-        accepted = await remote.send(client, accepted.session, text="second", message_id="m2", persist=True)
-        return await remote.wait_for_answer(client, accepted)
+        accepted = await remote_sessions.send(client, accepted.session, text="second", message_id="m2", persist=True)
+        return await remote_sessions.wait_for_answer(client, accepted)
 
     assert with_client(daemon, work)["result"] == "echo: second"
     [session] = daemon.sessions.values()
@@ -242,7 +242,7 @@ def test_a_send_to_an_old_daemon_is_never_repeated() -> None:
     async def work(client: Client) -> None:
         await client.call("ping")
         daemon.before_answer = cut
-        await remote.send(client, "s", text="x", message_id="m", persist=True)
+        await remote_sessions.send(client, "s", text="x", message_id="m", persist=True)
 
     with pytest.raises(TryAgain):
         with_client(daemon, work)
@@ -254,12 +254,12 @@ def test_a_message_goes_out_when_the_daemon_is_back() -> None:
     daemon = daemon_with()
     dialer = MemoryDialer(daemon)
 
-    async def work(client: Client) -> remote.Accepted:
+    async def work(client: Client) -> remote_sessions.Accepted:
         await client.call("ping")
         daemon.cut()
         await asyncio.sleep(1)
         dialer.failures = [TooFewNodes("x"), PeerNotFound("x"), Timeout("x")]
-        return await remote.send(client, "s", text="x", message_id="m", persist=True)
+        return await remote_sessions.send(client, "s", text="x", message_id="m", persist=True)
 
     assert with_client(daemon, work, dialer=dialer).seq == 1
 
@@ -269,7 +269,7 @@ def test_a_daemon_that_was_never_reached_is_dialed_once(failure: Exception) -> N
     daemon = FakeDaemon()
     dialer = MemoryDialer(daemon, *[failure] * 9)
     with pytest.raises(P2PClaudeError):
-        with_client(daemon, lambda c: remote.spawn(c, text="x", message_id="m", persist=True), dialer=dialer)
+        with_client(daemon, lambda c: remote_sessions.spawn(c, text="x", message_id="m", persist=True), dialer=dialer)
     assert len(dialer.dials) == 1
 
 
@@ -283,14 +283,14 @@ def test_a_message_that_may_have_arrived_is_not_said_to_have_found_nobody() -> N
 
     daemon.before_answer = vanish
     with pytest.raises(TryAgain, match="connection to the daemon was lost"):
-        with_client(daemon, lambda c: remote.spawn(c, text="x", message_id="m", persist=True), dialer=dialer)
+        with_client(daemon, lambda c: remote_sessions.spawn(c, text="x", message_id="m", persist=True), dialer=dialer)
 
 
 @BOTH
 def test_reading_what_there_is(old: bool) -> None:
     daemon = daemon_with(old=old, outputs=20)
     daemon.page_size = 6
-    assert with_client(daemon, lambda c: collect(c, read=remote.read_journal)) == list(range(20))
+    assert with_client(daemon, lambda c: collect(c, read=remote_sessions.read_journal)) == list(range(20))
     assert daemon.sessions["s"].cleared == 0
 
 
@@ -308,7 +308,7 @@ def test_pages_of_a_long_journal_are_asked_for_before_the_last_one_has_come() ->
         waiting.remove(params["after"])
 
     daemon.before_answer = answer_late
-    assert with_client(daemon, lambda c: collect(c, read=remote.read_journal)) == list(range(100))
+    assert with_client(daemon, lambda c: collect(c, read=remote_sessions.read_journal)) == list(range(100))
     assert most == 9
     asked = [params["after"] for _, params in daemon.requests]
     assert asked == sorted(set(asked))  # nothing twice
@@ -319,19 +319,19 @@ def test_a_daemon_that_is_wrong_about_its_pages(then: list[Any]) -> None:
     daemon = daemon_with(outputs=40)
     daemon.page_size = 6
     daemon.then = lambda _: then
-    assert with_client(daemon, lambda c: collect(c, read=remote.read_journal)) == list(range(40))
+    assert with_client(daemon, lambda c: collect(c, read=remote_sessions.read_journal)) == list(range(40))
     assert len(daemon.requests) < 300
 
 
 def test_reading_from_a_sequence_number_and_the_last_ones() -> None:
     daemon = daemon_with(outputs=20)
-    assert with_client(daemon, lambda c: collect(c, after=24, read=remote.read_journal)) == [18, 19]
-    assert with_client(daemon, lambda c: collect(c, after=-4, read=remote.read_journal)) == [16, 17, 18, 19]
-    assert with_client(daemon, lambda c: remote.last_seq(c, "s")) == 27
+    assert with_client(daemon, lambda c: collect(c, after=24, read=remote_sessions.read_journal)) == [18, 19]
+    assert with_client(daemon, lambda c: collect(c, after=-4, read=remote_sessions.read_journal)) == [16, 17, 18, 19]
+    assert with_client(daemon, lambda c: remote_sessions.last_seq(c, "s")) == 27
 
 
 @BOTH
-@pytest.mark.parametrize("read", [remote.follow, remote.read_journal])
+@pytest.mark.parametrize("read", [remote_sessions.follow, remote_sessions.read_journal])
 def test_an_unknown_session_is_an_error_at_once(old: bool, read: Any) -> None:
     with pytest.raises(NoSession):
         with_client(FakeDaemon(old=old), lambda c: collect(c, read=read))
@@ -344,7 +344,7 @@ def test_states_come_at_once_when_nothing_is_printed() -> None:
     async def work(client: Client) -> list[tuple[float, str | None]]:
         clock = asyncio.get_running_loop().time
         began, seen = clock(), list[tuple[float, str | None]]()
-        async with aclosing(remote.follow(client, "s", states=True)) as pages:
+        async with aclosing(remote_sessions.follow(client, "s", states=True)) as pages:
             async for page in pages:
                 seen.append((round(clock() - began), page.state))
                 if page.state == "idle":
@@ -390,7 +390,7 @@ def test_following_waits_without_asking_again_and_again() -> None:
         await following
 
     with_client(daemon, work)
-    assert len(daemon.requests) <= 2 + 200 / remote.LONG_POLL_SECONDS + 2
+    assert len(daemon.requests) <= 2 + 200 / remote_sessions.LONG_POLL_SECONDS + 2
 
 
 def test_following_goes_on_when_a_dormant_session_comes_back() -> None:
@@ -405,7 +405,7 @@ def test_following_goes_on_when_a_dormant_session_comes_back() -> None:
         return await following
 
     assert with_client(daemon, work) == [0, 1]
-    assert len(daemon.requests) < 60 / remote.POLL_SECONDS + 10
+    assert len(daemon.requests) < 60 / remote_sessions.POLL_SECONDS + 10
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -439,9 +439,9 @@ def test_a_session_that_falls_asleep_before_its_answer() -> None:
     daemon = FakeDaemon()
 
     async def work(client: Client) -> None:
-        accepted = await remote.spawn(client, text="SILENT", message_id="m")
+        accepted = await remote_sessions.spawn(client, text="SILENT", message_id="m")
         await daemon.end(accepted.session, "dormant")
-        await remote.wait_for_answer(client, accepted)
+        await remote_sessions.wait_for_answer(client, accepted)
 
     with pytest.raises(TryAgain):
         with_client(daemon, work)
@@ -450,8 +450,8 @@ def test_a_session_that_falls_asleep_before_its_answer() -> None:
 @BOTH
 def test_stopping(old: bool) -> None:
     daemon = daemon_with(old=old)
-    assert with_client(daemon, lambda c: remote.stop(c, "s")) is True
-    assert with_client(daemon, lambda c: remote.stop(c, "nope")) is False
+    assert with_client(daemon, lambda c: remote_sessions.stop(c, "s")) is True
+    assert with_client(daemon, lambda c: remote_sessions.stop(c, "nope")) is False
 
 
 KEY = bytes(range(32))

@@ -13,7 +13,7 @@ import pytest
 from kit.fake_daemon import DATA_KEY, FakeDaemon, MemoryDialer, MemoryStream
 from sim import run
 
-from p2pclaude.client import remote_sessions as remote
+from p2pclaude.client import remote_sessions
 from p2pclaude.client.rpc_client import RECONNECT_DELAYS, Client, explain
 from p2pclaude.errors import DataError, P2PClaudeError, ProtocolError, Refused, TryAgain, Unavailable
 from p2pclaude.hyperdht import (
@@ -349,10 +349,10 @@ def test_what_is_not_harmless_twice_waits_for_the_connection() -> None:
             return await super().dial(timeout, early_data)
 
     works: tuple[Callable[[Client], Awaitable[object]], ...] = (
-        lambda client: remote.spawn(client, text="hello", message_id="1", directory="/w"),
-        lambda client: remote.send(client, "none", text="hello", message_id="2"),
-        lambda client: remote.stop(client, "none"),
-        lambda client: remote.skip_old_output(client, "none"),
+        lambda client: remote_sessions.spawn(client, text="hello", message_id="1", directory="/w"),
+        lambda client: remote_sessions.send(client, "none", text="hello", message_id="2"),
+        lambda client: remote_sessions.stop(client, "none"),
+        lambda client: remote_sessions.skip_old_output(client, "none"),
     )
     for work in works:
         with contextlib.suppress(P2PClaudeError):

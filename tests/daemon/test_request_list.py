@@ -11,7 +11,7 @@ import pytest
 from kit.asking import BOTH, LS, Caller, on_table, replies
 from kit.sessions import Place, prepare, read_results, read_until
 
-from p2pclaude.daemon import request_list as approvals
+from p2pclaude.daemon import request_list
 from p2pclaude.daemon.methods import MethodError
 from p2pclaude.protocol.wire import PERMISSION_REQUEST
 from p2pclaude.sessions.life import State
@@ -24,7 +24,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 
 
 def test_a_list_that_is_too_long_is_cut_and_counted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(approvals, "MAX_LIST_BYTES", 700)
+    monkeypatch.setattr(request_list, "MAX_LIST_BYTES", 700)
 
     async def work(call: Caller) -> None:
         await call.spawn("ASK:" + 'Bash {"n":1}\n' * 9)

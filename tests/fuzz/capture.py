@@ -31,11 +31,8 @@ from p2pclaude.hyperdht import KeyPair
 from p2pclaude.hyperdht.constants import Command
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import DecodeError
-from p2pclaude.hyperdht.peer import dial as connect
-from p2pclaude.hyperdht.peer import punch_rounds as holepunch
-from p2pclaude.hyperdht.peer import server
-from p2pclaude.hyperdht.relay import mux
-from p2pclaude.hyperdht.relay import relay_client as relay
+from p2pclaude.hyperdht.peer import dial, punch_rounds, server
+from p2pclaude.hyperdht.relay import mux, relay_client
 from p2pclaude.hyperdht.relay.relay_client import RelayClient
 from p2pclaude.hyperdht.rpc.messages import Request, decode_message
 from p2pclaude.hyperdht.udx.packet import local_id_of
@@ -129,12 +126,12 @@ def tap(module: ModuleType, name: str, record: Callable[..., None]) -> None:
 
 def tap_library() -> None:
     """Record what the library decrypts."""
-    for module in (connect, server):
+    for module in (dial, server):
         tap(module, "decode_noise_payload", lambda data: keep("noise_payload", data))
-    tap(holepunch, "decode_holepunch_payload", lambda data: keep("holepunch_payload", data))
+    tap(punch_rounds, "decode_holepunch_payload", lambda data: keep("holepunch_payload", data))
     tap(mux, "decode_frames", lambda data: keep("protomux", data))
-    tap(relay, "decode_relay_pair", lambda data: keep("relay_pair", data))
-    tap(relay, "decode_relay_unpair", lambda data: keep("relay_unpair", data))
+    tap(relay_client, "decode_relay_pair", lambda data: keep("relay_pair", data))
+    tap(relay_client, "decode_relay_unpair", lambda data: keep("relay_unpair", data))
 
 
 def tap_daemon() -> None:

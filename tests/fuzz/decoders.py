@@ -10,9 +10,9 @@ from fuzz.target import Script, Target
 from p2pclaude.hyperdht.constants import PacketType
 from p2pclaude.hyperdht.encoding import Reader, array, buffer, ipv4, ipv6, string, uint
 from p2pclaude.hyperdht.errors import DecodeError
-from p2pclaude.hyperdht.peer import setup_messages as handshakes
+from p2pclaude.hyperdht.peer import setup_messages
 from p2pclaude.hyperdht.relay import link_messages as links
-from p2pclaude.hyperdht.relay import mux_frames as protomux
+from p2pclaude.hyperdht.relay import mux_frames
 from p2pclaude.hyperdht.rpc import messages
 from p2pclaude.hyperdht.udx import packet
 
@@ -124,12 +124,12 @@ def packet_seeds() -> list[bytes]:
 
 def _read_frames(data: bytes) -> None:
     try:
-        frames = protomux.decode_frames(data)
+        frames = mux_frames.decode_frames(data)
     except DecodeError:
         return
-    assert len(frames) <= protomux.MAX_BATCH
+    assert len(frames) <= mux_frames.MAX_BATCH
     for frame in frames:
-        assert protomux.decode_frames(protomux.encode_frame(frame)) == [frame]
+        assert mux_frames.decode_frames(mux_frames.encode_frame(frame)) == [frame]
 
 
 def frame_seeds() -> list[bytes]:
@@ -165,19 +165,23 @@ TARGETS: Final = (
     _codec_target(
         "peer_address", messages.decode_peer_address, messages.encode_peer_address, "messages", "peer_address"
     ),
-    _codec_target("handshake", handshakes.decode_handshake, handshakes.encode_handshake, "messages", "handshake"),
+    _codec_target(
+        "handshake", setup_messages.decode_handshake, setup_messages.encode_handshake, "messages", "handshake"
+    ),
     _codec_target(
         "noise_payload",
-        handshakes.decode_noise_payload,
-        handshakes.encode_noise_payload,
+        setup_messages.decode_noise_payload,
+        setup_messages.encode_noise_payload,
         "messages",
         "noise_payload",
     ),
-    _codec_target("holepunch", handshakes.decode_holepunch, handshakes.encode_holepunch, "messages", "holepunch"),
+    _codec_target(
+        "holepunch", setup_messages.decode_holepunch, setup_messages.encode_holepunch, "messages", "holepunch"
+    ),
     _codec_target(
         "holepunch_payload",
-        handshakes.decode_holepunch_payload,
-        handshakes.encode_holepunch_payload,
+        setup_messages.decode_holepunch_payload,
+        setup_messages.encode_holepunch_payload,
         "messages",
         "holepunch_payload",
     ),

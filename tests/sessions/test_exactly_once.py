@@ -19,7 +19,7 @@ from p2pclaude.protocol.wire import dump_json
 from p2pclaude.sessions import directory as sessionfile
 from p2pclaude.sessions import journal as journal_module
 from p2pclaude.sessions import session as session_module
-from p2pclaude.sessions import table as sessions_module
+from p2pclaude.sessions import table as table_module
 from p2pclaude.sessions.journalfile import DiskFull, JournalFile
 from p2pclaude.sessions.launcher import Spawn
 from p2pclaude.sessions.life import State
@@ -29,7 +29,7 @@ from p2pclaude.sessions.life import State
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Give a place to run sessions in."""
     monkeypatch.setattr(sessionfile, "LOCK_SECONDS", 0.2)
-    monkeypatch.setattr(sessions_module, "REVIVE_SECONDS", 0.05)
+    monkeypatch.setattr(table_module, "REVIVE_SECONDS", 0.05)
     return prepare(tmp_path, monkeypatch)
 
 

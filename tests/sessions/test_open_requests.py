@@ -10,7 +10,7 @@ from kit.asking import BOTH, LS, Caller, kinds, on_table, replies
 from kit.sessions import Place, outputs, prepare, read_all, read_results, read_until, run, wait_for_state
 
 from p2pclaude.protocol.permissions import MAX_PENDING, MAX_REQUEST_BYTES
-from p2pclaude.sessions import open_requests as asking
+from p2pclaude.sessions import open_requests
 from p2pclaude.sessions.journal import DiskFull, Journal
 from p2pclaude.sessions.life import State
 from p2pclaude.sessions.table import SessionTable
@@ -131,7 +131,7 @@ def test_the_end_of_the_process_cancels(place: Place, end: str) -> None:
         else:
             session.kill()
             await wait_for_state(call.table, "s", State.FAILED)
-        assert not list(session.asking.pending)
+        assert not list(session.open_requests.pending)
         assert (await call("list-permissions"))["requests"] == []
         late = await call.answer(request, behavior="allow")
         assert late == {"success": False, "error": "Already answered: cancelled"}
@@ -182,7 +182,7 @@ def test_a_request_that_nobody_answers_is_denied(place: Place) -> None:
         await call.spawn(BOTH)
         first, second = await call.pending(2)
         await call.answer(first, behavior="allow")
-        timers = call.table.find("s").asking._timers
+        timers = call.table.find("s").open_requests._timers
         assert list(timers) == [second["requestId"]]
         timer = timers[second["requestId"]]
         assert 0 < timer.when() - asyncio.get_running_loop().time() <= 60
@@ -323,10 +323,10 @@ def test_an_answer_to_a_claude_that_is_gone_is_an_error(place: Place, monkeypatc
         [request] = await call.pending()
         abandoned = asyncio.Event()
 
-        async def never(self: asking.Asking) -> None:
+        async def never(self: open_requests.OpenRequests) -> None:
             await abandoned.wait()
 
-        monkeypatch.setattr(asking.Asking, "abandon", never)
+        monkeypatch.setattr(open_requests.OpenRequests, "abandon", never)
         session = call.table.find("s")
         assert session._child is not None
         process = session._child.process

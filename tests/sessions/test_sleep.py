@@ -27,7 +27,7 @@ from p2pclaude.errors import TryAgain
 from p2pclaude.host.processes import Mark, marked
 from p2pclaude.sessions import claude as claude_module
 from p2pclaude.sessions import session as session_module
-from p2pclaude.sessions import table as sessions_module
+from p2pclaude.sessions import table as table_module
 from p2pclaude.sessions.claude import ClaudeProcess
 from p2pclaude.sessions.launcher import Spawn
 from p2pclaude.sessions.life import State
@@ -139,7 +139,7 @@ def test_a_message_to_a_session_that_makes_room_runs(
         return await stopping
 
     monkeypatch.setattr(ClaudeProcess, "stop", stop_and_tell)
-    monkeypatch.setattr(sessions_module, "REVIVE_SECONDS", 0.05)
+    monkeypatch.setattr(table_module, "REVIVE_SECONDS", 0.05)
 
     async def main() -> None:
         async with place.table(max_sessions=1) as table:

@@ -12,7 +12,7 @@ from kit.sessions import Place, outputs, prepare, read_all, read_results, read_u
 
 from p2pclaude.errors import DataError, NoSession, P2PClaudeError, Refused, TryAgain, Unavailable
 from p2pclaude.sessions import session as session_module
-from p2pclaude.sessions import table as sessions_module
+from p2pclaude.sessions import table as table_module
 from p2pclaude.sessions.launcher import Spawn
 from p2pclaude.sessions.life import State
 from p2pclaude.sessions.session import Session
@@ -356,7 +356,7 @@ def test_unknown_sessions(place: Place) -> None:
 
 
 def test_idle_journals_are_closed_but_for_a_few(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions_module, "MAX_OPEN_JOURNALS", 2)
+    monkeypatch.setattr(table_module, "MAX_OPEN_JOURNALS", 2)
     names = [f"s{n}" for n in range(5)]
 
     async def main() -> None:
@@ -375,7 +375,7 @@ def test_idle_journals_are_closed_but_for_a_few(place: Place, monkeypatch: pytes
 
 def test_journals_that_nobody_reads_are_closed_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of sessions that a crontab starts: each open one costs two descriptors."""
-    monkeypatch.setattr(sessions_module, "MAX_OPEN_JOURNALS", 2)
+    monkeypatch.setattr(table_module, "MAX_OPEN_JOURNALS", 2)
     names = [f"s{n}" for n in range(5)]
 
     async def main() -> None:

@@ -35,7 +35,7 @@ from interop.harness import real_claude
 from kit.free_ports import free_port
 from kit.stub_api import environment, stub_api
 
-from p2pclaude.client import remote_sessions as remote
+from p2pclaude.client import remote_sessions
 from p2pclaude.client.rpc_client import Client, DhtDialer
 from p2pclaude.errors import P2PClaudeError
 from p2pclaude.protocol.pairing import Pairing, parse_url
@@ -241,8 +241,8 @@ class Conversation:
         found = self.read[number]
         while True:
 
-            async def ask(client: Client) -> remote.Page:
-                return await remote.read_output(client, self.session, after=len(found), wait=1.0)
+            async def ask(client: Client) -> remote_sessions.Page:
+                return await remote_sessions.read_output(client, self.session, after=len(found), wait=1.0)
 
             page = await line.call(ask)
             for envelope in page.messages:
@@ -254,7 +254,7 @@ class Conversation:
             if page.next == 0:
                 await asyncio.sleep(0.05)
 
-    def _note_done(self, envelopes: Sequence[remote.Envelope]) -> None:
+    def _note_done(self, envelopes: Sequence[remote_sessions.Envelope]) -> None:
         for envelope in envelopes:
             if envelope["type"] == "turn":
                 self._turn = int(envelope["message"])

@@ -29,7 +29,7 @@ from typing import Any, Final
 from interop.harness import environment, tool_command
 from kit.free_ports import free_port
 
-from p2pclaude.client import remote_sessions as remote
+from p2pclaude.client import remote_sessions
 from p2pclaude.client.rpc_client import Client, DhtDialer
 from p2pclaude.host.datadir import DataDir
 from p2pclaude.protocol.pairing import Pairing, parse_url
@@ -84,7 +84,7 @@ class Follower:
 
     async def run(self) -> None:
         """Follow until cancelled."""
-        async for page in remote.follow(self.client, self.session):
+        async for page in remote_sessions.follow(self.client, self.session):
             now = time.monotonic()
             for envelope in page.messages:
                 if envelope["seq"] != self.last + 1:
@@ -164,7 +164,7 @@ async def start_followers(followers: Sequence[Follower], at_once: int) -> list["
 async def caught_up(client: Client, crowd: Sequence[Follower]) -> None:
     """Wait until every follower holds all there is."""
     for session in {follower.session for follower in crowd}:
-        last = await remote.last_seq(client, session)
+        last = await remote_sessions.last_seq(client, session)
         async with asyncio.timeout(CATCH_UP_SECONDS):
             while any(follower.session == session and follower.last < last for follower in crowd):
                 await asyncio.sleep(0.05)
@@ -186,13 +186,13 @@ async def measure(pid: int, url: str, bootstrap: Sequence[str], options: argpars
     """Measure it against a daemon that runs."""
     pairing = parse_url(url)
     sender = Client(DhtDialer(pairing, bootstrap), pairing.data_key)
-    talking = [(await remote.spawn(sender, text="hello", message_id=f"s{n}")).session for n in range(SPEAKING)]
+    talking = [(await remote_sessions.spawn(sender, text="hello", message_id=f"s{n}")).session for n in range(SPEAKING)]
     began = time.monotonic()
-    listed = len(await remote.list_sessions(sender, every=True))
+    listed = len(await remote_sessions.list_sessions(sender, every=True))
     list_ms = (time.monotonic() - began) * 1000
     for number, session in product(range(options.megabytes), talking):
-        big = await remote.send(sender, session, text="BIG:1000000", message_id=f"big {number} {session}")
-        await remote.wait_for_answer(sender, big)
+        big = await remote_sessions.send(sender, session, text="BIG:1000000", message_id=f"big {number} {session}")
+        await remote_sessions.wait_for_answer(sender, big)
     lazy = await lazy_reader(pairing, bootstrap, talking[0])
     before, began = Usage.of(pid), time.monotonic()
     crowd = [Follower(pairing, bootstrap, talking[n % SPEAKING]) for n in range(options.followers)]
@@ -207,7 +207,7 @@ async def measure(pid: int, url: str, bootstrap: Sequence[str], options: argpars
         session = talking[len(sent) % SPEAKING]
         text = f"message {len(sent)}"
         sent[f"echo: {text}"] = (session, time.monotonic())
-        await remote.send(sender, session, text=text, message_id=text)
+        await remote_sessions.send(sender, session, text=text, message_id=text)
         await asyncio.sleep(0.2)
     await asyncio.sleep(3)
     after, spent = Usage.of(pid), time.monotonic() - began

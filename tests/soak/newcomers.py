@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Final
 
-from p2pclaude.client import remote_sessions as remote
+from p2pclaude.client import remote_sessions
 from p2pclaude.client.rpc_client import open_client
 from p2pclaude.errors import P2PClaudeError
 from p2pclaude.protocol.pairing import Pairing, parse_url
@@ -25,7 +25,7 @@ async def come(pairing: Pairing, bootstrap: str, ms: list[float], failed: list[s
     began = time.monotonic()
     try:
         async with open_client(pairing, bootstrap=[bootstrap]) as client:
-            await remote.list_sessions(client)
+            await remote_sessions.list_sessions(client)
             ms.append((time.monotonic() - began) * 1000)
     except P2PClaudeError as error:
         failed.append(f"after {time.monotonic() - began:.1f} s: {error} ({error.__cause__!r})")

@@ -1,7 +1,7 @@
 """What others see of us: the address samples of the DHT node and of a hole puncher's socket (ring 1).
 
 Every response names the address its sender saw the request come from. `rpc` feeds those of the node's own sockets
-into a `NatSampler`; `holepunch` feeds those of one puncher socket into a `NatClassifier`, whose verdict goes to the
+into a `NatSampler`; `peer.puncher` feeds those of one puncher socket into a `NatClassifier`, whose verdict goes to the
 peer. Sources: nat-sampler index.js, hyperdht lib/nat.js.
 """
 

@@ -1,4 +1,4 @@
-"""An encrypted connection: what `connect` gives and a server's handler gets (ring 2).
+"""An encrypted connection: what `HyperDHT.connect` gives and a server's handler gets (ring 2).
 
 Between a UDX stream and the application stands the secret stream: bytes written here are sealed into frames and
 handed to `streams`; packets that come back are opened and wait here to be read. What nobody reads keeps the peer's

@@ -1,6 +1,6 @@
 """Noise IK over Ed25519: the two handshake messages between client and server (ring 1).
 
-`connect` and `server` put encoded noise payloads in and get the bytes that PEER_HANDSHAKE carries; when both
+`peer` puts encoded noise payloads in and gets the bytes that PEER_HANDSHAKE carries; when both
 messages are through, `secretstream` and `HolepunchBox` take their keys from here. Protocol name
 Noise_IK_Ed25519_ChaChaPoly_BLAKE2b; noise-handshake noise.js, noise-curve-ed index.js, hyperdht lib/noise-wrap.js.
 """

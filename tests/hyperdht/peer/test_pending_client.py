@@ -10,7 +10,7 @@ from sim import Host, run
 from p2pclaude.hyperdht.crypto import KeyPair
 from p2pclaude.hyperdht.dht import HyperDHT
 from p2pclaude.hyperdht.errors import HolepunchError, HyperDHTError
-from p2pclaude.hyperdht.peer import pending_client as pending
+from p2pclaude.hyperdht.peer import pending_client
 from p2pclaude.hyperdht.peer.announcer import Announcer
 from p2pclaude.hyperdht.peer.punch_rounds import ClientHolepunch
 from p2pclaude.hyperdht.secure.noise import NoiseIK
@@ -42,7 +42,7 @@ def test_a_client_that_vanishes_leaves_nothing_behind(kind: str, after: float) -
             await asyncio.sleep(1)
             attempt.cancel()
             await asyncio.wait([attempt])
-            await asyncio.sleep(pending.PUNCH_TIMEOUT + pending.HANDSHAKE_TIMEOUT)
+            await asyncio.sleep(pending_client.PUNCH_TIMEOUT + pending_client.HANDSHAKE_TIMEOUT)
             assert is_clean(server_node)
             assert server_node.context.throttle.allows(asyncio.get_running_loop().time())
             client_host.up = True
@@ -73,7 +73,7 @@ def test_a_client_that_says_again_that_it_punches_gets_no_more_time(kind: str, m
             attempt = asyncio.create_task(client.connect(server.public_key, timeout=100))
             await asyncio.sleep(5)
             assert len(server_node.endpoint.sockets) == (3 if kind == "cone" else 642)
-            await asyncio.sleep(pending.HANDSHAKE_TIMEOUT + pending.PUNCH_TIMEOUT - 5)
+            await asyncio.sleep(pending_client.HANDSHAKE_TIMEOUT + pending_client.PUNCH_TIMEOUT - 5)
             assert not attempt.done()
             assert is_clean(server_node) and not server_node.context.throttle._active
             attempt.cancel()
@@ -94,7 +94,7 @@ def test_a_client_that_gives_up_frees_the_server_soon() -> None:
             await server.listen()
             with pytest.raises(HyperDHTError):
                 await client.connect(server.public_key)
-            await asyncio.sleep(pending.HANDSHAKE_TIMEOUT + 16)
+            await asyncio.sleep(pending_client.HANDSHAKE_TIMEOUT + 16)
             assert is_clean(server_node) and is_clean(client)
 
     run(main(), seed=1)
@@ -111,11 +111,11 @@ def test_probes_begin_in_the_moment_in_which_the_time_is_over() -> None:
             initiator = NoiseIK.initiator(keys[0], keys[1].public_key, keys[2])
             responder = NoiseIK.responder(keys[1], keys[3])
             responder.read_message(initiator.write_message(b""))
-            client = pending.PendingClient(node.context, announcer, keys[1].public_key, responder, None)
+            client = pending_client.PendingClient(node.context, announcer, keys[1].public_key, responder, None)
             waiting = asyncio.create_task(client.wait_opened())
             await asyncio.sleep(0)
-            asyncio.get_running_loop().call_later(pending.HANDSHAKE_TIMEOUT, client._on_punch)
+            asyncio.get_running_loop().call_later(pending_client.HANDSHAKE_TIMEOUT, client._on_punch)
             assert not await waiting
-            assert asyncio.get_running_loop().time() < pending.PUNCH_TIMEOUT
+            assert asyncio.get_running_loop().time() < pending_client.PUNCH_TIMEOUT
 
     run(main(), seed=1)
