@@ -63,7 +63,7 @@ def find_modules(names: Sequence[str], root: Path) -> list[Path]:
         elif (file := path if path.suffix == ".py" else path.with_suffix(".py")).is_file():
             found.append(file)
         else:
-            raise Problem(f"{name}: no such module; name a path, a dotted name or a folder below {root.name}")
+            raise Problem(f"{name}: no such module; name a path, a dotted name or a folder of this tree")
     return list(dict.fromkeys(found))
 
 

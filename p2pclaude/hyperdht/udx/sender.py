@@ -1,9 +1,9 @@
 """The sending half of a stream: queue, packets under way, acknowledgements, and what may leave when (ring 1).
 
-`stream` calls `receive_ack` for each packet that says something new and `finish_acks` once a batch, then `send` to
-get what may leave, then `get_timer`. The parts know one thing each: `recovery` what is lost, `path` what the path bears
-(how much may be under way, when it leaves, how large it is, how long an answer takes), `peerwindow` what the peer has
-room for, `patience` when to probe and when to give up.
+`stream` calls `receive_ack` for each packet that says something new and `finish_acks` once a batch, then `send` to get
+what may leave, then `get_timer`. The parts know one thing each: `recovery` what is lost, `pathmodel` what the path
+bears (how much may be under way, when it leaves, how large it is, how long an answer takes), `peerwindow` what the peer
+has room for, `patience` when to probe and when to give up.
 """
 
 import heapq
@@ -14,7 +14,7 @@ from .burst import Burst, BurstHeader
 from .congestion import Bbr
 from .mtu import BLACK_HOLE_MTU, MtuSearch
 from .packet import DATA, END, HEADER, MAGIC, OVERHEAD_BYTES, SEQ_MASK
-from .path import Path
+from .pathmodel import PathModel
 from .patience import GIVE_UP_S, OUTAGE_ATTEMPTS, Patience
 from .peerwindow import PeerWindow
 from .ranges import RangeSet
@@ -47,7 +47,7 @@ class Sender:
 
     def __init__(self, initial_seq: int, mtu: int, max_mtu: int, variety: int = 0, initial_remote_seq: int = 0) -> None:
         self.stats = SenderStats()
-        self.path = Path(mtu, max_mtu, variety)
+        self.path = PathModel(mtu, max_mtu, variety)
         self.peer = PeerWindow(initial_remote_seq)
         self.patience = Patience()
         self.own_end = OwnEnd()

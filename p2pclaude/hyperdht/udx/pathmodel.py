@@ -6,7 +6,7 @@ from .pacing import Pacer
 from .rtt import RttEstimator
 
 
-class Path:
+class PathModel:
     """Round trip, packet size, congestion and pacing of one path.
 
     `mtu` and `max_mtu` are sizes of IP packets in bytes; paths of streams with different `variety` are probed at
