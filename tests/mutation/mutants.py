@@ -154,7 +154,12 @@ def _expressions(statement: ast.stmt) -> Iterator[ast.AST]:
         node = todo.pop(0)
         yield node
         if not isinstance(node, ast.JoinedStr):  # texts are for people
-            todo += list(ast.iter_child_nodes(node))
+            todo += [child for child in ast.iter_child_nodes(node) if not _is_check(child)]
+
+
+def _is_check(node: ast.AST) -> bool:
+    """Tell whether a node is the `strict=True` of a zip: an assertion."""
+    return isinstance(node, ast.keyword) and node.arg == "strict"
 
 
 def _faults_of_statement(statement: ast.stmt) -> Iterator[tuple[str, int, Change]]:
@@ -193,7 +198,7 @@ def _faults_of_expression(node: ast.AST) -> Iterator[tuple[str, Change]]:
     elif isinstance(node, ast.Constant) and not isinstance(node.value, str):
         if isinstance(node.value, bool):
             yield "truth", _set(node, "value", not node.value)
-        elif isinstance(node.value, int | float):
+        elif isinstance(node.value, int) or (isinstance(node.value, float) and node.value):  # 0.0 is "not yet"
             yield "off by one", _set(node, "value", node.value + 1)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("min", "max"):
         yield "min/max", _set(node.func, "id", "max" if node.func.id == "min" else "min")

@@ -111,3 +111,9 @@ def _quiet_parts(source: str) -> list[str]:
         if isinstance(node, ast.AnnAssign):
             parts.append(ast.unparse(node.annotation))
     return parts
+
+
+def test_what_is_a_mark_or_an_assertion_stays() -> None:
+    assert kinds("def f(self):\n    self.at = 0.0\n") == set()
+    assert kinds("def f(x, y):\n    x = zip(x, y, strict=True)\n") == set()
+    assert kinds("def f(self):\n    self.at = 1.5\n") == {("off by one", "self.at = 2.5")}

@@ -15,6 +15,7 @@ from p2pclaude.hyperdht.udx.packet import (
     encode_sack,
     local_id_of,
     rewrite_stream_id,
+    sack_length,
     unwrap,
 )
 
@@ -101,3 +102,24 @@ def test_any_bytes_decode_or_raise_decode_error(data: bytes, is_udx: bool) -> No
 def test_unwrapped_numbers_are_the_nearest(near: int, distance: int) -> None:
     value = near + distance
     assert unwrap(value & 0xFFFFFFFF, near) == value
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "size", "known"), [(255, 1, 20, 7), (255, 2, 20, None), (254, 1, 20, None), (255, 1, 19, None)]
+)
+def test_the_id_of_a_packet_of_any_kind(first: int, second: int, size: int, known: int | None) -> None:
+    data = bytes([first, second, 4, 0, 7, 0, 0, 0]).ljust(size, b"\0")[:size]
+    assert local_id_of(data) == known
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "length"), [(0, 36, 16), (1, 36, 1), (8, 36, 8), (15, 36, 15), (16, 36, 16), (17, 36, 16)]
+)
+def test_what_lies_between_header_and_payload(offset: int, size: int, length: int) -> None:
+    assert sack_length(PacketType.SACK, offset, size) == length
+    assert sack_length(PacketType.DATA, offset, size) == offset
+
+
+def test_a_number_half_way_round_is_behind() -> None:
+    assert unwrap(0, 2**31) == 0 and unwrap(2**31 - 1, 0) == 2**31 - 1 and unwrap(2**31, 0) == -(2**31)
+    assert unwrap(5, 2**32) == 2**32 + 5 and unwrap(2**32 - 1, 2**32) == 2**32 - 1

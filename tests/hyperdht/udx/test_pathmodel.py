@@ -11,6 +11,8 @@ def test_another_path_begins_anew() -> None:
     congestion.window = 7
     pacer.budget(1.0, 1e6, 1000)
     path.reset(9)
+    path.search.mtu = 1400
+    path.reset(9)
     assert path.rtt.srtt is None
     assert path.congestion is not congestion and path.pacer is not pacer
     assert path.congestion.window == 32 * 1200 and path.search.mtu == 1200

@@ -92,3 +92,8 @@ def test_another_path_gets_its_time_but_not_for_ever() -> None:
     patience.begin(10.0)
     patience.reset_path(100.0, under_way=False)
     assert patience.run_out(10.0 + NEW_PATHS_S + GIVE_UP_S - 0.1, 0.0, has_room=True)
+
+
+def test_a_new_stream_has_nothing_to_probe() -> None:
+    patience = Patience()
+    assert (patience.probes_due, patience.attempts, patience.is_over) == (0, 0, False)

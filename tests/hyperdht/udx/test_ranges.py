@@ -40,3 +40,23 @@ def test_edges_keeps_the_lowest_and_the_highest() -> None:
         ranges.add(start, start + 1)
     assert ranges.edges(4) == [(0, 1), (2, 3), (36, 37), (38, 39)]
     assert len(ranges.edges(100)) == 20
+
+
+def test_how_many_ranges_there_are() -> None:
+    ranges = RangeSet()
+    assert len(ranges) == 0 and not ranges
+    ranges.add(1, 3)
+    ranges.add(5, 6)
+    assert len(ranges) == 2
+    ranges.add(3, 5)
+    assert len(ranges) == 1 and list(ranges) == [(1, 6)]
+
+
+def test_what_is_discarded_ends_where_it_should() -> None:
+    ranges = RangeSet()
+    ranges.add(10, 20)
+    for below, left in [(9, [(10, 20)]), (10, [(10, 20)]), (11, [(11, 20)]), (19, [(19, 20)]), (20, [])]:
+        ranges.discard_below(below)
+        assert list(ranges) == left
+    ranges.discard_below(99)
+    assert list(ranges) == []

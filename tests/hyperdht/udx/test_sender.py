@@ -395,3 +395,34 @@ def test_no_more_is_under_way_than_libudx_can_report() -> None:
     half.next_seq = half.acked_below + MAX_PACKETS_UNDER_WAY - 2
     half.write(bytes(3 * FULL))
     assert len(half.send(HEADER_OF, 1.0)) == 2
+
+
+def test_what_is_under_way_when_data_comes_late_measures_the_application() -> None:
+    half = sender()
+    half.write(bytes(FULL))
+    half.send(HEADER_OF, 1.0)
+    assert half._rate.ran_dry
+    half.write(bytes(FULL))
+    half.send(HEADER_OF, 1.05)
+    assert half._packets[1001].flight.app_limited and not half._packets[1000].flight.app_limited
+
+
+def test_a_size_that_gets_lost_in_an_outage_is_suspected() -> None:
+    half, now = sender(max_mtu=1500), 1.0
+    half.write(bytes(4 * FULL))
+    half.send(HEADER_OF, now)
+    acknowledge(half, 1000, 1.1, (1002, 1003))
+    for _ in range(4):
+        timer = half.get_timer()
+        assert timer is not None
+        now = timer
+        half.handle_timer(now, 0.0)
+        half.send(HEADER_OF, now)
+    assert half.search.mtu < MTU  # not even what was sure passes any more
+
+
+def test_a_window_of_just_a_packet_is_room() -> None:
+    half = sender(window=MTU)
+    assert half.has_peer_room
+    half.update_window(MTU - 1, 1, FIRST, 1.0)
+    assert not half.has_peer_room
