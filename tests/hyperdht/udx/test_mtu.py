@@ -131,3 +131,68 @@ def test_small_packets_are_no_probes() -> None:
         pair.a.stream.write(b"small")
         pair.run(seconds=0.2)
     assert all(data[3] == 0 for _, data in pair.a.sent)
+
+
+def packet(size: int, padding: int = 0) -> bytes:
+    """Return a datagram of an IP packet of that size."""
+    return bytes([255, 1, DATA, padding]).ljust(size - 28, b"x")
+
+
+def test_packets_that_once_were_small_enough_may_be_fragmented() -> None:
+    search = MtuSearch(1200, 1500)
+    whole, large, probe = packet(1200), packet(1201), packet(1400, 200)
+    assert search.part([whole, large]) == ([whole, large], [])  # nothing was ever larger: it leaves as it is
+    search.probe_acked(1500)
+    search.packet_lost(1500, 5)
+    assert search.mtu == 1200
+    assert search.part([whole, large, probe]) == ([whole, probe], [large])
+    search.probe_acked(1300)
+    assert search.part([large, packet(1301)]) == ([large], [packet(1301)])
+    search.probe_acked(1500)
+    assert search.part([packet(1501)]) == ([packet(1501)], [])
+
+
+def test_three_probes_of_one_size_decide_and_counting_begins_anew() -> None:
+    search = MtuSearch(1200, 1400)
+    for size in (1400, 1400):
+        search.probe_sent(size)
+        search.probe_lost(size)
+    search.probe_acked(1300)
+    assert search.wanted == 1400
+    for _ in range(2):
+        search.probe_lost(1400)
+        assert search.wanted == 1400
+    search.probe_lost(1400)
+    assert search.wanted == (1300 + 1399 + 1) // 2
+
+
+def test_what_arrived_before_another_path_proves_nothing_there() -> None:
+    search = MtuSearch(1200, 1500)
+    search.probe_acked(1500)
+    search.restart(1200, 50)
+    search.packet_lost(1200, 49)  # it left on the old path
+    assert search.mtu == 1200
+    search.packet_lost(1200, 50)
+    assert search.mtu == 1000
+    fresh = MtuSearch(1200, 1500)
+    fresh.packet_lost(1200, 0)
+    assert fresh.mtu == 1000
+
+
+def test_a_larger_packet_that_arrives_begins_the_search_again() -> None:
+    search = MtuSearch(1200, 1500)
+    for _ in range(3):
+        search.probe_lost(1500)
+    assert search.wanted == 1350
+    search.probe_sent(1350)
+    search.packet_arrived(1500, 7)
+    assert search.wanted == 0  # a probe is under way
+    search.probe_lost(1350)
+    assert search.wanted == 1455
+    untouched = MtuSearch(1200, 1500)
+    untouched.probe_sent(1455)
+    untouched.packet_arrived(1500, 7)
+    assert untouched.wanted == 0
+    untouched.wanted = 7
+    untouched.packet_arrived(1500, 8)  # nothing has failed: there is nothing to begin again
+    assert untouched.wanted == 7
