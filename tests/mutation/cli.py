@@ -64,6 +64,11 @@ def find_modules(names: Sequence[str], root: Path) -> list[Path]:
             found.append(file)
         else:
             raise Problem(f"{name}: no such module; name a path, a dotted name or a folder of this tree")
+    for file in found:
+        if not file.resolve().is_relative_to(root.resolve()):
+            raise Problem(f"{file}: not in {root}")
+        if file.name == "__init__.py":
+            raise Problem(f"{file.relative_to(root)}: a package's own file cannot be replaced; name its modules")
     return list(dict.fromkeys(found))
 
 

@@ -9,6 +9,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Final
 
 _COMPARE: Final[dict[type[ast.cmpop], type[ast.cmpop]]] = {
@@ -51,12 +52,11 @@ class Mutant:
 def make_mutants(source: str, count: int, seed: int) -> list[Mutant]:
     """Return up to `count` different mutants, drawn evenly over the functions; the same for the same seed.
 
-    Those whose code is the same as the module's are left out.
+    Those whose code is the same as the module's, or another mutant's, are left out.
     """
     tree = ast.parse(source)
     rng = random.Random(seed)
-    original = compile(ast.unparse(tree), "module", "exec")
-    sources: set[str] = set()
+    codes = {_instructions(compile(ast.unparse(tree), "module", "exec"))}
     mutants: list[Mutant] = []
     for place in _evenly(list(places(tree)), rng):
         if len(mutants) == count:
@@ -65,13 +65,24 @@ def make_mutants(source: str, count: int, seed: int) -> list[Mutant]:
         undo = place.change()
         try:
             after, text = ast.unparse(ast.fix_missing_locations(place.statement)), ast.unparse(tree)
-            if text not in sources and compile(text, "module", "exec") != original:
-                sources.add(text)
+            code = _instructions(compile(text, "module", "exec"))
+            if code not in codes:
+                codes.add(code)
                 first, second = _first_difference(before, after)
                 mutants.append(Mutant(place.line, place.kind, first, second, text))
         finally:
             undo()
     return mutants
+
+
+def _instructions(code: CodeType) -> tuple[object, ...]:
+    """Give what code does, without the places in the source: `not x is y` and `x is not y` are one program."""
+    # A constant's text and type: 1, 1.0 and True are equal.
+    constants = [
+        _instructions(each) if isinstance(each, CodeType) else (type(each), repr(each)) for each in code.co_consts
+    ]
+    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+    return code.co_name, code.co_code, code.co_exceptiontable, names, *constants
 
 
 def _first_difference(before: str, after: str) -> tuple[str, str]:
@@ -117,6 +128,8 @@ def _statements(body: list[ast.stmt], function: str) -> Iterator[tuple[str, ast.
                 yield from _statements(getattr(statement, name, []), function)
             for handler in getattr(statement, "handlers", []):
                 yield from _statements(handler.body, function)
+            for case in getattr(statement, "cases", []):
+                yield from _statements(case.body, function)
 
 
 def _is_quiet(statement: ast.stmt) -> bool:
@@ -129,9 +142,9 @@ def _is_quiet(statement: ast.stmt) -> bool:
             return True
         if isinstance(value, ast.Call):
             owner = value.func.value if isinstance(value.func, ast.Attribute) else value.func
-            name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+            names = {getattr(part, "attr", getattr(part, "id", "")) for part in (owner, value.func)}
             says = bool(value.args) and all(isinstance(argument, ast.JoinedStr) for argument in value.args)
-            return name in _QUIET or says  # an error's text, as in super().__init__
+            return bool(names & _QUIET) or says  # an error's text, as in super().__init__
     return False
 
 
@@ -145,9 +158,9 @@ def _faults(statement: ast.stmt) -> Iterator[tuple[str, int, Change]]:
 
 def _expressions(statement: ast.stmt) -> Iterator[ast.AST]:
     """Walk a statement's own expressions: neither those of statements in it, nor annotations."""
-    todo: list[ast.AST] = []
+    todo: list[ast.AST] = [case.guard for case in getattr(statement, "cases", []) if case.guard is not None]
     for name, value in ast.iter_fields(statement):
-        if name in ("body", "orelse", "finalbody", "handlers", "annotation"):
+        if name in ("body", "orelse", "finalbody", "handlers", "cases", "annotation"):
             continue
         todo += [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, ast.AST)]
     while todo:
@@ -172,7 +185,8 @@ def _faults_of_statement(statement: ast.stmt) -> Iterator[tuple[str, int, Change
         if isinstance(value, ast.Call):
             yield "call dropped", line, _set(statement, "value", ast.Constant(None))
     elif isinstance(statement, ast.AugAssign):
-        yield "assignment dropped", line, _set(statement, "op", ast.Add(), "value", ast.Constant(0))
+        # Not `x += 0`: for what is no number that is an error, which any test notices.
+        yield "assignment dropped", line, _become(statement, ast.Pass)
         if swap := _ARITHMETIC.get(type(statement.op)):
             yield "operator", line, _set(statement, "op", swap())
     elif isinstance(statement, ast.Return) and statement.value is not None:
@@ -235,7 +249,7 @@ def _set_item(items: list[Any], index: int, value: object) -> Change:
 
 
 def _become(statement: ast.stmt, kind: type[ast.stmt]) -> Change:
-    """Give the change that makes one statement without parts another one."""
+    """Give the change that makes a statement one of a kind that has no parts."""
 
     def change() -> Callable[[], None]:
         before = type(statement)

@@ -1,7 +1,11 @@
-"""A pytest plugin that has one module loaded from another file: `MUTANT_MODULE` names it, `MUTANT_FILE` the file."""
+"""A pytest plugin that has one module loaded from another file: `MUTANT_MODULE` names it, `MUTANT_FILE` the file.
+
+It also holds the process to `MUTANT_MEMORY_BYTES` and, if that is set, `MUTANT_CPU_SECONDS`.
+"""
 
 import importlib.util
 import os
+import resource
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -21,6 +25,12 @@ class Replacement(MetaPathFinder):
         """Return the mutant's place for the module, nothing for any other."""
         return importlib.util.spec_from_file_location(fullname, self._file) if fullname == self._module else None
 
+
+# Here, not between fork and exec in the parent: that one has threads. The time ends a mutant's loop also where the
+# parent was ended and can wait no longer.
+for limit, variable in ((resource.RLIMIT_AS, "MUTANT_MEMORY_BYTES"), (resource.RLIMIT_CPU, "MUTANT_CPU_SECONDS")):
+    if variable in os.environ:
+        resource.setrlimit(limit, (int(os.environ[variable]), int(os.environ[variable])))
 
 if "MUTANT_MODULE" in os.environ:
     assert os.environ["MUTANT_MODULE"] not in sys.modules, "the module was loaded before its mutant"

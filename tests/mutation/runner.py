@@ -1,7 +1,7 @@
 """Runs a module's tests against a mutant, in a process of its own that ends in time."""
 
+import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 MEMORY_BYTES: Final = 4 << 30  # a mutant may eat without end
+CORES: Final = 2.0  # so many times the time on the clock is processor time allowed, as a process may have threads
 LEAST_SECONDS: Final = 10.0
 PATIENCE: Final = 5.0  # times what the tests take without a fault; then they hang, which is noticed
 PASSED: Final = 0
@@ -32,6 +33,14 @@ class Outcome:
         return self.status not in (PASSED, NONE_FOUND)
 
 
+def limits(seconds: float | None) -> dict[str, str]:
+    """Return the variables by which the plugin holds a run that may take so long to memory and processor time."""
+    found = {"MUTANT_MEMORY_BYTES": str(MEMORY_BYTES)}
+    if seconds is not None:
+        found["MUTANT_CPU_SECONDS"] = str(math.ceil(CORES * seconds))
+    return found
+
+
 def run_tests(
     root: Path, tests: list[Path], *, module: str = "", source: str = "", seconds: float | None = None
 ) -> Outcome:
@@ -40,6 +49,7 @@ def run_tests(
         file = Path(directory, "mutant.py")
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
         environ |= {"PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_STORAGE_DIRECTORY": directory}
+        environ |= limits(seconds)
         if module:
             file.write_text(source, encoding="utf-8")
             environ |= {"MUTANT_MODULE": module, "MUTANT_FILE": str(file)}
@@ -49,7 +59,7 @@ def run_tests(
         began = time.monotonic()
         process = subprocess.Popen(
             command, cwd=root, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", start_new_session=True, preexec_fn=_limit,
+            text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
         try:
             text, _ = process.communicate(timeout=seconds)
@@ -59,10 +69,6 @@ def run_tests(
         finally:
             _end(process)
         return Outcome(status, time.monotonic() - began, text or "")
-
-
-def _limit() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
 def _end(process: "subprocess.Popen[str]") -> None:

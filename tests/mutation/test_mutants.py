@@ -53,7 +53,7 @@ def test_every_kind_of_fault() -> None:
     ("body", "expected"),
     [
         ("x.append(1)", {("call dropped", "None"), ("off by one", "x.append(2)")}),
-        ("x += 1", {("assignment dropped", "x += 0"), ("operator", "x -= 1"), ("off by one", "x += 2")}),
+        ("x += 1", {("assignment dropped", "pass"), ("operator", "x -= 1"), ("off by one", "x += 2")}),
         ("x = not x", {("not dropped", "x = not not x")}),
         ("x = min(x, y)", {("min/max", "x = max(x, y)")}),
         ("x = True", {("truth", "x = False")}),
@@ -64,6 +64,8 @@ def test_every_kind_of_fault() -> None:
         ("return None", set()),
         ("raise ValueError(1 + 2)", set()),
         ("self._log.warning('text', 1 + 2)", set()),
+        ("self._log(1 + 2)", set()),
+        ("self.log.write(1)", set()),
     ],
 )
 def test_faults_of_a_statement(body: str, expected: set[tuple[str, str]]) -> None:
@@ -73,6 +75,18 @@ def test_faults_of_a_statement(body: str, expected: set[tuple[str, str]]) -> Non
 def test_loops_and_branches_inside_each_other() -> None:
     source = "def f(x):\n    for i in x:\n        if i:\n            break\n        continue\n"
     assert {("break", "break"), ("continue", "continue"), ("condition negated", "if not i:")} == kinds(source)
+
+
+def test_the_cases_of_a_match_are_statements() -> None:
+    cases = "        case 1 if y:\n            assert x + 1\n        case _:\n            return x + y\n"
+    expected = {("operator", "return x - y"), ("return None", "return None")}
+    assert kinds(f"def f(x, y):\n    match x:\n{cases}") == expected
+
+
+def test_two_texts_of_one_program_are_one_mutant() -> None:
+    """The negated condition and the flipped comparison: the compiler makes one of them."""
+    made = make_mutants("def f(x):\n    if x is None:\n        g()\n", 100, 1)
+    assert len([mutant for mutant in made if mutant.before == "if x is None:"]) == 1
 
 
 def test_the_same_seed_gives_the_same_mutants_and_another_seed_others() -> None:

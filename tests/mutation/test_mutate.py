@@ -1,10 +1,15 @@
 """`tests/mutate`: what good tests notice, what weak ones let live, and what keeps it from its work."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mutation import cli
+from mutation.runner import limits
 
 LAMP = '''"""A lamp."""
 
@@ -79,6 +84,35 @@ def test_what_survives_its_own_tests_meets_those_of_the_folder(root: Path, capsy
     assert "3 of 3 noticed" in capsys.readouterr().out
 
 
+EATING = """
+
+def test_what_eats() -> None:
+    kept: list[bytes] = []
+    while True:
+        kept.append(bytes(1 << 28))
+"""
+LOOPING = """
+
+def test_what_loops() -> None:
+    while True:
+        pass
+"""
+
+
+@pytest.mark.parametrize(("text", "allowed"), [(EATING, 60.0), (LOOPING, 0.5)], ids=["memory", "processor"])
+def test_a_run_has_limits_of_its_own(root: Path, text: str, allowed: float) -> None:
+    """Also where nobody waits for its end any longer: the run ends itself."""
+    test = root / "tests/rooms/test_lamp.py"
+    test.write_text(GOOD + text)
+    environ = limits(allowed) | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+    command = [sys.executable, "-m", "pytest", "-p", "mutation.plugin", "-q", "-p", "no:cacheprovider", str(test)]
+    ended = subprocess.run(command, cwd=root, env={**os.environ, **environ}, capture_output=True, text=True, timeout=30)
+    if text is EATING:
+        assert ended.returncode == 1 and "MemoryError" in ended.stdout
+    else:
+        assert ended.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
+
+
 def test_the_floor_decides(root: Path) -> None:
     assert mutate(root, "--count", "2", "--floor", "0", "house/rooms/lamp.py", tests=WEAK) == 0
 
@@ -104,6 +138,8 @@ def test_named_tests_are_run_instead(root: Path) -> None:
         (["house/rooms/lamp.py"], BROKEN, "tests/rooms: tests fail without any mutant"),
         (["house/rooms/lamp.py", "--tests", "nowhere.py"], GOOD, "nowhere.py: no such file"),
         (["tests/rooms/empty"], GOOD, "tests/rooms/empty: no such module"),
+        (["house/rooms/__init__.py"], GOOD, "house/rooms/__init__.py: a package's own file cannot be replaced"),
+        ([str(Path(__file__))], GOOD, "test_mutate.py: not in "),
     ],
 )
 def test_what_keeps_it_from_its_work_is_said(
