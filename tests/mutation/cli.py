@@ -6,6 +6,7 @@ survives them those of its folder. A survivor is a missing test, or a mutant tha
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from mutation.mutants import Mutant, make_mutants
-from mutation.runner import LEAST_SECONDS, PATIENCE, Outcome, run_tests
+from mutation.runner import LEAST_SECONDS, PATIENCE, Outcome, end_all, run_tests
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 USAGE_ERROR: Final = 2
@@ -151,7 +152,12 @@ def look_at(module: Path, options: argparse.Namespace, root: Path) -> tuple[int,
         allowed = [options.timeout] * len(parts)
     name = ".".join(path.with_suffix("").parts)
     with ThreadPoolExecutor(options.jobs) as pool:
-        noticed = list(pool.map(lambda mutant: judge(name, mutant, parts, allowed, root), mutants))
+        try:
+            noticed = list(pool.map(lambda mutant: judge(name, mutant, parts, allowed, root), mutants))
+        except BaseException:  # an interrupt too: the pool would wait for the runs, which are in sessions of their own
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_all()
+            raise
     print(f"{path}: {sum(noticed)} of {len(mutants)} noticed")
     for mutant, seen in zip(mutants, noticed, strict=True):
         if not seen:
@@ -180,5 +186,16 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     return int(any(seen < options.floor / 100 * count for seen, count in counts))
 
 
+def run(root: Path = ROOT) -> int:
+    """Run the command as a process of its own, which ends its runs when it is interrupted or terminated."""
+
+    def stop(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    return main(root=root)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

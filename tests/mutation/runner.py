@@ -19,6 +19,9 @@ PASSED: Final = 0
 NONE_FOUND: Final = 5  # pytest's status
 
 
+_running: Final[set["subprocess.Popen[str]"]] = set()
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a run of tests ended: pytest's status, None if it was ended for taking too long."""
@@ -61,22 +64,34 @@ def run_tests(
             command, cwd=root, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
+        _running.add(process)
         try:
             text, _ = process.communicate(timeout=seconds)
             status: int | None = process.returncode
         except subprocess.TimeoutExpired:
             text, status = "", None
         finally:
+            _running.discard(process)
             _end(process)
         return Outcome(status, time.monotonic() - began, text or "")
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
-    """End a run with all it has started."""
+def end_all() -> None:
+    """End the runs that other threads wait for."""
+    for process in list(_running):
+        _kill(process)
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End a run with all it has started."""
+    _kill(process)
     process.wait()
     if process.stdout is not None:
         process.stdout.close()

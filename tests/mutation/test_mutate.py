@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,36 @@ def test_a_run_has_limits_of_its_own(root: Path, text: str, allowed: float) -> N
         assert ended.returncode == 1 and "MemoryError" in ended.stdout
     else:
         assert ended.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
+
+
+HANGING = """import os, pathlib, time
+
+import house.rooms.lamp
+
+
+def test_it() -> None:
+    if "MUTANT_MODULE" in os.environ:
+        pathlib.Path(f"{os.getpid()}.pid").touch()
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_stopped_stops_its_runs(root: Path, number: signal.Signals) -> None:
+    (root / "tests/rooms/test_lamp.py").write_text(HANGING)
+    code = "import sys; from pathlib import Path; from mutation import cli; sys.exit(cli.run(Path.cwd()))"
+    environ = {**os.environ, "PYTHONPATH": str(root / "tests")}
+    command = [sys.executable, "-c", code, "--jobs", "2", "house/rooms/lamp.py"]
+    with subprocess.Popen(command, cwd=root, env=environ, stdout=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 30
+        while len(runs := list(root.glob("*.pid"))) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(10) == 128 + number
+    assert len(runs) == 2 and set(root.glob("*.pid")) == set(runs)
+    for file in runs:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.stem), 0)
 
 
 def test_the_floor_decides(root: Path) -> None:
