@@ -27,20 +27,20 @@ def wait(times: int) -> int:
         count += 1
     return count
 '''
-GOOD = '''from house.rooms.lamp import shines, wait
+GOOD = """from house.rooms.lamp import shines, wait
 
 
 def test_it() -> None:
     assert [shines(times) for times in range(4)] == [False, True, False, True]
     assert shines(0) is False
     assert (wait(0), wait(1), wait(3)) == (0, 1, 3)
-'''
-WEAK = '''from house.rooms.lamp import shines
+"""
+WEAK = """from house.rooms.lamp import shines
 
 
 def test_it() -> None:
     shines(1)
-'''
+"""
 BROKEN = "def test_it() -> None:\n    assert False\n"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from p2pclaude.sessions import journalfile
 from p2pclaude.sessions.journalfile import PAGES_AHEAD, DiskFull, JournalFile, Page
 
 
@@ -207,6 +208,69 @@ def test_another_error_of_the_disk_passes(path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="Input/output") as caught:
         journal.append_output(b"{}")
     assert not isinstance(caught.value, DiskFull)
+    journal.close()
+
+
+def test_what_an_earlier_daemon_left_is_synced_before_it_is_shown(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = JournalFile.open(path)
+    fill(journal, 2)
+    journal.close()
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    journal = JournalFile.open(path)
+    assert len(synced) == 1 and journal.last_seq == 2
+    journal.close()
+
+
+def test_the_index_is_written_while_the_journal_grows(path: Path) -> None:
+    """Not at the end alone: a daemon that is killed has none."""
+    journal = JournalFile.open(path)
+    before = path.with_suffix(".index").stat().st_size
+    fill(journal, 300)
+    assert path.with_suffix(".index").stat().st_size >= before + 256 * 8
+    journal.close()
+
+
+def test_what_is_not_shown_is_written_again(path: Path) -> None:
+    journal = JournalFile.open(path)
+    fill(journal, 2)
+    journal.append("message", {"messageId": "m"})
+    before = path.read_bytes()
+    os.truncate(path, len(before) - 5)  # as a system does that drops pages it could not write
+    journal.rewrite()
+    assert path.read_bytes() == before
+    assert [e["seq"] for e in decoded(sync(journal).read(0))] == [1, 2, 3]
+    journal.close()
+
+
+def test_what_was_given_up_is_not_counted(path: Path) -> None:
+    journal = JournalFile.open(path)
+    fill(journal, 1)
+    journal.append("message", {"pad": "p" * 1000})
+    journal.drop_unsynced()
+    assert (journal.written, journal.unsynced_bytes) == (1, 0)
+    fill(journal, 1)
+    assert journal.unsynced_bytes == 0
+    assert [e["seq"] for e in decoded(journal.read(0))] == [1, 2]
+    journal.close()
+
+
+def test_an_old_line_is_proven_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = JournalFile.open(path)
+    fill(journal, 5)
+    journal.close()
+    looked: list[int] = []
+    prove = journalfile._is_envelope
+
+    def look(line: bytes, seq: int) -> bool:
+        looked.append(seq)
+        return prove(line, seq)
+
+    monkeypatch.setattr(journalfile, "_is_envelope", look)
+    journal = JournalFile.open(path)
+    for _ in range(3):
+        assert len(journal.read(0).lines) == 5
+    assert looked == [1, 2, 3, 4, 5]
     journal.close()
 
 

@@ -97,6 +97,7 @@ def test_what_others_see(stage: Stage, state: str) -> None:
     assert life.is_live == (life.stored in LIVE)
     assert life.has_process == (stage in PROCESS)
     assert life.is_orphaned == (life.is_live and stage not in PROCESS)
+    assert life.is_removed is (stage is Stage.REMOVED)
     waits = State.WAITING if life.is_live else life.stored
     assert (life.seen(asks=False), life.seen(asks=True)) == (life.stored, waits)
     life.is_paused = True
@@ -129,6 +130,11 @@ def test_what_the_end_of_claude_means(ending: Ending) -> None:
             assert life.stage is (Stage.AWAITED if goes_on else Stage.FAILED)
         else:
             assert life.stage is (Stage.DORMANT if in_order else Stage.FAILED)
+
+
+@pytest.mark.parametrize("ending", Ending)
+def test_what_is_being_ended_is_handed_nothing(ending: Ending) -> None:
+    assert life_at(Stage.RUNNING, ending).is_being_ended is (ending is not Ending.NO)
 
 
 def test_a_new_claude_is_not_being_ended() -> None:

@@ -56,6 +56,28 @@ def test_the_head_of_a_line() -> None:
         assert seq_of_line(bad) is None
 
 
+def test_what_an_index_tells_of_its_envelopes() -> None:
+    index = SeqIndex()
+    for end, is_output in ((10, False), (25, True), (30, True), (70, False)):
+        index.add(end, is_output=is_output)
+    assert [index.end(seq) for seq in range(index.last_seq + 1)] == [0, 10, 25, 30, 70]
+    assert [index.is_output(seq) for seq in range(1, 5)] == [False, True, True, False]
+    assert [index.last_within(end, 0) for end in (9, 10, 29, 30, 69, 70, 1000)] == [0, 1, 2, 3, 3, 4, 4]
+    assert [index.last_within(30, after) for after in (1, 2, 3)] == [3, 3, 3]
+    index.cut(2)
+    assert (index.last_seq, index.end(2)) == (2, 25)
+
+
+def test_an_index_gives_its_descriptor_back(path: Path) -> None:
+    path.touch()
+    SeqIndex().close()  # it was never opened
+    before = list(Path("/proc/self/fd").iterdir())
+    with opened(path) as index:
+        pass
+    index.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == len(before)
+
+
 @pytest.mark.parametrize("indexed", [True, False])
 def test_a_damaged_line_keeps_its_place(path: Path, indexed: bool) -> None:
     good = b"".join(line(seq) for seq in range(1, 6))

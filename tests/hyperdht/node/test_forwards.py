@@ -4,6 +4,7 @@ from p2pclaude.hyperdht.node.forwards import ANNOUNCE_LIFETIME, Forward, Forward
 
 TOPIC = bytes(32)
 
+
 def test_a_forward_is_overwritten_and_ages() -> None:
     store = ForwardStore()
     store.set(TOPIC, Forward(("1.2.3.4", 5), b"one"), now=0.0)

@@ -21,9 +21,7 @@ def test_until_the_peer_says_libudxs_window_is_taken() -> None:
         ((5, 3), (4, 9), False),
     ],
 )
-def test_an_older_packets_window_is_not_taken(
-    first: tuple[int, int], second: tuple[int, int], taken: bool
-) -> None:
+def test_an_older_packets_window_is_not_taken(first: tuple[int, int], second: tuple[int, int], taken: bool) -> None:
     window = PeerWindow(0)
     window.update(1000, *first)
     assert window.size == 1000

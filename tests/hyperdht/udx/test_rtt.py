@@ -29,9 +29,7 @@ def test_a_sample_of_nothing_is_a_microsecond() -> None:
     assert rtt.srtt == rtt.minimum == 1e-6
 
 
-@pytest.mark.parametrize(
-    ("attempts", "seconds"), [(0, 0.5), (1, 1.0), (2, 1.0), (12, 1.0)]
-)
+@pytest.mark.parametrize(("attempts", "seconds"), [(0, 0.5), (1, 1.0), (2, 1.0), (12, 1.0)])
 def test_before_a_sample_half_a_second(attempts: int, seconds: float) -> None:
     assert RttEstimator().probe_timeout(attempts) == seconds
 
