@@ -131,7 +131,7 @@ def test_who_is_stopped_stops_its_runs(root: Path, number: signal.Signals) -> No
     (root / "tests/rooms/test_lamp.py").write_text(HANGING)
     code = "import sys; from pathlib import Path; from mutation import cli; sys.exit(cli.run(Path.cwd()))"
     environ = {**os.environ, "PYTHONPATH": str(root / "tests")}
-    command = [sys.executable, "-c", code, "--jobs", "2", "house/rooms/lamp.py"]
+    command = [sys.executable, "-c", code, "--jobs", "2", "--timeout", "60", "house/rooms/lamp.py"]
     with subprocess.Popen(command, cwd=root, env=environ, stdout=subprocess.DEVNULL) as process:
         end = time.monotonic() + 30
         while len(runs := list(root.glob("*.pid"))) < 2 and time.monotonic() < end:
