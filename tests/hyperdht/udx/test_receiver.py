@@ -180,3 +180,11 @@ def test_any_order_with_any_repeats_gives_the_bytes(order: list[int], repeats: l
         got += taken(receiver)
         assert receiver._early_bytes == sum(len(receiver._early[s]) for s in receiver._early)
     assert got == b"".join(payloads) and receiver.ended and receiver.unread == len(got)
+
+
+def test_of_a_tiny_window_each_byte_is_worth_a_word() -> None:
+    receiver = Receiver(3, FIRST)
+    receiver.receive(100, bytes(3), False)
+    receiver.advertised = receiver.offer
+    assert not receiver.consume(0)
+    assert receiver.consume(1)

@@ -197,9 +197,28 @@ def test_another_path_is_judged_by_what_leaves_on_it() -> None:
     assert [packet.seq for _, packet in wire.loss.sent] == [1, 2, 3]
     assert wire.lost(99.0) == []  # nothing has arrived on it
     wire.send(4, 2.0)
-    wire.deliver(4, 2.1)
+    wire.send(5, 2.0)
+    wire.deliver(5, 2.1)
     wire.loss.sacked = SACKS_WITHOUT_REORDERING
-    assert wire.lost(2.1) == [3]  # nothing is known of packets that overtake each other there
+    assert wire.lost(2.1) == [3, 4]  # nothing is known of packets that overtake each other there
+
+
+def test_on_another_path_the_window_is_small_again() -> None:
+    wire = Wire()
+    wire.loss._on_spurious()
+    wire.loss.forget_path()
+    wire.send(0, 2.0)
+    wire.send(1, 2.0)
+    wire.deliver(1, 2.1)
+    assert wire.lost(2.1 + RTT / 4 - 0.001) == []
+    assert wire.lost(2.1 + RTT / 4 + 0.001) == [0]
+
+
+def test_repairing_ends_with_the_last_packet_that_had_left_when_it_began() -> None:
+    wire = Wire()
+    wire.loss._begin_recovery(4)  # packets 0 to 3 had left
+    assert wire.loss._reordering_window(3) == 0.0
+    assert wire.loss._reordering_window(4) == pytest.approx(RTT / 4)
 
 
 def test_a_packets_first_departure() -> None:

@@ -231,6 +231,7 @@ def test_pacing_makes_the_rest_wait() -> None:
     half.write(bytes(100 * FULL))
     sent = len(half.send(HEADER_OF, 1.0))
     assert sent == -(-6000 // MTU)  # the bucket of six milliseconds, overdrawn by one packet
+    assert half.send(HEADER_OF, 1.0) == []  # it is empty
     timer = half.get_timer()
     assert timer is not None and 1.001 <= timer < 1.01
     assert half.send(HEADER_OF, timer)
@@ -426,3 +427,23 @@ def test_a_window_of_just_a_packet_is_room() -> None:
     assert half.has_peer_room
     half.update_window(MTU - 1, 1, FIRST, 1.0)
     assert not half.has_peer_room
+
+
+def test_a_window_of_one_byte_takes_one() -> None:
+    half = sender(window=1)
+    half.write(b"xy")
+    (packet,) = half.send(HEADER_OF, 1.0)
+    assert len(packet) - HEADER_BYTES == 1 and half.queued == 1
+
+
+def test_what_the_peer_had_no_room_for_gets_its_full_time_again() -> None:
+    half = sender(window=10 * MTU)
+    half.write(b"x")
+    half.send(HEADER_OF, 1.0)
+    half.update_window(MTU - 1, 1, FIRST, 2.0)
+    half.update_window(MTU, 2, FIRST, 10.0)
+    half.update_window(10 * MTU, 3, FIRST, 11.0)  # there was room already
+    half.handle_timer(1.0 + GIVE_UP_S, 1.0)
+    assert not half.patience.is_over
+    half.handle_timer(10.0 + GIVE_UP_S, 1.0)
+    assert half.patience.is_over
