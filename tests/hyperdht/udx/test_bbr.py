@@ -331,9 +331,10 @@ def test_when_the_pipe_is_full_the_window_is_bounded_by_its_target() -> None:
 def test_a_pause_before_the_pipe_was_full_goes_back_to_the_start_up() -> None:
     bbr = Bbr(MSS)
     bbr.on_ack(sample(delivered=1000, rate=1e6), 1.0)
-    assert bbr.mode is Mode.STARTUP
+    modes = [bbr.mode]
     begun = 1.0 + MIN_RTT_WINDOW_S + 0.1
     bbr.on_ack(sample(delivered=1000, rtt=0.2), begun)  # of the same round trip: nothing is known of the pipe
-    assert bbr.mode is Mode.PROBE_RTT
+    modes.append(bbr.mode)
     bbr.on_ack(sample(delivered=1000, rtt=0.2), begun + PROBE_RTT_S)
-    assert bbr.mode is Mode.STARTUP and bbr._pacing_gain == bbr._window_gain == STARTUP_GAIN
+    assert [*modes, bbr.mode] == [Mode.STARTUP, Mode.PROBE_RTT, Mode.STARTUP]
+    assert bbr._pacing_gain == bbr._window_gain == STARTUP_GAIN
