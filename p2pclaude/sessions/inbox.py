@@ -148,6 +148,8 @@ class Inbox:
         """End a message that gets no result; with `again` it waits once more, before all others."""
         (self.handed if message in self.handed else self._waiting).remove(message)
         message.see(Happening.HANDED_BACK if again else Happening.CUT)
+        if message in self.restored:
+            self.restored.remove(message)
         if again:
             self._waiting.appendleft(message)
 
@@ -179,16 +181,17 @@ class Recovery:
         if kind == MESSAGE and isinstance(value.get("data"), dict):
             self._seqs[str(value.get("messageId"))] = seq
             self._waiting[seq] = None
-        elif kind == TURN and isinstance(message, int):
-            self._waiting.pop(message, None)
+        elif not isinstance(message, int):
+            pass
+        elif kind == TURN and message in self._waiting:
+            del self._waiting[message]
             self._attempts[message] = self._attempts.get(message, 0) + 1
             # Claude was idle unless the turn was steered: all earlier ones had their results.
             self._turns = [*(self._turns if value.get("steers") is not None else []), (seq, message)]
-        elif kind == TURN_CUT and isinstance(message, int):
+        elif kind == TURN_CUT and (message in self._waiting or any(turn[1] == message for turn in self._turns)):
             self._turns = [turn for turn in self._turns if turn[1] != message]
-            known = message in self._attempts or message in self._waiting  # without a TURN, if that found no room
-            self._waiting.pop(message, None)
-            if value.get("again") is True and known:
+            self._waiting.pop(message, None)  # it has no TURN if that found no room
+            if value.get("again") is True:
                 self._waiting = {message: None} | self._waiting
 
     def finish(self, read: Callable[[int], bytes], last_seq: int) -> Inbox:

@@ -159,11 +159,24 @@ class Order(StrEnum):
 ENDINGS: Final[Mapping[tuple[Ending, Order], Ending]] = {
     (Ending.NO, Order.SLEEP): Ending.TO_SLEEP,
     (Ending.TO_SLEEP, Order.SLEEP): Ending.TO_SLEEP,
+    (Ending.WITH_DAEMON, Order.SLEEP): Ending.WITH_DAEMON,
+    (Ending.FOR_GOOD, Order.SLEEP): Ending.FOR_GOOD,
+    (Ending.FOR_GOOD, Order.LEAVE): Ending.FOR_GOOD,
     **{(ending, Order.LEAVE): Ending.WITH_DAEMON for ending in (Ending.NO, Ending.TO_SLEEP, Ending.WITH_DAEMON)},
     **{(ending, Order.STOP): Ending.FOR_GOOD for ending in Ending},
     **{(ending, Order.LAUNCH): Ending.NO for ending in (Ending.NO, Ending.TO_SLEEP, Ending.WITH_DAEMON)},
 }
-"""Which order leads where. Who was stopped for good is neither put to sleep nor started again."""
+"""Which order leads where.
+
+A later order never makes less of an earlier one: a stop may be cut short, and the daemon end before it is asked for
+again. Who was stopped for good is not started again.
+"""
+
+_AIMS: Final[Mapping[Ending, tuple[Happening, Stage]]] = {
+    Ending.WITH_DAEMON: (Happening.PUT_AWAY, Stage.DORMANT),
+    Ending.FOR_GOOD: (Happening.STOPPED, Stage.ENDED),
+}
+"""What an ending comes to, whatever claude does: what happens, and the stage after it."""
 
 _SEEN_AS: Final[Mapping[Stage, State]] = {
     Stage.AWAITED: State.STARTING,
@@ -233,6 +246,11 @@ class SessionLife:
         return self.is_live and not self.has_process
 
     @property
+    def is_unheard(self) -> bool:
+        """Whether there is a claude that has not been heard of."""
+        return self.stage is Stage.STARTED
+
+    @property
     def is_being_ended(self) -> bool:
         """Whether nothing more is handed to claude."""
         return self.ending is not Ending.NO
@@ -271,6 +289,12 @@ class SessionLife:
             raise ImpossibleHappening(f"'{order}' comes too late for a session that is being ended {self.ending}")
         self.ending = after
 
+    @property
+    def outstanding(self) -> Happening | None:
+        """What is still to happen for the ending that was ordered; None if it has."""
+        what, aim = _AIMS.get(self.ending, (None, self.stage))
+        return None if self.stage is aim else what
+
     def meaning_of_exit(self, *, mail: bool, progress: bool, in_order: bool, broken: bool) -> Happening:
         """Return what claude's end means.
 
@@ -278,10 +302,8 @@ class SessionLife:
         ended with nothing left to do, `broken` whether the journal cannot be written. Another claude is started for
         what waits only after progress: so this comes to an end.
         """
-        if self.ending is Ending.FOR_GOOD:
-            return Happening.STOPPED
-        if self.ending is Ending.WITH_DAEMON:
-            return Happening.PUT_AWAY
+        if (aim := _AIMS.get(self.ending)) is not None:
+            return aim[0]
         if broken:
             return Happening.DIED
         if mail and (progress or self.ending is Ending.TO_SLEEP):

@@ -43,7 +43,7 @@ from p2pclaude.sessions.claude import (
 from p2pclaude.sessions.directory import Info, InfoFile, delete_directory, save_last_words
 from p2pclaude.sessions.inbox import MAX_ATTEMPTS, Inbox, Message
 from p2pclaude.sessions.journal import DiskFull, Journal, recover
-from p2pclaude.sessions.life import Happening, ImpossibleHappening, Order, SessionLife, Stage, State
+from p2pclaude.sessions.life import Happening, ImpossibleHappening, Order, SessionLife, State
 from p2pclaude.sessions.open_requests import OpenRequests
 
 MAX_QUEUED = 256
@@ -52,6 +52,8 @@ SETTLE_SECONDS = 0.3
 """A child that dies within this time makes the spawn fail; one that prints a line earlier is believed earlier."""
 RETRY_SECONDS = 1.0
 """Pause between attempts to write to a full disk."""
+PUMP_SECONDS = 1.0
+"""How long the end of what journals a claude's output is waited for once the claude is gone, each time."""
 
 
 @dataclass(slots=True)
@@ -218,7 +220,7 @@ class Session:
         if not self.is_live:
             reason = self.info.error or describe_exit(self.info.exit_status)
             raise Unavailable(f"claude ended at once: {reason}")
-        if self.life.stage is Stage.STARTED:
+        if self.life.is_unheard:
             self._see(Happening.SETTLED_BUSY if self.inbox or self.inbox.handed else Happening.SETTLED)
         return seq
 
@@ -256,16 +258,16 @@ class Session:
 
     async def stop(self) -> None:
         """End the process, if there is one, for good; what claude still says is journaled."""
-        await self._end(Order.STOP, Happening.STOPPED, State.ENDED)
+        await self._end(Order.STOP)
 
     async def put_away(self) -> None:
-        """End the process, if there is one, since the daemon ends; the session is dormant then."""
-        await self._end(Order.LEAVE, Happening.PUT_AWAY, State.DORMANT)
+        """End the process, if there is one, since the daemon ends; the session is dormant then, or ended as before."""
+        await self._end(Order.LEAVE)
 
-    async def _end(self, order: Order, what: Happening, final: State) -> None:
+    async def _end(self, order: Order) -> None:
         self.life.tell(order)
-        await self._end_process()
-        if self.life.stored is not final:
+        await self._end_process(order)
+        if (what := self.life.outstanding) is not None:
             self._go_on_without(what)
         await self.file.save()
 
@@ -277,21 +279,30 @@ class Session:
         if self._child is None or await self._child.process.has_background() or not self.is_at_rest:
             return False
         self.life.tell(Order.SLEEP)
-        await self._end_process()
+        await self._end_process(Order.SLEEP)
         await self.file.save()
         return self.pid is None
 
-    async def _end_process(self) -> None:
+    async def _end_process(self, order: Order) -> None:
         child = self._child
         if child is None or child.pump.done():
             return
         if await child.process.stop(in_turn=bool(self.inbox.handed)) is None:
             self._log(Event.WARNING, message="claude did not end even when killed", session=self.info.session_id)
         # The pump ends with claude's stdout; what keeps it longer is a full disk.
-        await asyncio.wait([child.pump], timeout=1.0)
-        if not child.pump.done():
-            child.pump.cancel()
-            await asyncio.wait([child.pump], timeout=1.0)
+        await asyncio.wait([child.pump], timeout=PUMP_SECONDS)
+        # After a stop no other claude comes: what was cut off is still told, as soon as there is room.
+        await self._end_pump(child, cancels=1 if order is Order.STOP else 2)
+
+    async def _end_pump(self, child: _Child, *, cancels: int = 2) -> None:
+        """Have the pump of a claude that is gone wind up, and cancelled again not even that.
+
+        A full disk may hold up the winding up as well, and then it would speak of the claude that comes next.
+        """
+        for _ in range(cancels):
+            if not child.pump.done():
+                child.pump.cancel()
+                await asyncio.wait([child.pump], timeout=PUMP_SECONDS)
 
     def kill(self) -> None:
         """End the process without any ceremony."""
@@ -336,7 +347,7 @@ class Session:
             again = not known and message.attempts < MAX_ATTEMPTS
             await self._cut_off(self.journal, message, again=again, reason=reason)
             self._count_turn(not again)
-        for message in self.inbox.restored:
+        for message in self.inbox.restored.copy():
             if await self._is_known(message):
                 await self._cut_off(self.journal, message, again=False, reason="claude had it from another journal")
         self.inbox.restored.clear()
@@ -347,21 +358,25 @@ class Session:
 
     async def _cut_off(self, journal: Journal, message: Message, *, again: bool, reason: str) -> None:
         fields = {"message": message.seq, "again": again, "reason": reason}
-        await self._write_patiently(journal, partial(journal.append, TURN_CUT, fields))
-        self.inbox.drop(message, again=again)
+
+        def cut() -> int:  # in one step: whoever is cancelled while the disk is full has done both, or neither
+            seq = journal.append(TURN_CUT, fields)
+            self.inbox.drop(message, again=again)
+            return seq
+
+        await self._write_patiently(journal, cut)
         self._log(Event.TURN_CUT, session=self.info.session_id, seq=message.seq, again=again)
 
     def _count_turn(self, is_over: bool) -> None:
         if self._child is not None:
             self._child.turns += is_over
 
-    async def _give_up(self, child: "_Child") -> None:
+    async def _give_up(self, child: _Child) -> None:
         process = child.process
         process.kill()
-        child.pump.cancel()  # maybe before its first step, and then it cleans nothing up
-        await asyncio.wait([child.pump], timeout=1.0)
+        await self._end_pump(child)
         status = await process.finish()
-        if self.is_live:
+        if self.life.has_process:  # the pump was cancelled before its first step, and has cleaned nothing up
             await asyncio.to_thread(save_last_words, self.path, process.last_words())
             self._over(status, process.last_words(), None, in_order=False)
 
@@ -499,14 +514,14 @@ class Session:
 
         What cannot happen is a defect, and no reason to lose the session: it is logged, and changes nothing.
         """
-        before = self.life.stored
+        before, stage = self.life.stored, self.life.stage
         try:
             self.life.see(what)
         except ImpossibleHappening as defect:
             self._log(Event.WARNING, message=f"defect: {defect}", session=self.info.session_id)
             return
         state = self.info.state = self.life.stored
-        if ended:
+        if ended and self.life.stage is not stage:  # who gives up what has failed has nothing new to say
             said, status = first_line(self.info.error), self.info.exit_status
             self._log(Event.ENDED, session=self.info.session_id, state=state, exit_status=status, error=said)
         if state is not before and not quietly:

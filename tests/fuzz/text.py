@@ -339,7 +339,8 @@ def _load_journal(data: bytes) -> None:
             asked.learn(line)
         assert len(asked.unanswered) + len(asked.answered) <= len(others)
         inbox = recovery.finish(lambda seq: journal.read(seq - 1, limit=1).lines[0], last)
-        assert len(inbox) + len(inbox.handed) <= 2 * len(others)
+        inbox.check()
+        assert len(inbox) + len(inbox.handed) <= len(others)
         journal.start_of_last(2)
         assert journal.append_output(b"{}") == last + 1
         journal.flush()

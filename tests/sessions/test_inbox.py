@@ -161,12 +161,20 @@ def cut(seq: int, *, again: bool) -> Mapping[str, Any]:
         ((sent("a"), turn(1), sent("b"), turn(3, steers=1), cut(3, again=True)), [(1, False, 1)], [3]),
         # damage: notes instead of messages, marks of messages that were never there
         (({"type": NOTE}, turn(1), turn(99), cut(7, again=True), said({"type": ["result"]})), [], []),
+        # marks in an order that no daemon writes: each message is in one place all the same
+        ((turn(2), sent("a")), [], [2]),
+        ((turn(2), sent("a"), turn(2)), [(2, False, 1)], []),
+        ((sent("a"), turn(1), turn(1)), [(1, False, 1)], []),
+        ((sent("a"), sent("b"), turn(1), turn(2), cut(1, again=True)), [(2, False, 1)], []),
+        ((sent("a"), turn(1), cut(1, again=False), cut(1, again=True)), [], []),
+        ((sent("a"), turn(1), cut(1, again=True), cut(1, again=True)), [], [1]),
     ],
 )
 def test_what_a_crash_left(
     journal: Sequence[Mapping[str, Any]], handed: list[tuple[int, bool, int]], waiting: list[int]
 ) -> None:
     inbox = Kept(*journal).recover()
+    inbox.check()
     assert [(one.seq, one.begun, one.attempts) for one in inbox.handed] == handed
     for one in list(inbox.handed):
         inbox.drop(one, again=False)
@@ -175,3 +183,13 @@ def test_what_a_crash_left(
         found.append(seq)
         inbox.observe(RESULT)
     assert found == waiting
+
+
+def test_what_is_cut_off_is_not_looked_at_again() -> None:
+    """Whoever is interrupted between two of them goes on with the rest."""
+    inbox = Kept(sent("a"), sent("b")).recover()
+    first, second = inbox.restored
+    inbox.drop(first, again=False)
+    assert inbox.restored == [second]
+    inbox.drop(second, again=False)
+    assert not inbox.restored and not inbox

@@ -144,6 +144,35 @@ def test_a_new_claude_is_not_being_ended() -> None:
         assert not life.is_being_ended and life.stage is Stage.STARTED
 
 
+STRENGTH = [Ending.NO, Ending.TO_SLEEP, Ending.WITH_DAEMON, Ending.FOR_GOOD]
+
+
+@pytest.mark.parametrize("ending", Ending)
+@pytest.mark.parametrize("order", [Order.SLEEP, Order.LEAVE, Order.STOP])
+def test_no_order_makes_less_of_an_earlier_one(ending: Ending, order: Order) -> None:
+    """A stop may be cut short, and the daemon end before it is asked for again: it stays a stop."""
+    life = life_at(Stage.IDLE, ending)
+    life.tell(order)
+    assert STRENGTH.index(life.ending) == max(STRENGTH.index(ending), 1 + [*Order].index(order))
+
+
+@pytest.mark.parametrize(
+    ("ending", "what", "aim"),
+    [
+        (Ending.NO, None, None),
+        (Ending.TO_SLEEP, None, None),
+        (Ending.WITH_DAEMON, Happening.PUT_AWAY, Stage.DORMANT),
+        (Ending.FOR_GOOD, Happening.STOPPED, Stage.ENDED),
+    ],
+)
+def test_what_is_outstanding_until_an_ending_is_true(ending: Ending, what: Happening | None, aim: Stage | None) -> None:
+    life = life_at(Stage.RUNNING, ending)
+    assert life.outstanding is what
+    if what is not None:
+        life.see(what)
+        assert life.stage is aim and life.outstanding is None
+
+
 class Walk(RuleBasedStateMachine):
     """Whatever can happen, in any order."""
 

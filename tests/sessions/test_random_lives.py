@@ -1,6 +1,7 @@
 """Real sessions in a real table, with claudes in memory, through random lives: what must hold holds after each step."""
 
 import asyncio
+import errno
 import itertools
 import json
 import random
@@ -15,6 +16,7 @@ from p2pclaude.errors import P2PClaudeError, Refused
 from p2pclaude.host.processes import Mark
 from p2pclaude.sessions import session as session_module
 from p2pclaude.sessions.claude import ClaudeGone, Launch
+from p2pclaude.sessions.journalfile import DiskFull, JournalFile
 from p2pclaude.sessions.launcher import Spawn
 from p2pclaude.sessions.life import LIVE, Stage, State
 from p2pclaude.sessions.session import Session
@@ -109,12 +111,40 @@ class MemoryClaude:
         return False
 
 
+class Disk:
+    """The disk under all journals: it may be full, and it may fail for good."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_full = False
+        self.fails = False
+        write, flush = JournalFile._write, JournalFile.flush
+
+        def write_if_room(file: JournalFile, data: bytes, start: int) -> None:
+            if self.is_full:
+                raise DiskFull("no space left")
+            write(file, data, start)
+
+        def flush_if_sound(file: JournalFile) -> None:
+            if self.fails:
+                raise OSError(errno.EIO, "Input/output error")
+            flush(file)
+
+        monkeypatch.setattr(JournalFile, "_write", write_if_room)
+        monkeypatch.setattr(JournalFile, "flush", flush_if_sound)
+        monkeypatch.setattr(session_module, "RETRY_SECONDS", 0.001)
+
+    def mend(self) -> None:
+        """Let it be as good as new."""
+        self.is_full = self.fails = False
+
+
 class Lives:
     """A table that random things happen to."""
 
-    def __init__(self, table: SessionTable, rng: random.Random) -> None:
+    def __init__(self, table: SessionTable, rng: random.Random, disk: Disk) -> None:
         self.table = table
         self.rng = rng
+        self.disk = disk
         self.accepted: dict[str, set[int]] = {}
         self.ended: set[str] = set()
 
@@ -128,20 +158,26 @@ class Lives:
         rng, session = self.rng, self.pick()
         what = rng.choice(
             ["spawn", "send", "send", "send", "answer", "answer", "answer", "print", "own", "die", "fail", "stop",
-             "refuse", "together"]
+             "refuse", "together", "cut", "cut", "cut", "full", "fails"]
         )  # fmt: skip
+        if what not in ("full", "fails"):
+            self.disk.mend()
         live = [claude for claude in MemoryClaude.made if not claude.has_exited]
         claude = rng.choice(live) if live else None
         if what == "refuse":
             MemoryClaude.refuse = not MemoryClaude.refuse
+        elif what in ("full", "fails"):
+            self.disk.is_full, self.disk.fails = what == "full", what == "fails"
+            await self.cut(self.begin(session))
         elif what == "spawn" or session is None:
             await self.spawn()
+        elif what == "cut":
+            await self.cut(self.begin(session))
         elif what == "send":
             await self.send(session.info.session_id)
         elif what == "stop":
             if rng.random() < 0.3:
-                await self.table.stop(session.info.session_id)
-                self.ended.add(session.info.session_id)
+                await self.stop(session.info.session_id)
         elif what == "together":
             await asyncio.gather(*(self.send(session.info.session_id) for _ in range(3)))
         elif claude is not None:
@@ -166,7 +202,7 @@ class Lives:
         text = "hello" if self.rng.random() < 0.5 else None
         try:
             session, seq = await self.table.spawn(Spawn(text=text))
-        except P2PClaudeError:
+        except (P2PClaudeError, OSError):
             return
         self.accepted[session.info.session_id] = set() if seq is None else {seq}
 
@@ -175,10 +211,34 @@ class Lives:
         priority = "now" if self.rng.random() < 0.2 else None
         try:
             seq = await self.table.send(session_id, "hello", priority=priority)
-        except P2PClaudeError:
+        except (P2PClaudeError, OSError):
             return
         assert session_id not in self.ended, "a session that has ended took a message"
         self.accepted.setdefault(session_id, set()).add(seq)
+
+    async def stop(self, session_id: str) -> None:
+        """Stop a session for good."""
+        if await self.table.stop(session_id):
+            self.ended.add(session_id)
+
+    def begin(self, session: Session | None) -> asyncio.Task[object]:
+        """Begin something that others may overtake."""
+        if session is None:
+            return asyncio.create_task(self.spawn())
+        session_id = session.info.session_id
+        return asyncio.create_task(
+            self.rng.choice(
+                [self.spawn, lambda: self.send(session_id), lambda: self.stop(session_id), self.table._make_room]
+            )()
+        )
+
+    async def cut(self, task: asyncio.Task[object]) -> None:
+        """Cancel something at one of its awaits."""
+        for _ in range(self.rng.randrange(12)):
+            await asyncio.sleep(self.rng.choice([0, 0, 0.0005]))
+        task.cancel()
+        (how,) = await asyncio.gather(task, return_exceptions=True)
+        assert how is None or isinstance(how, bool | asyncio.CancelledError | P2PClaudeError | OSError), how
 
     def check(self) -> None:
         """Assert what holds of every session at any time."""
@@ -207,13 +267,15 @@ def test_random_lives(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(MemoryClaude, "made", [])
     monkeypatch.setattr(MemoryClaude, "refuse", False)
     rng = random.Random(seed)
+    disk = Disk(monkeypatch)
     lives: Lives | None = None
 
     async def one_daemon() -> None:
         nonlocal lives
+        begun: list[asyncio.Task[object]] = []
         async with place.table(max_sessions=3) as table:
             accepted, ended = ({}, set()) if lives is None else (lives.accepted, lives.ended)
-            lives = Lives(table, rng)
+            lives = Lives(table, rng, disk)
             lives.accepted, lives.ended = accepted, ended
             lives.check()
             for _ in range(STEPS // 2):
@@ -222,6 +284,14 @@ def test_random_lives(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 await settle()
                 lives.check()
             MemoryClaude.refuse = False
+            disk.mend()
+            begun = [lives.begin(lives.pick()) for _ in range(rng.randrange(3))]  # the end of the daemon overtakes it
+            for _ in range(rng.randrange(6)):
+                await asyncio.sleep(0)
+        assert all(claude.has_exited for claude in MemoryClaude.made)
+        for task in begun:
+            await lives.cut(task)
+        assert all(claude.has_exited for claude in MemoryClaude.made)
 
     async def main() -> None:
         for _ in range(2):

@@ -16,6 +16,7 @@ from .streams import Stream, StreamSet
 
 log = logging.getLogger(__name__)
 
+
 class Endpoint:
     """All sockets and streams of one node."""
 

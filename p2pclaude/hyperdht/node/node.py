@@ -422,4 +422,3 @@ class Node:
 
 def _refuse(request: IncomingRequest) -> bool:
     return False
-
