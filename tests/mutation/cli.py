@@ -194,7 +194,11 @@ def run(root: Path = ROOT) -> int:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    return main(root=root)
+    try:
+        return main(root=root)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the last flush has no reader either
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

@@ -144,6 +144,17 @@ def test_who_is_stopped_stops_its_runs(root: Path, number: signal.Signals) -> No
             os.kill(int(file.stem), 0)
 
 
+def test_a_reader_who_leaves_is_no_error(root: Path) -> None:
+    code = "import sys; from pathlib import Path; from mutation import cli; sys.exit(cli.run(Path.cwd()))"
+    environ = {**os.environ, "PYTHONPATH": str(root / "tests")}
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", code, "--list", "house/rooms/lamp.py"]
+    ended = subprocess.run(command, cwd=root, env=environ, stdout=writer, stderr=subprocess.PIPE, timeout=30)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
+
+
 def test_the_floor_decides(root: Path) -> None:
     assert mutate(root, "--count", "2", "--floor", "0", "house/rooms/lamp.py", tests=WEAK) == 0
 

@@ -8,6 +8,7 @@ from kit.udx_pair import Link, Pair, noise
 from p2pclaude.hyperdht.udx.packet import DATA, HEADER, MAGIC, SACK, SEQ_MASK, encode_sack
 from p2pclaude.hyperdht.udx.receiver import MAX_SACK_RANGES
 from p2pclaude.hyperdht.udx.recovery import DELIVERED
+from p2pclaude.hyperdht.udx.sender import Sender
 from p2pclaude.hyperdht.udx.stream import DataReceived, UdxStream
 
 FIRST = 2**32 - 20  # the wire's numbers wrap on the way
@@ -213,6 +214,67 @@ def test_an_answer_is_prompt_on_a_short_path_that_carries_little(delay: float, s
     stream.write(bytes(size))
     assert stream.datagrams_to_send(pair.now)
     assert stream.prompt_answer_s == (pytest.approx(2 * stream.srtt) if expected else 0)
+
+
+@pytest.mark.parametrize(
+    ("delay", "waiting", "under_way", "expected"),
+    [
+        (0.0001, 64, 0, True),
+        (0.0001, 0, 0, True),
+        (0.0001, 8192, 0, False),
+        (0.0001, 64, 1, False),
+        (0.01, 64, 0, False),
+    ],
+)
+def test_a_little_may_hurry_on_a_short_path_where_nothing_is_under_way(
+    delay: float, waiting: int, under_way: int, expected: bool
+) -> None:
+    pair = Pair(a_to_b=Link(delay=delay), b_to_a=Link(delay=delay))
+    stream = pair.a.stream
+    assert not stream.may_hurry  # nothing is known of the path
+    stream.write(b"first")
+    assert pair.run(lambda: stream.unacked == 0)
+    stream.write(b"more")
+    assert pair.run(lambda: stream.unacked == 0 and stream.srtt is not None)
+    stream.write(bytes(under_way))
+    stream.datagrams_to_send(pair.now)
+    stream.write(bytes(waiting))
+    assert stream.may_hurry is expected
+
+
+def test_only_an_acknowledgement_of_data_in_order_may_wait_for_a_little() -> None:
+    a, b = UdxStream(1), UdxStream(2)
+    a.connect(2, 0.0)
+    b.connect(1, 0.0)
+    a.write(bytes(5000))
+    packets = a.datagrams_to_send(0.0)
+    assert not b.owes_only_ack
+    b.receive_datagrams(packets[:1], 0.1)
+    assert b.owes_only_ack is True
+    b.write(b"answer")
+    assert b.owes_only_ack is False
+    b.datagrams_to_send(0.1)
+    b.receive_datagrams(packets[2:], 0.1)
+    assert b.owes_only_ack is False  # there is a gap, of which the sender must hear
+
+
+def test_what_the_peer_says_again_is_not_worked_on_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = UdxStream(1), UdxStream(2)
+    a.connect(2, 0.0)
+    b.connect(1, 0.0)
+    a.write(bytes(20_000))
+    packets = a.datagrams_to_send(0.0)
+    heard: list[int] = []
+    take = Sender.receive_ack
+
+    def note(sender: Sender, ack: int, now: float) -> bool:
+        heard.append(ack)
+        return take(sender, ack, now)
+
+    monkeypatch.setattr(Sender, "receive_ack", note)
+    for number in range(1, len(packets), 2):  # each behind a gap, so that none is of a run
+        b.receive_datagrams([packets[number]], 0.1)
+    assert heard == [0]
 
 
 def test_one_acknowledgement_a_batch() -> None:

@@ -53,6 +53,7 @@ def test_lost_packets_mean_a_black_hole_only_if_none_as_large_arrives() -> None:
     assert search.mtu == 1500
     search.packet_lost(1500, 60)
     assert search.mtu == 1200
+    assert search.wanted == (1200 + 1499 + 1) // 2  # 1500 need not be tried again
     search.packet_lost(1200, 70)
     assert search.mtu == 1000
     search.packet_lost(1000, 80)
@@ -196,3 +197,13 @@ def test_a_larger_packet_that_arrives_begins_the_search_again() -> None:
     untouched.wanted = 7
     untouched.packet_arrived(1500, 8)  # nothing has failed: there is nothing to begin again
     assert untouched.wanted == 7
+
+
+def test_a_loss_does_not_widen_what_is_searched() -> None:
+    search = MtuSearch(1200, 1500)
+    for _ in range(3):
+        search.probe_lost(1400)
+    search.packet_lost(1450, 3)
+    assert search.mtu == 1000
+    search.probe_acked(1390)
+    assert search.done

@@ -493,3 +493,27 @@ def test_a_probe_repeats_what_the_reader_waits_for_before_other_repairs() -> Non
     a.sender.congestion.window = 1
     a.handle_timer(1.0)
     assert [seq_of(data) for data in a.datagrams_to_send(1.0)] == [0, 1]
+
+
+def test_a_heartbeat_for_another_way_is_answered_and_changes_nothing() -> None:
+    pair = Pair()
+    pair.a.stream.write(b"x")
+    assert pair.run(lambda: pair.b.received == b"x" and pair.a.stream.unacked == 0)
+    packet = pair.a.stream.heartbeat(2)
+    assert HEADER.unpack_from(packet)[1:5] == (HEARTBEAT, 0, 2, pair.a.stream.receiver.offer)
+    pair.b.stream.receive_datagrams([packet], pair.now)
+    assert len(pair.b.stream.datagrams_to_send(pair.now)) == 1
+    assert pair.a.stream.get_timer() is None
+    assert pair.b.received == b"x"
+
+
+def test_a_closed_stream_keeps_nothing_that_waited_for_a_gap() -> None:
+    a, b = UdxStream(1), UdxStream(2)
+    a.connect(2, 0.0)
+    b.connect(1, 0.0)
+    a.write(bytes(5000))
+    b.receive_datagrams(a.datagrams_to_send(0.0)[1:], 0.1)
+    assert b.receiver.holds_early
+    b.destroy()
+    assert not b.receiver.holds_early
+    assert not b.receiver.sack_ranges
