@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.bad_disk import BadDisk
 from kit.sessions import Place, outputs, prepare, read_all, read_results, read_until, run, wait_for_state
 
 from p2pclaude.client.remote_sessions import AnswerFinder
 from p2pclaude.errors import DataError, TryAgain, Unavailable
 from p2pclaude.protocol.wire import dump_json
-from p2pclaude.sessions import directory as sessionfile
-from p2pclaude.sessions import journal as journal_module
+from p2pclaude.sessions import directory
 from p2pclaude.sessions import session as session_module
 from p2pclaude.sessions import table as table_module
 from p2pclaude.sessions.journalfile import DiskFull, JournalFile
@@ -28,7 +28,7 @@ from p2pclaude.sessions.life import State
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Give a place to run sessions in."""
-    monkeypatch.setattr(sessionfile, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(directory, "LOCK_SECONDS", 0.2)
     monkeypatch.setattr(table_module, "REVIVE_SECONDS", 0.05)
     return prepare(tmp_path, monkeypatch)
 
@@ -382,27 +382,18 @@ def test_a_state_that_changed_ends_the_waiting(place: Place) -> None:
 
 
 def test_a_sync_that_finds_the_disk_full_pauses_the_session(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_module, "RETRY_SECONDS", 0.01)
-    sync, full = os.fdatasync, False
-
-    def fdatasync(descriptor: int) -> None:
-        if full:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    disk = BadDisk(monkeypatch)
 
     async def main() -> None:
-        nonlocal full
         async with place.table() as table:
             await table.spawn(spawn(text="x"))
             await read_results(table, "s")
-            full = True
+            disk.sync_error = errno.ENOSPC
             sending = asyncio.create_task(table.send("s", "second", "m2"))
             await wait_for_state(table, "s", State.PAUSED)
             assert not sending.done()
             assert place.messages() == ["x"]  # claude gets nothing that a power cut could make unknown
-            full = False
+            disk.mend()
             assert await sending == 5
             await read_results(table, "s", after=5)
             await wait_for_state(table, "s", State.IDLE)
@@ -414,26 +405,18 @@ def test_a_sync_that_finds_the_disk_full_pauses_the_session(place: Place, monkey
 def test_a_broken_disk_fails_the_session_and_acknowledges_nothing(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync, broken = os.fdatasync, False
-
-    def fdatasync(descriptor: int) -> None:
-        if broken:
-            raise OSError(errno.EIO, "Input/output error")
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    disk = BadDisk(monkeypatch)
 
     async def main() -> None:
-        nonlocal broken
         async with place.table() as table:
             await table.spawn(spawn(text="x"))
             before = await read_results(table, "s")
             await wait_for_state(table, "s", State.IDLE)
-            broken = True
+            disk.sync_error = errno.EIO
             with pytest.raises(OSError, match="Input/output"):
                 await table.send("s", "second")
             await wait_for_state(table, "s", State.FAILED)
-            broken = False
+            disk.mend()
             assert await read_all(table, "s") == before
             await table.send("s", "third")  # the disk is well again
             await read_results(table, "s", 2)

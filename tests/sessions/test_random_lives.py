@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from kit.bad_disk import BadDisk
 from kit.sessions import Place, prepare, run
 
 from p2pclaude.errors import P2PClaudeError, Refused
 from p2pclaude.host.processes import Mark
 from p2pclaude.sessions import session as session_module
 from p2pclaude.sessions.claude import ClaudeGone, Launch
-from p2pclaude.sessions.journalfile import DiskFull, JournalFile
 from p2pclaude.sessions.launcher import Spawn
 from p2pclaude.sessions.life import LIVE, Stage, State
 from p2pclaude.sessions.session import Session
@@ -111,37 +111,10 @@ class MemoryClaude:
         return False
 
 
-class Disk:
-    """The disk under all journals: it may be full, and it may fail for good."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.is_full = False
-        self.fails = False
-        write, flush = JournalFile._write, JournalFile.flush
-
-        def write_if_room(file: JournalFile, data: bytes, start: int) -> None:
-            if self.is_full:
-                raise DiskFull("no space left")
-            write(file, data, start)
-
-        def flush_if_sound(file: JournalFile) -> None:
-            if self.fails:
-                raise OSError(errno.EIO, "Input/output error")
-            flush(file)
-
-        monkeypatch.setattr(JournalFile, "_write", write_if_room)
-        monkeypatch.setattr(JournalFile, "flush", flush_if_sound)
-        monkeypatch.setattr(session_module, "RETRY_SECONDS", 0.001)
-
-    def mend(self) -> None:
-        """Let it be as good as new."""
-        self.is_full = self.fails = False
-
-
 class Lives:
     """A table that random things happen to."""
 
-    def __init__(self, table: SessionTable, rng: random.Random, disk: Disk) -> None:
+    def __init__(self, table: SessionTable, rng: random.Random, disk: BadDisk) -> None:
         self.table = table
         self.rng = rng
         self.disk = disk
@@ -167,7 +140,7 @@ class Lives:
         if what == "refuse":
             MemoryClaude.refuse = not MemoryClaude.refuse
         elif what in ("full", "fails"):
-            self.disk.is_full, self.disk.fails = what == "full", what == "fails"
+            self.disk.is_full, self.disk.sync_error = what == "full", errno.EIO if what == "fails" else None
             await self.cut(self.begin(session))
         elif what == "spawn" or session is None:
             await self.spawn()
@@ -267,7 +240,7 @@ def test_random_lives(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(MemoryClaude, "made", [])
     monkeypatch.setattr(MemoryClaude, "refuse", False)
     rng = random.Random(seed)
-    disk = Disk(monkeypatch)
+    disk = BadDisk(monkeypatch)
     lives: Lives | None = None
 
     async def one_daemon() -> None:

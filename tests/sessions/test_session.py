@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.bad_disk import BadDisk
 from kit.sessions import Place, outputs, prepare, read_all, read_results, read_until, run, wait_for_state
 
 from p2pclaude.client.remote_sessions import AnswerFinder
@@ -215,33 +216,23 @@ def test_resuming_keeps_to_the_root_directory(place: Place) -> None:
 
 
 def test_a_full_disk_pauses_the_session_and_loses_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "RETRY_SECONDS", 0.01)
-    full = False
-    append = JournalFile._write
-
-    def write(journal: JournalFile, data: bytes, start: int) -> None:
-        if full:
-            raise DiskFull("no space left on the disk")
-        append(journal, data, start)
-
-    monkeypatch.setattr(JournalFile, "_write", write)
+    disk = BadDisk(monkeypatch)
     gate = place.path / "gate"
 
     async def main() -> None:
-        nonlocal full
         async with place.table() as table:
             await table.spawn(spawn(text="x"))
             await read_results(table, "s")
             await table.send("s", f"HOLD:{gate}")
             await read_until(table, "s", lambda e: bool(e["seq"] == 7))
-            full = True
+            disk.is_full = True
             gate.touch()
             await wait_for_state(table, "s", State.PAUSED)
             with pytest.raises(DiskFull):
                 await table.send("s", "no room for this", "m")
             output = await table.read("s", after=7, limit=None, clear=False, wait_ms=0)
-            assert (output.page.lines, output.state, output.error) == ([], State.PAUSED, "no space left on the disk")
-            full = False
+            assert (output.page.lines, output.state, output.error) == ([], State.PAUSED, "No space left on device")
+            disk.mend()
             await read_results(table, "s", after=7)
             await table.send("s", "now there is", "m")
             envelopes = await read_results(table, "s", 3)
@@ -382,10 +373,7 @@ def test_a_session_that_was_stopped_on_a_full_disk_does_not_come_back(
 
 
 def test_a_spawn_on_a_full_disk_leaves_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(journal: JournalFile, data: bytes, start: int) -> None:
-        raise DiskFull("no space left on the disk")
-
-    monkeypatch.setattr(JournalFile, "_write", write)
+    BadDisk(monkeypatch).is_full = True
 
     async def main() -> None:
         async with place.table() as table:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from kit.bad_disk import BadDisk
 from kit.daemons import client_of, daemon, marked, timed
 from kit.real_claude import needs_claude, real_place
 from kit.sessions import (
@@ -37,7 +38,7 @@ from p2pclaude.host.processes import Mark, descendants, processes
 from p2pclaude.sessions import claude as claude_module
 from p2pclaude.sessions.claude import ClaudeProcess, Launch
 from p2pclaude.sessions.journal import Journal
-from p2pclaude.sessions.journalfile import DiskFull, JournalFile
+from p2pclaude.sessions.journalfile import DiskFull
 from p2pclaude.sessions.launcher import Spawn
 from p2pclaude.sessions.life import State
 from p2pclaude.sessions.session import Session
@@ -246,24 +247,17 @@ def test_a_full_disk_holds_up_no_stop(place: Place, monkeypatch: pytest.MonkeyPa
 def test_the_end_of_a_session_that_was_stopped_on_a_full_disk_is_said_once(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, full = JournalFile._write, False
-
-    def write_if_room(file: JournalFile, data: bytes, start: int) -> None:
-        if full:
-            raise DiskFull("no space left on the disk")
-        write(file, data, start)
+    disk = BadDisk(monkeypatch)
 
     async def main() -> None:
-        nonlocal full
-        monkeypatch.setattr(JournalFile, "_write", write_if_room)
         async with place.table() as table:
             await table.spawn(Spawn(session_id="s", text=f"HOLD:{place.path / 'hold'}"))
             await wait_for_state(table, "s", State.RUNNING)
-            full = True
+            disk.is_full = True
             (place.path / "hold").touch()
             await wait_for_state(table, "s", State.PAUSED)
             assert await table.stop("s")
-            full = False
+            disk.mend()
             while not place.log.events("turn-cut"):  # it is written as soon as there is room
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)

@@ -31,7 +31,7 @@ function nameOf(node) {
   return `${hosts[nodes.indexOf(node)]}:${node.address().port}`
 }
 
-// As tests/free_ports.py does: none that the kernel gives to who asks for any, before it is bound again.
+// As tests/kit/free_ports.py does: none that the kernel gives to who asks for any, before it is bound again.
 function freePort() {
   return new Promise((resolve, reject) => {
     const socket = dgram.createSocket('udp4')
