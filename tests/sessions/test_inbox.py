@@ -193,3 +193,13 @@ def test_what_is_cut_off_is_not_looked_at_again() -> None:
     assert inbox.restored == [second]
     inbox.drop(second, again=False)
     assert not inbox.restored and not inbox
+
+
+def test_how_often_a_message_was_handed_before_is_counted_on() -> None:
+    inbox = Kept(sent("never"), sent("once"), turn(2), cut(2, again=True)).recover()
+    attempts = {}
+    while (one := inbox.next()) is not None:
+        attempts[one.seq] = one.attempts
+        inbox.hand(one)
+        inbox.observe(RESULT)
+    assert attempts == {1: 0, 2: 1}
