@@ -1,7 +1,7 @@
 """The life of a session, as tables (pure).
 
-Whatever decides what a session may do next stands here, and nowhere else: `session` and `table` say what happened, and
-ask. What the tables do not list cannot happen.
+What may happen to a session next stands here: `session` and `table` say what happened, and ask. What the tables do not
+list cannot happen.
 
 Three things are true of a session at the same time, and each of them has one owner:
 
@@ -148,7 +148,7 @@ class Ending(StrEnum):
 
 
 class Order(StrEnum):
-    """What a session can be told, and what makes it void."""
+    """What a session can be told about the end of its claude; a new claude has not been told any of it."""
 
     SLEEP = "go to sleep"
     LEAVE = "the daemon ends"
@@ -273,14 +273,15 @@ class SessionLife:
     # what happens to it
 
     def see(self, what: Happening) -> None:
-        """Go where a happening leads. Raises ImpossibleHappening, and stays."""
+        """Go where a happening leads. Raises ImpossibleHappening, and changes nothing."""
         after = TRANSITIONS.get((self.stage, what))
         if after is None:
             raise ImpossibleHappening(f"'{what}' cannot happen to a session that is {self.stage}")
-        self.stage = after
+        if what is Happening.ACCEPTED and self.refuses_messages:
+            raise ImpossibleHappening("a session that is being stopped accepts no message")
         if what is Happening.LAUNCHED:
             self.tell(Order.LAUNCH)
-        assert not (self.refuses_messages and what is Happening.ACCEPTED)
+        self.stage = after
 
     def tell(self, order: Order) -> None:
         """Take an order about claude's end. Raises ImpossibleHappening, and changes nothing."""

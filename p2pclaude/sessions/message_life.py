@@ -1,7 +1,8 @@
 """The life of a message, as a table (pure).
 
-What decides whether a message is handed to Claude, once more or never again, stands here; `inbox` keeps the messages in
-their order and says what happened to each. A message that is accepted gets to DONE or CUT_OFF, whatever dies meanwhile.
+Where a message may go next stands here. `inbox` keeps the messages in their order and says what happened to each;
+`session` finds out, when a claude has ended, whether a message was begun. A message that is accepted gets to DONE or
+CUT_OFF, whatever dies meanwhile, unless its session is stopped for good: what waits then stays.
 
 TAKEN and BEGUN are two things, and come in either order: Claude says that it has taken a message in, and it prints what
 shows that it works. The first tells which answer is whose, the second that the message must not run again.

@@ -96,7 +96,7 @@ class Session:
         self._on_orphans = on_orphans
         self._child: _Child | None = None
         self.idle_since = 0.0
-        """The loop's time at which claude was last done with all that there was."""
+        """The loop's time at which its state last changed: for one that is idle, since when it is."""
         self._news = asyncio.Event()  # there may be something to hand to claude
         self._opening = asyncio.Lock()
 
@@ -131,7 +131,7 @@ class Session:
         return self.state == State.IDLE and not self.inbox and not self.inbox.handed
 
     @property
-    def is_idle(self) -> bool:
+    def needs_no_journal(self) -> bool:
         """Tell whether nobody needs the journal open: no process writes it and no reader waits."""
         return not self.is_live and (self.journal is None or not self.journal.is_awaited)
 
@@ -213,7 +213,7 @@ class Session:
             seq = None if text is None else await self.accept(text, message_id)
             runs = await process.settle(SETTLE_SECONDS)
         except BaseException:
-            await self._give_up(child)
+            await self._take_back(child)
             raise
         if not runs:
             await child.pump
@@ -268,7 +268,7 @@ class Session:
         self.life.tell(order)
         await self._end_process(order)
         if (what := self.life.outstanding) is not None:
-            self._go_on_without(what)
+            self._see_end(what)
         await self.file.save()
 
     async def sleep(self) -> bool:
@@ -313,7 +313,7 @@ class Session:
         """Become failed: claude could not be started."""
         if not self.life.is_removed:
             self.info.error = error
-            self._go_on_without(Happening.GIVEN_UP)
+            self._see_end(Happening.GIVEN_UP)
 
     def load(self, life: SessionLife) -> None:
         """Go on with the life that an earlier daemon left."""
@@ -371,7 +371,8 @@ class Session:
         if self._child is not None:
             self._child.turns += is_over
 
-    async def _give_up(self, child: _Child) -> None:
+    async def _take_back(self, child: _Child) -> None:
+        """End a claude whose start was interrupted."""
         process = child.process
         process.kill()
         await self._end_pump(child)
@@ -401,7 +402,7 @@ class Session:
 
     async def _wind_up(self, process: ClaudeProcess, error: str | None) -> None:
         """Settle what claude leaves behind; cancelled, because the disk takes too long, it is over all the same."""
-        # Put to sleep after an error claude has status 1 as well.
+        # A claude that has answered with an error ends with status 1, also where it was put to sleep.
         status, in_order = None, self.life.is_being_ended
         try:
             status = await process.finish()
@@ -501,11 +502,11 @@ class Session:
         if what is Happening.DIED:
             self.info.error = error or last_words or describe_exit(status)
         if self.life.has_process:  # else `_end` has not waited for a full disk, and has said so
-            self._go_on_without(what)
+            self._see_end(what)
         if what is Happening.DIED_WITH_MAIL:
             self._on_orphans(self)
 
-    def _go_on_without(self, what: Happening) -> None:
+    def _see_end(self, what: Happening) -> None:
         """See what leaves the session without a process, and say so in the log."""
         self._see(what, ended=True)
 

@@ -347,7 +347,7 @@ class SessionTable:
         for task in list(self._reviving.values()):
             task.cancel()
         await asyncio.gather(*self._reviving.values(), return_exceptions=True)
-        await asyncio.gather(*(self._put_to_sleep(session) for session in list(self._sessions.values())))
+        await asyncio.gather(*(self._put_away(session) for session in list(self._sessions.values())))
         for session in self._sessions.values():
             session.close_journal()
 
@@ -356,7 +356,7 @@ class SessionTable:
         for session in self._sessions.values():
             session.kill()
 
-    async def _put_to_sleep(self, session: Session) -> None:
+    async def _put_away(self, session: Session) -> None:
         async with session.lifecycle:
             if session.is_live:
                 await session.put_away()
@@ -468,7 +468,7 @@ class SessionTable:
     def _note_open(self, session: Session) -> None:
         self._recent[session.info.session_id] = None
         self._recent.move_to_end(session.info.session_id)
-        idle = [i for i in self._recent if i not in self._sessions or self._sessions[i].is_idle]
+        idle = [i for i in self._recent if i not in self._sessions or self._sessions[i].needs_no_journal]
         for session_id in idle[:-MAX_OPEN_JOURNALS]:
             del self._recent[session_id]
             if session_id in self._sessions:

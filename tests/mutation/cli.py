@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from mutation.mutants import Mutant, make_mutants
+from mutation.plugin import LOADED_BEFORE
 from mutation.runner import LEAST_SECONDS, PATIENCE, Outcome, end_all, run_tests
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -25,16 +26,22 @@ PURE: Final = (  # what is looked at unless modules are named
     "p2pclaude/hyperdht/encoding.py",
     "p2pclaude/hyperdht/crypto.py",
     "p2pclaude/hyperdht/expiring.py",
+    "p2pclaude/hyperdht/rpc/timeouts.py",
+    "p2pclaude/hyperdht/rpc/window.py",
     "p2pclaude/hyperdht/rpc/messages.py",
     "p2pclaude/hyperdht/rpc/tokens.py",
     "p2pclaude/hyperdht/peer/setup_messages.py",
     "p2pclaude/hyperdht/peer/attempt_life.py",
+    "p2pclaude/hyperdht/peer/punch_throttle.py",
     "p2pclaude/hyperdht/relay/link_messages.py",
     "p2pclaude/hyperdht/relay/mux_frames.py",
     "p2pclaude/hyperdht/secure/noise.py",
     "p2pclaude/hyperdht/secure/secretstream.py",
     "p2pclaude/hyperdht/node/routing.py",
     "p2pclaude/hyperdht/node/nat.py",
+    "p2pclaude/hyperdht/node/budget.py",
+    "p2pclaude/hyperdht/node/forwards.py",
+    "p2pclaude/hyperdht/node/health.py",
     "p2pclaude/hyperdht/storage/records.py",
     "p2pclaude/protocol",
     "p2pclaude/sessions/journalfile.py",
@@ -50,7 +57,7 @@ class Problem(Exception):
 
 
 def find_modules(names: Sequence[str], root: Path) -> list[Path]:
-    """Return the files of modules: paths, dotted names, or folders with all their modules."""
+    """Return the files of modules: paths, dotted names, or folders, without the folders in them."""
     found: list[Path] = []
     for name in names:
         path = root / name
@@ -101,6 +108,8 @@ def judge(module: str, mutant: Mutant, parts: list[list[Path]], allowed: list[fl
     """Tell whether any of a module's tests notices a mutant."""
     for part, seconds in zip(parts, allowed, strict=True):
         outcome: Outcome = run_tests(root, part, module=module, source=mutant.source, seconds=seconds)
+        if outcome.status == LOADED_BEFORE:
+            raise Problem(f"{module}: pytest or its plugins load it, and no mutant can take its place")
         if outcome.noticed:
             return True
     return False

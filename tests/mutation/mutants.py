@@ -115,13 +115,18 @@ def places(tree: ast.Module) -> Iterator[Place]:
 
 
 def _statements(body: list[ast.stmt], function: str) -> Iterator[tuple[str, ast.stmt]]:
-    """Yield the statements of functions, the innermost ones by themselves; what only declares is left out."""
+    """Yield the statements of functions, the innermost ones by themselves, and the tables of the module.
+
+    What else only declares is left out.
+    """
     for statement in body:
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
             if statement.name not in ("__repr__", "__str__"):
                 yield from _statements(statement.body, f"{function}.{statement.name}")
         elif isinstance(statement, ast.ClassDef):
             yield from _statements(statement.body, f"{function}.{statement.name}")
+        elif not function and isinstance(table := getattr(statement, "value", None), ast.Dict):
+            yield f"table in line {table.lineno}", statement
         elif function and not _is_quiet(statement):
             yield function, statement
             for name in ("body", "orelse", "finalbody"):
@@ -133,7 +138,10 @@ def _statements(body: list[ast.stmt], function: str) -> Iterator[tuple[str, ast.
 
 
 def _is_quiet(statement: ast.stmt) -> bool:
-    """Tell whether a statement does nothing that a test should see: docstrings, assertions, logging, raising."""
+    """Tell whether a statement does nothing that a test should see: docstrings, assertions, logging.
+
+    Nor an error's text: that it is raised is the matter of the condition above it.
+    """
     if isinstance(statement, ast.Assert | ast.Raise | ast.Import | ast.ImportFrom | ast.Pass | ast.Global):
         return True
     if isinstance(statement, ast.Expr):
@@ -149,6 +157,8 @@ def _is_quiet(statement: ast.stmt) -> bool:
 
 
 def _faults(statement: ast.stmt) -> Iterator[tuple[str, int, Change]]:
+    if isinstance(table := getattr(statement, "value", None), ast.Dict):
+        yield from _faults_of_table(table)
     yield from _faults_of_statement(statement)
     for node in _expressions(statement):
         line = getattr(node, "lineno", statement.lineno)
@@ -173,6 +183,15 @@ def _expressions(statement: ast.stmt) -> Iterator[ast.AST]:
 def _is_check(node: ast.AST) -> bool:
     """Tell whether a node is the `strict=True` of a zip: an assertion."""
     return isinstance(node, ast.keyword) and node.arg == "strict"
+
+
+def _faults_of_table(table: ast.Dict) -> Iterator[tuple[str, int, Change]]:
+    """Leave a row out, or give it what the one before leads to; a row may stand for many (`**{...}`)."""
+    for index, (key, value) in enumerate(zip(table.keys, table.values, strict=True)):
+        others = [*table.keys[:index], *table.keys[index + 1 :]], [*table.values[:index], *table.values[index + 1 :]]
+        yield "row dropped", value.lineno, _set(table, "keys", others[0], "values", others[1])
+        if key is not None and table.keys[index - 1] is not None:
+            yield "another row's value", value.lineno, _set_item(table.values, index, table.values[index - 1])
 
 
 def _faults_of_statement(statement: ast.stmt) -> Iterator[tuple[str, int, Change]]:

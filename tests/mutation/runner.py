@@ -32,7 +32,7 @@ class Outcome:
 
     @property
     def noticed(self) -> bool:
-        """Whether something failed."""
+        """Whether something failed. A mutant may also keep pytest from beginning."""
         return self.status not in (PASSED, NONE_FOUND)
 
 

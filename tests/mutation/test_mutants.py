@@ -72,6 +72,24 @@ def test_faults_of_a_statement(body: str, expected: set[tuple[str, str]]) -> Non
     assert kinds(f"def f(x, y, z, w):\n    {body}\n") == expected
 
 
+def test_rows_of_a_table_that_a_module_has() -> None:
+    source = "TABLE = {1: 'a', 2: 'b', **{n: 'b' for n in (3, 4)}}\nLIMIT = 3\n"
+    assert kinds(source) == {
+        ("row dropped", "TABLE = {2: 'b', **{n: 'b' for n in (3, 4)}}"),
+        ("row dropped", "TABLE = {1: 'a', **{n: 'b' for n in (3, 4)}}"),
+        ("row dropped", "TABLE = {1: 'a', 2: 'b'}"),
+        ("another row's value", "TABLE = {1: 'a', 2: 'a', **{n: 'b' for n in (3, 4)}}"),
+    } | {
+        ("off by one", f"TABLE = {table}")
+        for table in (
+            "{2: 'a', 2: 'b', **{n: 'b' for n in (3, 4)}}",
+            "{1: 'a', 3: 'b', **{n: 'b' for n in (3, 4)}}",
+            "{1: 'a', 2: 'b', **{n: 'b' for n in (4, 4)}}",
+            "{1: 'a', 2: 'b', **{n: 'b' for n in (3, 5)}}",
+        )
+    }
+
+
 def test_loops_and_branches_inside_each_other() -> None:
     source = "def f(x):\n    for i in x:\n        if i:\n            break\n        continue\n"
     assert {("break", "break"), ("continue", "continue"), ("condition negated", "if not i:")} == kinds(source)

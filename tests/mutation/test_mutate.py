@@ -144,6 +144,15 @@ def test_who_is_stopped_stops_its_runs(root: Path, number: signal.Signals) -> No
             os.kill(int(file.stem), 0)
 
 
+def test_a_module_that_is_loaded_before_its_mutant_is_no_hundred_percent(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tests would never meet a mutant, and each would count as noticed."""
+    (root / "tests/sitecustomize.py").write_text("import house.rooms.lamp\n")
+    assert mutate(root, "--count", "1", "house/rooms/lamp.py", tests=GOOD) == 2
+    assert "no mutant can take its place" in capsys.readouterr().err
+
+
 def test_a_reader_who_leaves_is_no_error(root: Path) -> None:
     code = "import sys; from pathlib import Path; from mutation import cli; sys.exit(cli.run(Path.cwd()))"
     environ = {**os.environ, "PYTHONPATH": str(root / "tests")}

@@ -22,7 +22,7 @@ class Stage(StrEnum):
     REACHING = "reaching"
     """They did not do: holes are punched, and a relay is asked if one is named."""
     RESTING = "resting"
-    """One side is busy with other hole punches, and asked again in a few seconds."""
+    """One of the two sides is busy with other hole punches; it will be asked again in a few seconds."""
     OPEN = "open"
     """The server's first bytes have arrived and decrypted."""
     FAILED = "failed"
