@@ -131,7 +131,7 @@ class SeqIndex:
         seq = self.last_seq
         while seq > 0 and self.end(seq) == self.end(seq - 1):
             seq -= 1
-        start = self.end(seq - 1) if seq else 0
+        start = self.end(max(seq - 1, 0))
         if self.end(seq) > os.fstat(journal).st_size:
             return False
         before = b"\n" if start == 0 else os.pread(journal, 1, start - 1)
@@ -171,6 +171,5 @@ def _lines(journal: int, at: int) -> Iterator[tuple[bytes, int]]:
         while (found := chunk.find(b"\n", begin)) >= 0:
             yield (head + chunk[begin : min(found, begin + _HEAD_BYTES)])[:_HEAD_BYTES], at + found + 1
             head, begin = b"", found + 1
-        if len(head) < _HEAD_BYTES:
-            head += chunk[begin : begin + _HEAD_BYTES - len(head)]
+        head += chunk[begin : begin + _HEAD_BYTES - len(head)]
         at += len(chunk)

@@ -219,6 +219,7 @@ def test_a_page_comes_apart_at_its_lines() -> None:
     """The envelopes are the journal's bytes; what is inside is there for who looks."""
     for envelopes in (ENVELOPES, ENVELOPES[:1], []):
         read = load_page(page(*envelopes))
+        assert [len(line) for line in read["messages"]] == [len(json.loads(one)) for one in envelopes]
         assert [line.text for line in read["messages"]] == envelopes
         assert read == load_json(page(*envelopes)), "it is plain JSON for everybody else"
         assert [dict(line) for line in read["messages"]] == [json.loads(line) for line in envelopes]
@@ -299,5 +300,6 @@ def test_without_sodiums_cipher_there_is_openssls(monkeypatch: pytest.MonkeyPatc
 
 def test_a_result_without_any_message_before_it_that_claude_began_by_itself_answers_nobody() -> None:
     results = Results()
+    assert not results.is_answer({"type": "assistant"})
     assert not results.is_answer({"type": "result", "origin": {"kind": "task-notification"}})
     assert results.is_answer({"type": "result"})

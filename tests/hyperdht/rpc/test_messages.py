@@ -134,7 +134,8 @@ def test_bytes_after_the_end_are_ignored(name: str) -> None:
 
 
 def test_a_lookup_reply_may_lack_its_bump() -> None:
-    reply = LookupReply((Peer(bytes(32)),), 0)
+    reply = LookupReply((Peer(bytes(32)),))
+    assert reply.bump == 0
     whole = encode_lookup_reply(reply)
     assert decode_lookup_reply(whole[:-1]) == reply
     for size in range(len(whole) - 1):
