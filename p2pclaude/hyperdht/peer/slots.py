@@ -6,7 +6,7 @@ from typing import Final
 
 from .pending_client import PendingClient
 
-MAX_PENDING: Final = 256  # clients whose first packet has not come yet
+MAX_PENDING: Final = 256  # clients whose first packet has not come yet; each has a stream
 
 
 class Slots:

@@ -10,7 +10,7 @@ import asyncio
 from collections import Counter
 from typing import Final
 
-MAX_WAITING: Final = 128
+MAX_WAITING: Final = 128  # two thirds of a second at the server's rate: who waits longer has asked again
 TICK: Final = 0.001  # seconds; more often it is not worth looking
 BETWEEN: Final = 8  # turns of the loop, each of which serves every stream, or times as long as the handshake took
 LEAST_SECONDS: Final = 0.001  # that a handshake takes, with all that follows
