@@ -254,6 +254,32 @@ def test_ring_1_is_pure() -> None:
     complain(problems)
 
 
+def test_modules_are_imported_by_statements_that_these_tests_follow() -> None:
+    """Neither by name at run time, but by the library's face, nor as attributes of the whole package."""
+    problems = []
+    for module in package_modules().values():
+        problems += [
+            f"{module.path}:{found.line}: {found.module}"
+            for found in module.imports()
+            if (found.module.split(".")[0] == "importlib" and module.name != "p2pclaude.hyperdht")
+            or (found.module.split(".")[0] == "p2pclaude" and found.name is None)
+        ]
+        problems += [
+            f"{module.path}:{node.lineno}: {node.func.id}"
+            for node in ast.walk(module.tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            if node.func.id == "__import__" or (node.func.id == "open" and in_ring_1(module.name))
+        ]
+        problems += [
+            f"{module.path}: looks for {part.value!r} in sys.modules"
+            for node in ast.walk(module.tree)
+            if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "sys.modules"
+            for part in ast.walk(node.slice)
+            if isinstance(part, ast.Constant) and str(part.value).startswith("p2pclaude")
+        ]
+    complain(problems)
+
+
 def test_ring_1_is_given_its_randomness() -> None:
     """`random.Random` may be named as a type; nothing else of the module is touched."""
     problems = []

@@ -69,8 +69,7 @@ class HyperDHT:
         rng: random.Random | None = None,
     ) -> None:
         self.rng = rng or random.SystemRandom()
-        self.key_pair = key_pair or KeyPair.generate(self.rng)
-        """The key pair of connections and servers that name no other."""
+        own_key_pair = key_pair or KeyPair.generate(self.rng)
         self.endpoint = Endpoint(network or UdpNetwork(), self.rng)
         self.router = Router(ForwardStore())
         self.node = Node(
@@ -92,7 +91,7 @@ class HyperDHT:
             self.endpoint.streams,
             self.router,
             self.rng,
-            key_pair=self.key_pair,
+            key_pair=own_key_pair,
             keep_alive=connection_keep_alive,
             check_usable=self.check_usable,
             connect=self.connect,
@@ -104,6 +103,24 @@ class HyperDHT:
         self.node.on_request = self._handle_request
         self.node.events.network_change.append(self.refresh)
         self.node.events.wakeup.append(self.refresh)  # the announcements have grown older than the loop's clock says
+
+    @property
+    def key_pair(self) -> KeyPair:
+        """The key pair of connections and servers that name no other; of those to come it may be changed."""
+        return self.context.key_pair
+
+    @key_pair.setter
+    def key_pair(self, key_pair: KeyPair) -> None:
+        self.context.key_pair = key_pair
+
+    @property
+    def connection_keep_alive(self) -> float:
+        """The seconds after which an idle connection sends something, 0 for never; changed, for those to come."""
+        return self.context.keep_alive
+
+    @connection_keep_alive.setter
+    def connection_keep_alive(self, seconds: float) -> None:
+        self.context.keep_alive = seconds
 
     # What a client that only connects never needs is loaded when it is first used.
 

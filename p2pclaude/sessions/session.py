@@ -373,13 +373,16 @@ class Session:
 
     async def _take_back(self, child: _Child) -> None:
         """End a claude whose start was interrupted."""
-        process = child.process
+        process, status = child.process, None
         process.kill()
-        await self._end_pump(child)
-        status = await process.finish()
-        if self.life.has_process:  # the pump was cancelled before its first step, and has cleaned nothing up
-            await asyncio.to_thread(save_last_words, self.path, process.last_words())
-            self._over(status, process.last_words(), None, in_order=False)
+        try:
+            await self._end_pump(child)
+            status = await process.finish()
+            if self.life.has_process:  # the pump was cancelled before its first step, and has cleaned nothing up
+                await asyncio.to_thread(save_last_words, self.path, process.last_words())
+        finally:
+            if self.life.has_process:  # who is cancelled here once more leaves no session that seems to run
+                self._over(status, process.last_words(), None, in_order=False)
 
     async def _run(self, process: ClaudeProcess, journal: Journal) -> None:
         """Journal claude's output until it ends, while the inbox is fed to it."""

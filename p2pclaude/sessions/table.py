@@ -309,6 +309,8 @@ class SessionTable:
         if session is None or not session.life.has_ended:
             return False
         async with session.lifecycle:
+            if self._sessions.get(session_id) is not session:  # another call was quicker
+                return False
             del self._sessions[session_id]
             try:
                 await session.remove()

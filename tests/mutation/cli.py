@@ -5,6 +5,7 @@ survives them those of its folder. A survivor is a missing test, or a mutant tha
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -68,7 +69,7 @@ def find_modules(names: Sequence[str], root: Path) -> list[Path]:
             if not files:
                 raise Problem(f"{name}: no modules in it")
             found += files
-        elif (file := path if path.suffix == ".py" else path.with_suffix(".py")).is_file():
+        elif (file := path if path.suffix == ".py" else path.parent / f"{path.name}.py").is_file():
             found.append(file)
         else:
             raise Problem(f"{name}: no such module; name a path, a dotted name or a folder of this tree")
@@ -140,13 +141,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.count < 1 or options.jobs < 1:
         parser.error("--count and --jobs take numbers from 1 on")
+    if options.timeout is not None and not 0 < options.timeout < math.inf:
+        parser.error("--timeout takes a number of seconds above 0")
+    if not 0 <= options.floor <= 100:
+        parser.error("--floor takes a number from 0 to 100")
     return options
 
 
 def look_at(module: Path, options: argparse.Namespace, root: Path) -> tuple[int, int]:
     """Make one module's mutants, run its tests, print what survived; return how many were noticed, of how many."""
     path = module.relative_to(root)
-    mutants = make_mutants(module.read_text(encoding="utf-8"), options.count, options.seed)
+    try:
+        mutants = make_mutants(module.read_text(encoding="utf-8"), options.count, options.seed)
+    except (SyntaxError, ValueError) as error:  # and UnicodeDecodeError
+        raise Problem(f"{path}: not the source of a module: {error}") from None
     if options.list:
         print(f"{path}: {len(mutants)} mutants")
         for mutant in mutants:

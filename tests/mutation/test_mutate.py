@@ -52,6 +52,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "house/__init__.py").write_text("")
     (tmp_path / "house/rooms/__init__.py").write_text("")
     (tmp_path / "house/rooms/lamp.py").write_text(LAMP)
+    (tmp_path / "house/torn.py").write_text("def lamp(")
     (tmp_path / "tests/mutation").symlink_to(Path(__file__).parent)
     return tmp_path
 
@@ -188,6 +189,8 @@ def test_named_tests_are_run_instead(root: Path) -> None:
         (["house/rooms/lamp.py"], None, "no tests in tests/rooms; name some with --tests"),
         (["house/rooms/lamp.py"], BROKEN, "tests/rooms: tests fail without any mutant"),
         (["house/rooms/lamp.py", "--tests", "nowhere.py"], GOOD, "nowhere.py: no such file"),
+        (["house/rooms/lamp.pyx"], GOOD, "house/rooms/lamp.pyx: no such module"),
+        (["house/torn.py"], GOOD, "house/torn.py: not the source of a module"),
         (["tests/rooms/empty"], GOOD, "tests/rooms/empty: no such module"),
         (["house/rooms/__init__.py"], GOOD, "house/rooms/__init__.py: a package's own file cannot be replaced"),
         ([str(Path(__file__))], GOOD, "test_mutate.py: not in "),
@@ -201,7 +204,13 @@ def test_what_keeps_it_from_its_work_is_said(
     assert said.startswith("tests/mutate: ") and reason in said
 
 
-@pytest.mark.parametrize("arguments", [["--count", "0"], ["--count", "x"], ["--jobs", "0"], ["--what"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--count", "0"], ["--count", "x"], ["--jobs", "0"], ["--what"], ["--timeout", "0"], ["--timeout", "nan"],
+        ["--floor", "nan"], ["--floor", "101"],
+    ],
+)  # fmt: skip
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)

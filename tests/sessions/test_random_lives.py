@@ -31,6 +31,7 @@ class MemoryClaude:
     made: list["MemoryClaude"] = []  # noqa: RUF012 - emptied by each test
     refuse = False
     numbers = itertools.count(1)
+    transcript: set[str] = set()  # noqa: RUF012 - which messages a later claude would know of
 
     def __init__(self) -> None:
         self.pid = next(self.numbers)
@@ -74,6 +75,7 @@ class MemoryClaude:
             self.say(type="user", isReplay=True, uuid=self.had[self.answered], message={"content": "x"})
             self.say(type="assistant", message={"content": []})
             self.say(type="result", subtype="success", is_error=False, result="done")
+            self.transcript.add(self.had[self.answered])
             self.answered += 1
 
     def die(self, status: int) -> None:
@@ -239,6 +241,9 @@ def test_random_lives(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(session_module, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(MemoryClaude, "made", [])
     monkeypatch.setattr(MemoryClaude, "refuse", False)
+    monkeypatch.setattr(MemoryClaude, "transcript", set())
+    # What was answered and could not be written down, since the disk failed, claude knows by itself.
+    monkeypatch.setattr(session_module, "knows_message", lambda _id, uuid, _environ: uuid in MemoryClaude.transcript)
     rng = random.Random(seed)
     disk = BadDisk(monkeypatch)
     lives: Lives | None = None
@@ -287,3 +292,27 @@ def test_random_lives(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run(main())
     had = [uuid for claude in MemoryClaude.made for uuid in claude.had[: claude.answered]]
     assert len(set(had)) == len(had), "a message was answered twice"
+
+
+def test_a_spawn_that_is_cancelled_while_its_claude_is_taken_back_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place: Place = prepare(tmp_path, monkeypatch)
+    monkeypatch.setattr(session_module, "ClaudeProcess", MemoryClaude)
+    monkeypatch.setattr(MemoryClaude, "made", [])
+    disk = BadDisk(monkeypatch)
+
+    async def main() -> None:
+        async with place.table() as table:
+            disk.is_full = True
+            spawning = asyncio.create_task(table.spawn(Spawn(text="hello")))
+            while not (MemoryClaude.made and MemoryClaude.made[0].has_exited):
+                await asyncio.sleep(0)
+            (session,) = table.sessions
+            spawning.cancel()
+            await asyncio.gather(spawning, return_exceptions=True)
+            disk.mend()
+            assert session.life.is_removed and session.pid is None
+        assert not place.log.events("warning")
+
+    run(main())

@@ -355,6 +355,17 @@ def test_unknown_sessions(place: Place) -> None:
     run(main())
 
 
+def test_a_session_is_removed_once(place: Place) -> None:
+    async def main() -> None:
+        async with place.table() as table:
+            await table.spawn(Spawn(session_id="s", text="x"))
+            await table.stop("s")
+            assert sorted(await asyncio.gather(table.remove("s"), table.remove("s"))) == [False, True]
+            assert not (place.sessions / "s").exists()
+
+    run(main())
+
+
 def test_idle_journals_are_closed_but_for_a_few(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_module, "MAX_OPEN_JOURNALS", 2)
     names = [f"s{n}" for n in range(5)]

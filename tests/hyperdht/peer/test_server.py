@@ -6,7 +6,7 @@ import weakref
 from random import Random
 
 import pytest
-from kit.sim_dht import DEADLINE, Swarm, ask, echo, is_clean, serve, swarm
+from kit.sim_dht import DEADLINE, Swarm, ask, cone, echo, is_clean, serve, swarm
 from kit.sim_peers import seeds
 from sim import Host, Packet, SimLoop, SimulationError, run
 
@@ -395,3 +395,17 @@ def test_a_handler_that_ends_in_any_way_ends_its_connection(how: str, caplog: py
 
 async def _eof(connection: Connection) -> bool:
     return await connection.read() == b""
+
+
+def test_another_key_pair_and_keep_alive_of_a_node_are_those_of_what_comes_next() -> None:
+    async def main() -> None:
+        async with swarm(1, 3) as network:
+            node = await network.join(cone(network.net, 1))
+            assert node.connection_keep_alive == 5.0
+            node.key_pair, node.connection_keep_alive = KeyPair.from_seed(bytes(32)), 0.0
+            server = node.create_server(echo)
+            await server.listen()
+            assert server.public_key == node.key_pair.public_key == KeyPair.from_seed(bytes(32)).public_key
+            assert node.context.keep_alive == node.connection_keep_alive == 0.0
+
+    run(main())
