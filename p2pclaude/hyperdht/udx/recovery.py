@@ -121,6 +121,7 @@ class LossDetector:
         if not self._reordering_seen and (repairing or self.sacked >= SACKS_WITHOUT_REORDERING):
             return 0.0
         srtt, minimum = self._rtt.srtt, self._rtt.minimum
-        if srtt is None or minimum is None:
+        if minimum is None:
             return 0.0
+        assert srtt is not None  # one measurement gives both
         return min(self._window_steps * minimum / 4, srtt)

@@ -3,7 +3,7 @@
 import pytest
 from kit.udx_pair import Link, Pair, noise
 
-from p2pclaude.hyperdht.udx.packet import DATA, DESTROY, END, HEADER, HEARTBEAT, SACK, encode_sack
+from p2pclaude.hyperdht.udx.packet import DATA, DESTROY, END, HEADER, HEARTBEAT, MAGIC, SACK, encode_sack
 from p2pclaude.hyperdht.udx.stream import Closed, UdxStream
 
 NEAR_WRAP = 0xFFFFFFFF - 40
@@ -517,3 +517,44 @@ def test_a_closed_stream_keeps_nothing_that_waited_for_a_gap() -> None:
     b.destroy()
     assert not b.receiver.holds_early
     assert not b.receiver.sack_ranges
+
+
+def connected_pair() -> tuple[UdxStream, UdxStream]:
+    """Return two ends that know each other's ids."""
+    a, b = UdxStream(1), UdxStream(2)
+    a.connect(2, 0.0)
+    b.connect(1, 0.0)
+    return a, b
+
+
+@pytest.mark.parametrize(("window", "told"), [(1 << 20, False), (10_000, True)])
+def test_a_reader_who_has_made_much_room_has_the_peer_told(window: int, told: bool) -> None:
+    a, b = UdxStream(1), UdxStream(2, receive_window=window)
+    a.connect(2, 0.0)
+    b.connect(1, 0.0)
+    a.write(bytes(9000))
+    b.receive_datagrams(a.datagrams_to_send(0.0), 0.1)
+    b.datagrams_to_send(0.1)
+    assert b.consume(9000) is told
+    assert len(b.datagrams_to_send(0.1)) == told
+
+
+def test_a_peer_that_has_nothing_to_acknowledge_is_asked() -> None:
+    a, b = connected_pair()
+    a.liveness.ask(1.0)
+    a.handle_timer(1.0)
+    (question,) = a.datagrams_to_send(1.0)
+    assert kind_of(question) == HEARTBEAT
+    a.handle_timer(1.5)
+    assert a.datagrams_to_send(1.5) == []
+    b.receive_datagrams([question], 1.6)
+    a.receive_datagrams(b.datagrams_to_send(1.6), 1.7)
+    a.handle_timer(2.0)
+    assert a.datagrams_to_send(2.0) == []
+
+
+def test_a_packet_from_beyond_all_range_is_counted_and_teaches_nothing() -> None:
+    a, _ = connected_pair()
+    before = a.sender.peer_window
+    a.receive_datagrams([HEADER.pack(MAGIC, DATA, 0, 1, 5, 40_000, 0) + b"x"], 0.1)
+    assert (a.stats.dropped, a.sender.peer_window, a.received_any) == (1, before, False)
