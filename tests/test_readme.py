@@ -83,7 +83,7 @@ def test_exit_statuses_are_those_of_the_errors() -> None:
 def test_the_example_runs() -> None:
     """The library's example prints what the text says, on a port that is free."""
     code, said = re.findall(r"```python\n(.*?)```\n\nIt prints `(.*?)`", README, re.S)[0]
-    assert code.count("49737") == 2
-    command = [sys.executable, "-W", "error", "-c", code.replace("49737", str(free_port()))]
+    assert code.count("40000") == 2
+    command = [sys.executable, "-W", "error", "-c", code.replace("40000", str(free_port()))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.stderr, done.stdout.strip()) == ("", said)
